@@ -1,0 +1,44 @@
+"""Supermasks in Superposition (arXiv 2006.14769) as a JAX library.
+
+Thousands of tasks in one fixed network, one bit a weight, the right task found by one gradient.
+Names listed in `__all__` are the public interface; other modules may change.
+"""
+
+from supsup_jax.evaluation import evaluate
+from supsup_jax.infer import alpha_gradient, descend, one_shot, oracle, predict
+from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
+from supsup_jax.network import Network, signed_constant
+from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
+from supsup_jax.store import MaskStore, StoreError
+from supsup_jax.train import TrainConfig, train_task
+from supsup_jax.types import Normalize, Task, TaskBelief, TaskData, TrainResult
+
+from supsup_jax.version import __version__
+
+__all__ = [
+    "MaskStore",
+    "Network",
+    "Normalize",
+    "StoreError",
+    "Superfluous",
+    "Task",
+    "TaskBelief",
+    "TaskData",
+    "TrainConfig",
+    "TrainResult",
+    "alpha_gradient",
+    "descend",
+    "entropy",
+    "evaluate",
+    "kept_count",
+    "max_confidence",
+    "max_logit",
+    "one_shot",
+    "oracle",
+    "predict",
+    "signed_constant",
+    "signed_topk_mask",
+    "threshold_mask",
+    "topk_mask",
+    "train_task",
+]

@@ -1,0 +1,169 @@
+"""Datasets, read whole: scikit-learn's digits, embedded, and what TFDS has prepared.
+
+Nothing is ever downloaded here. TFDS prepares a dataset on request (its own command, which needs
+TensorFlow and the internet); this module looks for the result and says what to run without it.
+"""
+
+import hashlib
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supsup_jax.types import Normalize, TaskData
+
+# Mean and standard deviation of the pixels in [0, 1], as the reference normalises them.
+NORMALIZATION = {"mnist": (0.1307, 0.3081)}
+
+
+class MissingDataError(FileNotFoundError):
+    """A dataset that is not where it was looked for; the message holds the command to make it."""
+
+
+class Dataset(NamedTuple):
+    """A dataset on the device, without a view: images uint8 [N, P] or [N, H, W, C]."""
+
+    name: str
+    train: TaskData
+    test: TaskData
+    num_labels: int
+
+    @property
+    def num_pixels(self) -> int:
+        return math.prod(self.train.images.shape[1:])
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
+    """The dataset `name`: "digits", or one that TFDS has prepared in `data_dir`.
+
+    seed: of the split of digits, the only one without a split of its own.
+    Raises MissingDataError, before anything slow, when it is not there.
+    """
+    return _digits(seed) if name == "digits" else _tfds(name, data_dir)
+
+
+def _digits(seed):
+    """1,797 real 8x8 digits, pixels 0..16; the last fifth after a seeded shuffle is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    images = digits.data.astype(np.uint8)[order]
+    labels = digits.target.astype(np.int32)[order]
+    num_test = len(order) // 5
+    train = images[:-num_test]
+    transform = Normalize(float(np.mean(train / 16)), float(np.std(train / 16)), scale=16.0)
+    return _dataset(
+        "digits", train, labels[:-num_test], images[-num_test:], labels[-num_test:], transform
+    )
+
+
+def synthetic(
+    key: jax.Array, shape: tuple[int, ...], num_labels: int, num_train: int, num_test: int
+) -> Dataset:
+    """Bytes drawn from `key` around one random image a label: for smoke tests, and only those."""
+    label_key, mean_key, noise_key = jax.random.split(key, 3)
+    num = num_train + num_test
+    labels = jax.random.randint(label_key, (num,), 0, num_labels)
+    means = jax.random.uniform(mean_key, (num_labels, *shape), maxval=200.0)
+    noise = jax.random.uniform(noise_key, (num, *shape), maxval=55.0)
+    images = np.asarray(means[labels] + noise).astype(np.uint8)
+    labels = np.asarray(labels, np.int32)
+    return _dataset(
+        "synthetic",
+        images[:num_train],
+        labels[:num_train],
+        images[num_train:],
+        labels[num_train:],
+        Normalize(0.5, 0.25),
+    )
+
+
+def _dataset(name, train_images, train_labels, test_images, test_labels, transform):
+    def put(images, labels):
+        return TaskData(jnp.asarray(images), jnp.asarray(labels), transform=transform)
+
+    return Dataset(
+        name,
+        put(train_images, train_labels),
+        put(test_images, test_labels),
+        int(train_labels.max()) + 1,
+    )
+
+
+def _tfds(name, data_dir):
+    folder = _prepared_folder(name, data_dir)
+    splits = {split: _decoded(name, folder, split) for split in ("train", "test")}
+    mean, std = NORMALIZATION.get(name, (None, None))
+    if mean is None:
+        pixels = splits["train"][0] / np.float32(255)
+        mean, std = float(pixels.mean()), float(pixels.std())
+    return _dataset(name, *splits["train"], *splits["test"], Normalize(mean, std))
+
+
+def _prepared_folder(name, data_dir):
+    """The newest prepared version of `name` in data_dir."""
+    if data_dir is None:
+        raise MissingDataError(
+            f"{name} needs --data-dir, a folder that holds {name}/ as tensorflow-datasets prepares "
+            f"it: tfds build {name} --data_dir=DIR --file_format=array_record"
+        )
+    root = Path(data_dir).expanduser().resolve()
+    build = f"tfds build {name} --data_dir={root} --file_format=array_record"
+    if not root.is_dir():
+        raise MissingDataError(f"no folder {root}; to prepare {name} there: {build}")
+    versions = [info.parent for info in (root / name).glob("*/dataset_info.json")]
+    versions = [folder for folder in versions if any(folder.glob("*.array_record*"))]
+    if not versions:
+        raise MissingDataError(
+            f"no prepared {name} in {root / name} (a version folder with dataset_info.json and "
+            f"array_record files); to prepare it: {build}"
+        )
+    return max(versions, key=_version)
+
+
+def _version(folder):
+    return tuple(int(part) if part.isdecimal() else -1 for part in folder.name.split("."))
+
+
+def _decoded(name, folder, split):
+    """Images and labels of a split; decoded once, then read from the user's cache."""
+    digest = hashlib.sha256((folder / "dataset_info.json").read_bytes())
+    digest.update(str(folder.resolve()).encode())
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = base / "supsup_jax" / f"{name}-{folder.name}-{split}-{digest.hexdigest()[:16]}.npz"
+    if cached.exists():
+        try:
+            with np.load(cached, allow_pickle=False) as arrays:
+                return arrays["images"], arrays["labels"]
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"decoding {name} again, the cached {cached} is damaged: {error}")
+    images, labels = _decode(folder, split)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            np.savez(file, images=images, labels=labels)
+        os.replace(file.name, cached)
+    except OSError as error:
+        warnings.warn(f"could not cache {name}, it will be decoded again next time: {error}")
+    return images, labels
+
+
+def _decode(folder, split):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(folder))
+    if split not in builder.info.splits:
+        raise MissingDataError(f"{folder} has no split {split!r}, only {list(builder.info.splits)}")
+    source = builder.as_data_source(split)
+    examples = [source[i] for i in range(len(source))]
+    images = np.stack([example["image"] for example in examples])
+    labels = np.asarray([example["label"] for example in examples], np.int32)
+    # A single channel is no axis to a dense network, and a view indexes pixels.
+    return (images[..., 0] if images.shape[-1] == 1 else images), labels

@@ -1,0 +1,197 @@
+"""Accuracy over a stream of tasks, with the task id given or inferred."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from supsup_jax import infer
+from supsup_jax.network import Network
+from supsup_jax.objectives import entropy
+from supsup_jax.store import MaskStore
+from supsup_jax.types import Objective, TaskData
+
+PROTOCOLS = ("given", "paper", "per_example", "batch-m")
+
+
+class Protocol(NamedTuple):
+    """Who decides: of every `context` images in order, groups of `group`, whose first `deciders`
+    name the task for all of the group. A stateful network takes its statistics from the context.
+    """
+
+    context: int
+    group: int
+    deciders: int
+
+
+class Row(NamedTuple):
+    """One task's result.
+
+    task: its id in the store. decisions: how many inferences were made (0 when ids were given).
+    accuracy: fraction of images with the right label and, where the task was inferred, under
+      the right task: GG for protocol "given", GNu otherwise.
+    shared_accuracy: fraction with the right label under any task (GNs).
+    task_accuracy: fraction of decisions that named the task; None when ids were given.
+    inferred: the id each decision named, int32 [decisions].
+    """
+
+    task: int
+    accuracy: float
+    shared_accuracy: float
+    task_accuracy: float | None
+    decisions: int
+    inferred: np.ndarray
+
+
+class _Outcome(NamedTuple):
+    right: jax.Array  # bool [N], the label
+    task: jax.Array  # int32 [N], under which the image was judged
+    inferred: jax.Array  # int32 [D]
+
+
+def parse_protocol(name: str, batch_size: int = 128) -> Protocol | None:
+    """The protocol of a name; None for "given".
+
+    "paper": the first image of each batch names the task for the batch, as the authors' code
+    does. "per_example": every image its own. "batch-m", m a number: m images decide together.
+    Raises ValueError for another name.
+    """
+    if name == "given":
+        return None
+    if name == "paper":
+        return Protocol(batch_size, batch_size, 1)
+    if name == "per_example":
+        return Protocol(batch_size, 1, 1)
+    kind, _, count = name.partition("-") if isinstance(name, str) else ("", "", "")
+    if kind == "batch" and count.isdecimal() and int(count) > 0:
+        return Protocol(int(count), int(count), int(count))
+    raise ValueError(f"protocol must be one of {PROTOCOLS} (as in batch-16), got {name!r}")
+
+
+def evaluate(
+    net: Network,
+    store: MaskStore,
+    stream: Sequence[TaskData],
+    protocol: str = "given",
+    *,
+    objective: Objective = entropy,
+    batch_size: int = 128,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[Row]:
+    """A Row for each learned task i, on its test data `stream[i]`.
+
+    protocol: see `parse_protocol`. objective: what the inference minimises.
+    progress: wraps the loop over tasks, such as tqdm.tqdm.
+    Tasks of equal data shape share one compiled program, whatever the number of tasks learned.
+    Raises TypeError or ValueError before compiling for arguments that do not fit, such as an
+    empty store or a stream shorter than the tasks learned.
+    """
+    decide = parse_protocol(protocol, batch_size)
+    store.check_fits(net)
+    store.check_holds_tasks()
+    num_tasks = int(store.num_tasks)
+    if len(stream) < num_tasks:
+        raise ValueError(f"stream must hold test data of {num_tasks} tasks, got {len(stream)}")
+    outcomes = []
+    for i in progress(range(num_tasks)):
+        data = stream[i]
+        if not isinstance(data, TaskData):
+            raise TypeError(f"stream[{i}] must be a TaskData, got {type(data).__name__}")
+        data.check()
+        if decide is None:
+            outcome = _given(net, store, data, i, batch_size=batch_size)
+        else:
+            outcome = _inferred(net, store, data, protocol=decide, objective=objective)
+        outcomes.append(outcome)
+        if i:  # one task ahead of the device, and no further
+            outcomes[-2] = jax.device_get(outcomes[-2])
+    return [_row(i, jax.device_get(outcome), decide) for i, outcome in enumerate(outcomes)]
+
+
+def _row(i, outcome, decide):
+    under = outcome.task == i
+    return Row(
+        task=i,
+        accuracy=float(np.mean(outcome.right & under)),
+        shared_accuracy=float(np.mean(outcome.right)),
+        task_accuracy=None if decide is None else float(np.mean(outcome.inferred == i)),
+        decisions=len(outcome.inferred),
+        inferred=outcome.inferred,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _given(net, store, data, i, *, batch_size):
+    task = store.task(i)
+
+    def judge(index):
+        x, y = data.batch(index)
+        return _is_right(net(task.mask, x, task.state), y)
+
+    right = _over_batches(judge, data.num_examples, batch_size)
+    return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("protocol", "objective"))
+def _inferred(net, store, data, *, protocol, objective):
+    mixture = store.mixture()
+
+    def name_tasks(index):
+        """Ids [contexts, groups] for the examples index [contexts, images]."""
+        x, _ = data.batch(index.reshape(-1))
+        x = x.reshape(*index.shape, *x.shape[1:])
+        group = min(protocol.group, index.shape[1])
+        x = x.reshape(index.shape[0], -1, group, *x.shape[2:])[:, :, : protocol.deciders]
+
+        def scores(x, state):
+            return infer.gradient_scores(net, store, mixture, x, state, objective)
+
+        if net.state is None:  # no statistics: all decisions are alike, whatever their context
+            gradient = scores(x.reshape(-1, *x.shape[2:]), None)
+        else:
+
+            def in_context(each):
+                x, index = each
+                state = infer.frozen_state(net, mixture, data.batch(index)[0])
+                return scores(x, state)
+
+            gradient = lax.map(in_context, (x, index)).reshape(-1, store.capacity)
+        return infer.belief(store, -gradient).task.reshape(x.shape[:2])
+
+    def judge(each):
+        index, ids = each
+        x, y = data.batch(index)
+        if len(ids) == 1:
+            return _is_right(infer.predict(net, store, x, ids[0]), y)
+        return _is_right(infer.predict(net, store, x, jnp.repeat(ids, len(index) // len(ids))), y)
+
+    parts = []
+    num, size = data.num_examples, protocol.context
+    for start, stop, width in ((0, num - num % size, size), (num - num % size, num, num % size)):
+        if start == stop:
+            continue
+        index = jnp.arange(start, stop).reshape(-1, width)
+        ids = name_tasks(index)
+        right = lax.map(judge, (index, ids)).reshape(-1)
+        each = jnp.repeat(ids.reshape(-1), (stop - start) // ids.size)
+        parts.append(_Outcome(right, each, ids.reshape(-1)))
+    return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+
+def _over_batches(function, num, size):
+    """function(index [<= size]) -> [.., ...] over 0..num-1 in order, joined."""
+    whole = num - num % size
+    parts = []
+    if whole:
+        parts.append(lax.map(function, jnp.arange(whole).reshape(-1, size)).reshape(whole))
+    if whole < num:
+        parts.append(function(jnp.arange(whole, num)))
+    return jnp.concatenate(parts)
+
+
+def _is_right(logits, labels):
+    return jnp.argmax(logits, axis=-1) == labels

@@ -1,0 +1,300 @@
+"""Finding the task of an input: one forward and backward pass, whatever the number of tasks.
+
+With all masks superposed at coefficients a, the output's uncertainty F has the gradient
+dF/da_i = <dF/dW_eff * W, M_i>: one backward pass to the effective weights, then one product of
+that vector with the packed masks (paper section 3.3). Every function returns scores in which
+higher is better and -inf marks an empty slot.
+
+Called on concrete arrays each function checks its arguments, then runs one jitted program; inside
+the caller's own jit the same code becomes part of the caller's program.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from supsup_jax.network import Network
+from supsup_jax.objectives import entropy
+from supsup_jax.store import MaskStore, TaskIdError
+from supsup_jax.types import Objective, PyTree, TaskBelief
+
+# Per-example weight gradients held at once: 128 MiB of float32. Larger batches go in pieces.
+GRADIENT_FLOATS = 32 * 1024 * 1024
+# Rows of one task that `predict` sends through the network together.
+SEGMENT = 32
+
+
+def alpha_gradient(
+    net: Network,
+    store: MaskStore,
+    x: jax.Array,
+    objective: Objective = entropy,
+    alphas: jax.Array | None = None,
+    per_example: bool = True,
+) -> jax.Array:
+    """dF/da at coefficients `alphas` ([K] or [T]; None is 1/T each), 0 in empty slots.
+
+    x: [B, ...]. per_example: [B, K], row b the gradient of objective(logits[b]); otherwise [K],
+    the gradient of the batch's mean objective (`golden/one_shot.npz`).
+    A stateful network uses the statistics of the whole x under the mixture, held constant.
+    Raises TypeError or ValueError for arguments that do not fit, and for an empty store.
+    """
+    _check(net, store, x, objective)
+    if alphas is not None:
+        alphas = store.per_slot(alphas)
+        if alphas.ndim != 1:
+            raise ValueError(f"alphas must be [{store.capacity}], got shape {alphas.shape}")
+    return _alpha_gradient(net, store, x, alphas, objective=objective, per_example=per_example)
+
+
+def one_shot(
+    net: Network,
+    store: MaskStore,
+    x: jax.Array,
+    objective: Objective = entropy,
+    per_example: bool = True,
+) -> TaskBelief:
+    """The task whose coefficient most lowers the uncertainty: argmax_i -dF/da_i at a = 1/T.
+
+    per_example: task [B], scores [B, K], each row of x for itself; otherwise one decision of the
+    whole batch, task [] and scores [K]. Statistics and errors as `alpha_gradient`.
+    """
+    _check(net, store, x, objective)
+    return _one_shot(net, store, x, objective=objective, per_example=per_example)
+
+
+def descend(
+    net: Network,
+    store: MaskStore,
+    x: jax.Array,
+    objective: Objective = entropy,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    per_example: bool = True,
+) -> TaskBelief:
+    """Gradient descent on the coefficients over the simplex, from 1/T each.
+
+    Each of the `steps` updates is projected back onto the simplex. scores are the final
+    coefficients; of equal ones, as in the corner a large step lands in, the lower id wins.
+    One step of small sgd ranks tasks as `one_shot` does.
+    optimizer: from optax; keep and reuse one object, as a new one compiles anew.
+    per_example needs a mixture per row: [B, n] floats.
+    Raises as `one_shot`, and ValueError unless steps is a positive int.
+    """
+    _check(net, store, x, objective)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive int, got {steps!r}")
+    return _descend(
+        net,
+        store,
+        x,
+        objective=objective,
+        optimizer=optimizer,
+        steps=steps,
+        per_example=per_example,
+    )
+
+
+def oracle(
+    net: Network,
+    store: MaskStore,
+    x: jax.Array,
+    objective: Objective = entropy,
+    per_example: bool = True,
+) -> TaskBelief:
+    """Every mask tried alone: scores[b, i] = -F(logits of x_b under mask i), T forward passes.
+
+    An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
+    per_example False judges the batch's mean. Raises as `one_shot`.
+    """
+    _check(net, store, x, objective)
+    return _oracle(net, store, x, objective=objective, per_example=per_example)
+
+
+def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int) -> jax.Array:
+    """Logits [B, C] of x [B, ...] under its task's mask and statistics, in eval mode.
+
+    task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each
+    group goes through the network together, so no network is ever built per example.
+    Raises TypeError for ids that are not integers, ValueError (TaskIdError) for one out of
+    range, where values are known; inside jit an id out of range is clamped.
+    """
+    _check(net, store, x, entropy)
+    task = jnp.asarray(task)
+    if not jnp.issubdtype(task.dtype, jnp.integer):
+        raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
+    if task.shape not in ((), (x.shape[0],)):
+        raise ValueError(f"task must be one id or [{x.shape[0]}], got shape {task.shape}")
+    if not isinstance(task, jax.core.Tracer) and not isinstance(store.num_tasks, jax.core.Tracer):
+        if task.size and not (0 <= int(task.min()) and int(task.max()) < int(store.num_tasks)):
+            raise TaskIdError(
+                f"task must lie in [0, {int(store.num_tasks)}), "
+                f"got {int(task.min())} to {int(task.max())}"
+            )
+    return _predict(net, store, x, task)
+
+
+def _check(net: Network, store: MaskStore, x: jax.Array, objective: Objective) -> None:
+    if not isinstance(store, MaskStore):
+        raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
+    store.check_fits(net)
+    store.check_holds_tasks()
+    if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
+        raise TypeError(f"objective must be a hashable function of logits, got {objective!r}")
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            "x must be a float array as the network takes it, got "
+            f"{getattr(x, 'dtype', type(x).__name__)}"
+        )
+    if x.ndim < 2 or x.shape[0] == 0:
+        raise ValueError(f"x must be [B, ...] with B >= 1, got shape {x.shape}")
+
+
+def weight_gradient(
+    net: Network, mixture: PyTree, x: jax.Array, state: PyTree, objective: Objective
+) -> jax.Array:
+    """dF/dW_eff * W as one vector [n], F the mean objective of x [B, ...] under `mixture`."""
+
+    def value(mixture):
+        values = objective(net(mixture, x, state))
+        if values.shape != x.shape[:1]:
+            raise ValueError(
+                f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
+                f"got shape {values.shape}"
+            )
+        return values.mean()
+
+    return net.layout.ravel(jax.grad(value)(mixture), "the mixture")
+
+
+def gradient_scores(
+    net: Network,
+    store: MaskStore,
+    mixture: PyTree,
+    x: jax.Array,
+    state: PyTree,
+    objective: Objective,
+) -> jax.Array:
+    """dF/da [D, K] of D decisions, each by the m examples of x [D, m, ...]."""
+
+    def piece(x):
+        v = jax.vmap(weight_gradient, (None, None, 0, None, None))(
+            net, mixture, x, state, objective
+        )
+        return store.contract(v)
+
+    size = max(1, GRADIENT_FLOATS // net.layout.num_weights)
+    if len(x) <= size:
+        return piece(x)
+    return lax.map(lambda row: piece(row[None])[0], x, batch_size=size)
+
+
+def frozen_state(net: Network, mixture: PyTree, x: jax.Array) -> PyTree:
+    """The state under which x [B, ...] is judged without an id: its own statistics, constant."""
+    return None if net.state is None else net.batch_state(net.superpose(mixture), x)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
+def _alpha_gradient(net, store, x, alphas, *, objective, per_example):
+    mixture = store.mixture(alphas)
+    state = frozen_state(net, mixture, x)
+    if per_example:
+        return gradient_scores(net, store, mixture, x[:, None], state, objective)
+    return store.contract(weight_gradient(net, mixture, x, state, objective))
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
+def _one_shot(net, store, x, *, objective, per_example):
+    gradient = _alpha_gradient(net, store, x, None, objective=objective, per_example=per_example)
+    return belief(store, -gradient)
+
+
+def belief(store: MaskStore, scores: jax.Array) -> TaskBelief:
+    """The belief of scores [..., K], empty slots ruled out."""
+    live = store.slots.reshape(*[1] * (scores.ndim - 1), store.capacity)
+    scores = jnp.where(live, scores, -jnp.inf)
+    return TaskBelief(jnp.argmax(scores, axis=-1).astype(jnp.int32), scores)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "optimizer", "steps", "per_example"))
+def _descend(net, store, x, *, objective, optimizer, steps, per_example):
+    decisions = x[:, None] if per_example else x[None]
+    state = frozen_state(net, store.mixture(), x)
+    start = store.slots / store.num_tasks.astype(jnp.float32)
+    alphas = jnp.broadcast_to(start[None], (len(decisions), store.capacity))
+
+    def gradient(alphas):
+        # One mixture a decision: alphas are batched, so the masks are read once for all of them.
+        mixtures = jax.vmap(store.mixture)(alphas)
+        v = jax.vmap(weight_gradient, (None, 0, 0, None, None))(
+            net, mixtures, decisions, state, objective
+        )
+        return store.contract(v)
+
+    def step(carry, _):
+        alphas, moments = carry
+        updates, moments = optimizer.update(gradient(alphas), moments, alphas)
+        moved = optax.apply_updates(alphas, updates)
+        # More than 1 below the largest lies outside the simplex: empty slots stay at 0.
+        live = store.slots[None]
+        top = jnp.max(jnp.where(live, moved, -jnp.inf), axis=-1, keepdims=True)
+        moved = jnp.where(live, moved, top - 2)
+        return (jax.vmap(optax.projections.projection_simplex)(moved), moments), None
+
+    (alphas, _), _ = lax.scan(step, (alphas, optimizer.init(alphas)), None, length=steps)
+    return belief(store, alphas if per_example else alphas[0])
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
+def _oracle(net, store, x, *, objective, per_example):
+    def judge(i, scores):
+        values = objective(_task_logits(net, store, x, i))
+        return scores.at[i].set(-values)
+
+    scores = jnp.full((store.capacity, x.shape[0]), -jnp.inf)
+    scores = lax.fori_loop(0, store.num_tasks, judge, scores).T
+    return belief(store, scores if per_example else scores.mean(axis=0))
+
+
+def _task_logits(net, store, x, i):
+    task = store.task(i)
+    return net(task.mask, x, task.state)
+
+
+@jax.jit
+def _predict(net, store, x, task):
+    if task.ndim == 0:
+        return _task_logits(net, store, x, task)
+    num_rows = x.shape[0]
+    segment = min(SEGMENT, num_rows)
+    order = jnp.argsort(task)
+    ids, rows = task[order], x[order]
+    # A segment starts where the id changes, and every `segment` rows within a run of one id.
+    place = jnp.arange(num_rows)
+    changes = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+    run_start = lax.cummax(jnp.where(changes, place, 0))
+    starts_segment = (place - run_start) % segment == 0
+    starts = jnp.nonzero(starts_segment, size=num_rows, fill_value=num_rows)[0]
+    padded = jnp.concatenate([rows, jnp.zeros((segment, *rows.shape[1:]), rows.dtype)])
+    like = jax.eval_shape(_task_logits, net, store, rows[:1], ids[0])
+
+    # Rows beyond a segment's own come out under the wrong mask, and the next segment, which
+    # starts there, overwrites them. A scan over cond, not a while loop: it can be differentiated.
+    def send(logits, start):
+        def forward(logits):
+            part = lax.dynamic_slice_in_dim(padded, start, segment)
+            part_logits = _task_logits(net, store, part, ids[start])
+            return lax.dynamic_update_slice_in_dim(logits, part_logits, start, 0)
+
+        return lax.cond(start < num_rows, forward, lambda logits: logits, logits), None
+
+    logits = jnp.zeros((num_rows + segment, like.shape[1]), like.dtype)
+    logits, _ = lax.scan(send, logits, starts)
+    return jnp.zeros((num_rows, like.shape[1]), like.dtype).at[order].set(logits[:num_rows])

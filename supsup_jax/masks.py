@@ -1,0 +1,140 @@
+"""Scores to binary masks, with straight-through gradients.
+
+Each rule maps one array of real scores to one mask of the same shape and dtype. A step function
+has derivative zero, so each states the derivative it uses instead. The rules are `custom_jvp`
+functions whose tangent is linear, so that forward and reverse mode, vmap and jit all work.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from supsup_jax import prng
+
+
+def kept_count(density: float, n: int) -> int:
+    """Weights kept out of `n` at `density` in (0, 1]: a host integer, rounded to the nearest.
+
+    Raises ValueError for a density outside (0, 1], or one that keeps nothing.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density must lie in (0, 1], got {density!r}")
+    if (kept := round(density * n)) == 0:
+        raise ValueError(f"density {density!r} keeps none of {n} weights")
+    return kept
+
+
+def score_bound(shape: tuple[int, ...]) -> float:
+    """Scores start uniform in +-1/sqrt(fan_in), fan_in = prod(shape[:-1])."""
+    return 1 / math.sqrt(math.prod(shape[:-1]))
+
+
+def init_scores(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> list[jax.Array]:
+    """Fresh float32 scores for the masked leaves `shapes` (by path), in their order.
+
+    Kaiming uniform with a = sqrt(5), as the reference starts them.
+    """
+    keys = jax.random.split(prng.purpose_key(key, "scores"), len(shapes))
+    return [
+        jax.random.uniform(k, shape, minval=-score_bound(shape), maxval=score_bound(shape))
+        for k, shape in zip(keys, shapes.values(), strict=True)
+    ]
+
+
+def threshold_mask(scores: jax.Array) -> jax.Array:
+    """1 where score >= 0, else 0: the rule of the paper's MNIST experiments.
+
+    Under differentiation the map is the identity: the score gradient is the mask's.
+    Raises TypeError unless scores are floats.
+    """
+    _check_floats(scores)
+    return _threshold(scores)
+
+
+def topk_mask(scores: jax.Array, k: int) -> jax.Array:
+    """1 for the `k` largest |score| of the whole array, else 0: the rule of the conv nets.
+
+    The lower flat index wins ties, so exactly `k` entries are kept. Under differentiation the
+    map is |score|: the score gradient is the mask's times sign(score) (`golden/topk.npz`).
+    Raises TypeError unless scores are floats and k is an int, ValueError unless 0 <= k <= size.
+    """
+    _check_floats(scores)
+    _check_count(k, scores.size)
+    return _topk(scores, k)
+
+
+def signed_topk_mask(scores: jax.Array, k: int) -> jax.Array:
+    """sign(score) for the `k` largest |score|, else 0: values in {-1, 0, 1}.
+
+    Under differentiation the map is the identity. A store keeps one bit a weight and refuses
+    such a mask. Ties and errors as `topk_mask`.
+    """
+    _check_floats(scores)
+    _check_count(k, scores.size)
+    return _signed_topk(scores, k)
+
+
+@jax.custom_jvp
+def _threshold(scores):
+    return (scores >= 0).astype(scores.dtype)
+
+
+@_threshold.defjvp
+def _threshold_jvp(primals, tangents):
+    return _threshold(*primals), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _topk(scores, k):
+    return _largest(jnp.abs(scores), k).astype(scores.dtype)
+
+
+@_topk.defjvp
+def _topk_jvp(k, primals, tangents):
+    return _topk(*primals, k), tangents[0] * jnp.sign(primals[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _signed_topk(scores, k):
+    return _topk(scores, k) * jnp.sign(scores)
+
+
+@_signed_topk.defjvp
+def _signed_topk_jvp(k, primals, tangents):
+    return _signed_topk(*primals, k), tangents[0]
+
+
+def _largest(magnitudes: jax.Array, k: int) -> jax.Array:
+    """True for the k largest of the non-negative `magnitudes`, lower index first among equals.
+
+    Non-negative floats order as their bit patterns do, so the k-th largest is found by binary
+    search over its bits: one count of the array a bit, where a sort needs log2 n passes of
+    scattered moves.
+    """
+    width = jnp.finfo(magnitudes.dtype).bits
+    bits = lax.bitcast_convert_type(magnitudes, jnp.dtype(f"uint{width}"))
+
+    def settle(i, kth):
+        trial = kth | (jnp.ones((), bits.dtype) << (width - 2 - i).astype(bits.dtype))
+        return jnp.where(jnp.sum(bits >= trial, dtype=jnp.int32) >= k, trial, kth)
+
+    kth = lax.fori_loop(0, width - 1, settle, jnp.zeros((), bits.dtype))
+    above, equal = bits > kth, bits == kth
+    spare = k - jnp.sum(above, dtype=jnp.int32)
+    place = jnp.cumsum(equal.reshape(-1), dtype=jnp.int32).reshape(equal.shape)
+    return above | (equal & (place <= spare))
+
+
+def _check_floats(scores):
+    if not jnp.issubdtype(jnp.result_type(scores), jnp.floating):
+        raise TypeError(f"scores must be floats, got dtype {jnp.result_type(scores)}")
+
+
+def _check_count(k, size):
+    if isinstance(k, bool) or not hasattr(k, "__index__") or isinstance(k, jax.core.Tracer):
+        raise TypeError(f"k must be a host integer (see kept_count), got {k!r}")
+    if not 0 <= k <= size:
+        raise ValueError(f"k must lie in [0, {size}], the size of scores, got {k}")

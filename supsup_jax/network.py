@@ -1,0 +1,233 @@
+"""The one fixed network that every task shares."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from supsup_jax import prng
+from supsup_jax.packing import Layout, named_leaves
+from supsup_jax.types import PyTree
+
+SIGNED_CONSTANT = "signed_constant"
+
+
+def is_kernel(name: str, leaf: jax.Array) -> bool:
+    """The default choice of masked leaves: floats with two or more axes."""
+    del name
+    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Network:
+    """A network whose weights never change, as a pytree: params, state and seed are leaves.
+
+    apply: stateless `apply(params, x) -> logits`; stateful, when state is given,
+      `apply(params, state, x, train) -> (logits, state)`. x is [B, ...], logits [B, C]. Static,
+      so it must hash by value where networks are made anew for one compiled program.
+    params: pytree of the weights.
+    masked: `masked(name, leaf) -> bool` with names like "layer0/kernel"; by default every float
+      leaf with two or more axes. Resolved here, once.
+    state: normalisation statistics and the like, where a task's training starts.
+
+    layout: which leaves are masked, and their order. initializer, seed: how the masked weights
+    were drawn, None where they were given (see `signed_constant`).
+    Raises TypeError or ValueError for an apply that is not callable, params without arrays, and
+    what `Layout.of` refuses.
+    """
+
+    def __init__(
+        self,
+        apply: Callable,
+        params: PyTree,
+        masked: Callable[[str, jax.Array], bool] | None = None,
+        state: PyTree = None,
+    ):
+        if not callable(apply):
+            raise TypeError(f"apply must be a function of (params, x), got {type(apply).__name__}")
+        if masked is not None and not callable(masked):
+            raise TypeError(f"masked must be a function of (name, leaf), got {masked!r}")
+        self.apply = apply
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.state = None if state is None else jax.tree.map(jnp.asarray, state)
+        self.seed = None
+        self.initializer = None
+        self.layout = Layout.of(self.params, masked or is_kernel)
+        self._fingerprint = None
+
+    @classmethod
+    def from_nnx(cls, module: Any, masked: Callable | None = None) -> "Network":
+        """The network of a Flax NNX module, with the module's weights.
+
+        Its Params become params; everything else (batch statistics, dropout's keys and counters)
+        becomes state. Training runs it as `module.train()`, prediction as `module.eval()`.
+        Raises TypeError when `module` is not an nnx.Module.
+        """
+        from supsup_jax import adapters  # the core knows no model library until one is used
+
+        return cls(*adapters.split_nnx(module), masked=masked)
+
+    @classmethod
+    def from_linen(
+        cls, module: Any, variables: PyTree, masked: Callable | None = None
+    ) -> "Network":
+        """The network of a Flax Linen module and the variables its `init` returned.
+
+        `variables["params"]` becomes params, every other collection state. A module with state
+        must take one of the arguments train, training, deterministic or use_running_average.
+        Raises TypeError or ValueError when it does not, or when there are no params.
+        """
+        from supsup_jax import adapters
+
+        return cls(*adapters.split_linen(module, variables), masked=masked)
+
+    def __call__(self, mask: PyTree, x: jax.Array, state: PyTree = None) -> jax.Array:
+        """Logits [B, C] of x [B, ...] under a mask, or under a mixture of masks.
+
+        Masked weights are multiplied by the mask (None where a leaf is not masked). A stateful
+        network uses `state`, as a task's in prediction; without one, the statistics of the
+        whole x under this mask, held constant under differentiation.
+        Raises ValueError when the mask does not fit, or apply does not return [B, C].
+        """
+        weights = self.superpose(mask)
+        if self.state is None:
+            logits = self.apply(weights, x)
+        else:
+            if state is None:
+                state = self.batch_state(weights, x)
+            logits, _ = self.apply(weights, state, x, False)
+        return check_logits(logits, x)
+
+    def train_logits(self, mask: PyTree, state: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+        """Logits [B, C] in train mode, and the state behind this batch."""
+        weights = self.superpose(mask)
+        if self.state is None:
+            return check_logits(self.apply(weights, x), x), None
+        logits, state = self.apply(weights, state, x, True)
+        return check_logits(logits, x), state
+
+    def superpose(self, mask: PyTree) -> PyTree:
+        """The params with each masked leaf multiplied by its mask or mixture."""
+        factors = dict(zip(self.layout.shapes, self.layout.leaves(mask, "the mask"), strict=True))
+        return jax.tree_util.tree_unflatten(
+            jax.tree.structure(self.params),
+            [
+                weight if name not in factors else weight * factors[name].astype(weight.dtype)
+                for name, weight in named_leaves(self.params).items()
+            ],
+        )
+
+    def batch_state(self, weights: PyTree, x: jax.Array) -> PyTree:
+        """State that makes eval mode use the statistics of `x` [B, ...] itself, held constant.
+
+        Running statistics move as new = m old + (1 - m) batch. From old = 0 they arrive at
+        (1 - m) batch, and their derivative in old is m: both from one train-mode pass, for
+        whatever momentum m each leaf has. Leaves that do not move (m = 1), and those that are
+        not floats, stay as they are.
+        """
+        leaves, treedef = jax.tree.flatten(self.state)
+        moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+        def arrive(floats):
+            floats = iter(floats)
+            old = [next(floats) if m else leaf for m, leaf in zip(moving, leaves, strict=True)]
+            _, new = self.apply(weights, jax.tree.unflatten(treedef, old), x, True)
+            return [new for m, new in zip(moving, jax.tree.leaves(new), strict=True) if m]
+
+        old = [leaf for m, leaf in zip(moving, leaves, strict=True) if m]
+        moved, momentum = jax.jvp(
+            arrive, ([jnp.zeros_like(o) for o in old],), ([jnp.ones_like(o) for o in old],)
+        )
+        batch = iter(
+            lax.stop_gradient(jnp.where(m == 1, o, s / jnp.where(m == 1, 1, 1 - m)))
+            for o, s, m in zip(old, moved, momentum, strict=True)
+        )
+        return jax.tree.unflatten(
+            treedef, [next(batch) if m else leaf for m, leaf in zip(moving, leaves, strict=True)]
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all params (names, dtypes, shapes and bytes), in hex.
+
+        Computed on the host once a Network object, so it cannot be read inside jit.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, leaf in sorted(named_leaves(self.params).items()):
+                if isinstance(leaf, jax.core.Tracer):
+                    raise TypeError("a fingerprint is taken outside jit, where weights have values")
+                array = np.ascontiguousarray(jax.device_get(leaf))
+                digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+                digest.update(array.tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        leaves = [(key(name), getattr(self, name)) for name in ("params", "state", "seed")]
+        return leaves, (self.apply, self.layout, self.initializer)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        # Not through __init__: its checks ran once, and transformations put placeholders in.
+        self = object.__new__(cls)
+        self.apply, self.layout, self.initializer = static
+        self.params, self.state, self.seed = leaves
+        self._fingerprint = None
+        return self
+
+    def __repr__(self) -> str:
+        origin = f"{self.initializer}, seed {self.seed}" if self.initializer else "given weights"
+        return (
+            f"Network({self.layout.num_weights:,} maskable weights in "
+            f"{len(self.layout.shapes)} leaves, {origin})"
+        )
+
+
+def signed_constant(net: Network, seed: int) -> Network:
+    """`net` with every masked weight redrawn as +-sqrt(2 / fan_in), the sign uniform.
+
+    The signed Kaiming constant of the paper; fan_in = prod(shape[:-1]). Leaves that are not
+    masked stay. The weights follow from `seed` alone (a host int or an integer array), which the
+    returned network remembers.
+    Raises ValueError for a host seed outside [0, 2**32).
+    """
+    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    drawn = copy.copy(net)
+    drawn.seed = jnp.asarray(seed, jnp.uint32)
+    drawn.initializer = SIGNED_CONSTANT
+    drawn._fingerprint = None
+    keys = jax.random.split(
+        prng.purpose_key(jax.random.key(drawn.seed), "weights"), len(net.layout.shapes)
+    )
+    weights = {
+        name: jax.random.rademacher(key, shape, jnp.float32)
+        * np.float32(math.sqrt(2 / math.prod(shape[:-1])))
+        for key, (name, shape) in zip(keys, net.layout.named_shapes, strict=True)
+    }
+    drawn.params = jax.tree_util.tree_unflatten(
+        jax.tree.structure(net.params),
+        [
+            weights[name].astype(leaf.dtype) if name in weights else leaf
+            for name, leaf in named_leaves(net.params).items()
+        ],
+    )
+    return drawn
+
+
+def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:
+    """`logits`, once they are seen to be [B, C] for x [B, ...]; runs while tracing only."""
+    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"apply must return logits [B, C] with B = {x.shape[0]} for x of shape {x.shape}, "
+            f"got shape {logits.shape}"
+        )
+    return logits

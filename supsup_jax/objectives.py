@@ -1,0 +1,64 @@
+"""How uncertain an output is: callables of logits [..., C] -> [...], lower is more certain.
+
+All are equal by value (module functions, or a frozen dataclass), so that passing one to a jitted
+function never retraces. Values are float32, in nats where they are logarithms.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """H = -sum_c p_c log p_c of softmax(logits), in nats (paper section 3.3).
+
+    0 log 0 = 0 in the value and in every derivative, so both stay finite at extreme logits.
+    """
+    log_p = jax.nn.log_softmax(_as_float32(logits))
+    p = jnp.exp(log_p)
+    return -jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Superfluous:
+    """The paper's G (section 3.6): -log P(labels), with P(labels) the softmax mass on them.
+
+    The first `num_labels` outputs are labels, the rest are superfluous; training pushes their
+    mass down, so a network under the right mask puts little there. The value is
+    logsumexp(all) - logsumexp(labels); under differentiation only the superfluous logits carry
+    a gradient, which equals that of the paper's G = logsumexp(all).
+    Raises ValueError unless there are more outputs than labels.
+    """
+
+    num_labels: int
+
+    def __post_init__(self):
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        if logits.shape[-1] <= self.num_labels:
+            raise ValueError(
+                f"Superfluous({self.num_labels}) needs more than {self.num_labels} outputs, "
+                f"got {logits.shape[-1]}"
+            )
+        logits = _as_float32(logits)
+        labels = lax.stop_gradient(logits[..., : self.num_labels])
+        everything = jnp.concatenate([labels, logits[..., self.num_labels :]], axis=-1)
+        return jax.nn.logsumexp(everything, axis=-1) - jax.nn.logsumexp(labels, axis=-1)
+
+
+def max_logit(logits: jax.Array) -> jax.Array:
+    """Minus the largest logit."""
+    return -jnp.max(_as_float32(logits), axis=-1)
+
+
+def max_confidence(logits: jax.Array) -> jax.Array:
+    """Minus the largest softmax probability."""
+    return -jnp.max(jax.nn.softmax(_as_float32(logits)), axis=-1)
+
+
+def _as_float32(logits):
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,143 @@
+"""The one place that knows how a mask becomes bits.
+
+The masked leaves of a network, in the pytree's own order, form one flat vector of n weights.
+
+*Words.* n weights fill nw = ceil(n / 32) uint32 words in bit-plane order: weight j is bit
+j // nw of word j % nw. Unpacking is then a shift and a reshape [32, nw] -> [n], with nothing to
+interleave, and any float vector over the weights lines up with the words as reshape(32, nw).
+
+*Tiles.* A store keeps its tasks as [num_tiles, nw, lanes] words, the task axis minor: task i is
+lane i % lanes of tile i // lanes. The lanes of a tile are the vector lanes of the arithmetic, and
+loops run over the tiles that hold a task, so time follows T and not K.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from supsup_jax.types import PyTree
+
+WORD_BITS = 32
+# Wide enough that the loop over words costs little beside its body, narrow enough that a store
+# at low fill wastes little; measured with experiments/benchmark_inference.py.
+MAX_LANES = 1024
+
+
+def leaf_name(path: tuple) -> str:
+    """A pytree path as the name users see, such as "layer0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` by name; None has no leaf."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which leaves of a network are masked, and where each lies in the flat vector.
+
+    treedef: structure of the params with None where a leaf is not masked.
+    shapes: (name, shape) of each masked leaf, in order.
+    """
+
+    treedef: Any
+    named_shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, params: PyTree, masked: Callable[[str, jax.Array], bool]) -> "Layout":
+        """The layout that masks the leaves for which `masked(name, leaf)` holds.
+
+        Raises TypeError when it picks a leaf that is not of floats, ValueError when it picks none.
+        """
+
+        def pick(path, leaf):
+            name = leaf_name(path)
+            if not masked(name, leaf):
+                return None
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(f"masked leaves must hold floats, got {leaf.dtype} at {name!r}")
+            return leaf
+
+        kept = jax.tree_util.tree_map_with_path(pick, params)
+        shapes = tuple((name, tuple(leaf.shape)) for name, leaf in named_leaves(kept).items())
+        if not shapes:
+            raise ValueError(
+                f"masked selects no leaf of params, which has {sorted(named_leaves(params))}"
+            )
+        return cls(jax.tree.structure(kept), shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.named_shapes)
+
+    @functools.cached_property
+    def num_weights(self) -> int:
+        """n."""
+        return sum(math.prod(shape) for _, shape in self.named_shapes)
+
+    @property
+    def num_words(self) -> int:
+        """nw."""
+        return -(-self.num_weights // WORD_BITS)
+
+    def leaves(self, tree: PyTree, what: str) -> list[jax.Array]:
+        """The leaves of a mask-like `tree` in order.
+
+        Raises ValueError, naming the leaf, for one that is missing, extra, or of another shape.
+        """
+        found = named_leaves(tree)
+        if missing := [name for name, _ in self.named_shapes if name not in found]:
+            raise ValueError(f"{what} lacks the masked leaf {missing[0]!r}; it has {list(found)}")
+        if extra := [name for name in found if name not in self.shapes]:
+            raise ValueError(
+                f"{what} has the leaf {extra[0]!r}, which this network does not mask "
+                f"(masked: {list(self.shapes)}); put None there"
+            )
+        for name, shape in self.named_shapes:
+            if (got := tuple(jnp.shape(found[name]))) != shape:
+                raise ValueError(f"{what} must have shape {shape} at {name!r}, got {got}")
+        return [found[name] for name, _ in self.named_shapes]
+
+    def tree(self, leaves: list) -> PyTree:
+        """A mask-like pytree of `leaves`, None where not masked."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def ravel(self, tree: PyTree, what: str) -> jax.Array:
+        """A mask-like pytree as one flat vector [n]."""
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in self.leaves(tree, what)])
+
+    def unravel(self, flat: jax.Array) -> PyTree:
+        """The mask-like pytree of a vector [n, or longer: padding is dropped]."""
+        leaves, start = [], 0
+        for _, shape in self.named_shapes:
+            size = math.prod(shape)
+            leaves.append(flat[start : start + size].reshape(shape))
+            start += size
+        return self.tree(leaves)
+
+    def pad(self, flat: jax.Array) -> jax.Array:
+        """[..., n] -> [..., 32 nw], zeros behind."""
+        spare = WORD_BITS * self.num_words - self.num_weights
+        return jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, spare)])
+
+
+def pack(bits: jax.Array) -> jax.Array:
+    """bool [32 nw] -> uint32 words [nw]."""
+    planes = bits.reshape(WORD_BITS, -1).astype(jnp.uint32)
+    return jnp.sum(planes << bit_index()[:, None], axis=0, dtype=jnp.uint32)
+
+
+def unpack(words: jax.Array) -> jax.Array:
+    """uint32 words [nw, ...] -> uint32 0 or 1, [32, nw, ...]: the planes in weight order."""
+    index = bit_index().reshape(WORD_BITS, *[1] * words.ndim)
+    return (words[None] >> index) & 1
+
+
+def bit_index() -> jax.Array:
+    return jnp.arange(WORD_BITS, dtype=jnp.uint32)

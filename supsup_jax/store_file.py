@@ -1,0 +1,205 @@
+"""A MaskStore as one file, format 1: a NumPy .npz archive that is read whole or refused.
+
+    manifest  uint8 [bytes], JSON: format, version, num_tasks, capacity, initializer, seed,
+              fingerprint (sha256 of the weights), layout [[name, shape], ...] in order,
+              states {name: [dtype, shape]}, sha256 {array: of its bytes}
+    masks     uint32 [T, nw], a row a task; weight j of the layout's order is bit j // nw of
+              word j % nw
+    state.0 ... [T, ...], the tasks' normalisation statistics, in the order of `states`
+
+Reading needs NumPy only, never pickle. The file is written beside its final name, flushed to
+disk, then renamed, so that a reader sees the old store or the new one and nothing between.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from supsup_jax import contraction
+from supsup_jax import store as stores
+from supsup_jax.network import Network
+from supsup_jax.packing import named_leaves
+from supsup_jax.store import MaskStore, StoreError
+
+FORMAT = "supsup_jax.MaskStore"
+VERSION = 1
+
+
+def save(store: MaskStore, path: str | os.PathLike, overwrite: bool) -> None:
+    """Writes `store` to `path`.
+
+    Raises StoreError for a consumed store or one made inside jit, FileExistsError when something
+    is there and overwrite is False, FileNotFoundError for a missing folder, OSError for the
+    rest; whatever happens, `path` holds what it held or the whole new store.
+    """
+    path = Path(path)
+    fingerprint = bytes(np.asarray(store._usable()._fingerprint))
+    if not any(fingerprint):
+        raise StoreError("this store was created inside jit and knows no fingerprint to save")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file to save the store to")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in; create it first")
+    num_tasks, masks = int(store.num_tasks), store._masks
+    rows = stores.untile_words(masks.words, store.capacity)[:num_tasks]
+    arrays = {"masks": np.asarray(rows)}
+    for i, leaf in enumerate(jax.tree.leaves(masks.states)):
+        arrays[f"state.{i}"] = np.asarray(leaf[:num_tasks])
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_tasks": num_tasks,
+        "capacity": store.capacity,
+        "initializer": store._static.initializer,
+        "seed": None if store._seed is None else int(store._seed),
+        "fingerprint": fingerprint.hex(),
+        "layout": [[name, list(shape)] for name, shape in store.layout.named_shapes],
+        "states": {
+            name: [str(leaf.dtype), list(leaf.shape[1:])]
+            for name, leaf in named_leaves(masks.states).items()
+        },
+        "sha256": {name: _digest(array) for name, array in arrays.items()},
+    }
+    text = json.dumps(manifest).encode()
+    head = np.frombuffer(text + hashlib.sha256(text).digest(), np.uint8)
+    _write_then_rename(path, {"manifest": head, **arrays})
+
+
+def load(path: str | os.PathLike, net: Network) -> MaskStore:
+    """The store at `path`, for `net`.
+
+    Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
+    file that is damaged, not a store, of a newer version, or of another network.
+    """
+    path = Path(path)
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, got {type(net).__name__}")
+    if not path.exists():
+        raise FileNotFoundError(f"no store at {path}")
+    try:
+        arrays = _read(path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, StoreError | PermissionError):
+            raise
+        raise StoreError(f"{path} is not a whole store file: {error}") from error
+    manifest = _manifest(path, arrays)
+    _check_network(path, manifest, net)
+    num_tasks, capacity = manifest["num_tasks"], manifest["capacity"]
+    want = {"masks": ((num_tasks, net.layout.num_words), "uint32")} | {
+        f"state.{i}": ((num_tasks, *shape), dtype)
+        for i, (dtype, shape) in enumerate(manifest["states"].values())
+    }
+    for name, (shape, dtype) in want.items():
+        if name not in arrays:
+            raise StoreError(f"{path} lacks the array {name!r} that its manifest lists")
+        array = arrays[name]
+        if array.shape != shape or str(array.dtype) != dtype:
+            raise StoreError(
+                f"{path}: {name!r} must be {dtype} {shape}, got {array.dtype} {array.shape}"
+            )
+        if _digest(array) != manifest["sha256"].get(name):
+            raise StoreError(f"{path}: {name!r} does not match its checksum; the file is damaged")
+    return _restore(net, arrays, num_tasks, capacity)
+
+
+def _restore(net, arrays, num_tasks, capacity):
+    store = MaskStore.create(net, capacity)
+    rows = np.zeros((capacity, net.layout.num_words), np.uint32)
+    rows[:num_tasks] = arrays["masks"]
+    words = stores.tile_words(jnp.asarray(rows), net.layout)
+    ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
+    counts = contraction.superpose(words, ones, jnp.asarray(num_tasks))
+    states, treedef = jax.tree.flatten(store._masks.states)
+    states = [leaf.at[:num_tasks].set(arrays[f"state.{i}"]) for i, leaf in enumerate(states)]
+    return store._with(
+        store._masks._replace(
+            words=words,
+            counts=counts.astype(store._masks.counts.dtype),
+            states=jax.tree.unflatten(treedef, states),
+            num_tasks=jnp.asarray(num_tasks, jnp.int32),
+        )
+    )
+
+
+def _read(path):
+    with np.load(path, allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise StoreError(f"{path} is not a store file")
+        return {name: archive[name] for name in archive.files}
+
+
+def _manifest(path, arrays):
+    head = arrays.get("manifest")
+    if head is None or head.dtype != np.uint8 or head.ndim != 1:
+        raise StoreError(f"{path} is not a store file: it has no manifest")
+    text, digest = head.tobytes()[:-32], head.tobytes()[-32:]
+    if hashlib.sha256(text).digest() != digest:
+        raise StoreError(f"{path}: the manifest does not match its checksum; the file is damaged")
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{path} is not a store file: its manifest is not of {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise StoreError(
+            f"{path} has format version {manifest.get('version')}, this release reads {VERSION}: "
+            "upgrade supsup_jax to read it"
+        )
+    return manifest
+
+
+def _check_network(path, manifest, net):
+    stored = {name: tuple(shape) for name, shape in manifest["layout"]}
+    if list(stored.items()) != list(net.layout.shapes.items()):
+        raise StoreError(
+            f"{path} holds masks of {stored}, but the network masks {net.layout.shapes}"
+        )
+    have = {
+        name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(net.state).items()
+    }
+    if manifest["states"] != have:
+        raise StoreError(f"{path} holds statistics {manifest['states']}, the network has {have}")
+    if manifest["fingerprint"] != net.fingerprint:
+        origin = (
+            f"drawn by {manifest['initializer']} from seed {manifest['seed']}"
+            if manifest["initializer"]
+            else "given, not drawn from a seed"
+        )
+        raise StoreError(
+            f"{path} belongs to other weights: its were {origin} (sha256 "
+            f"{manifest['fingerprint'][:12]}...), this network's have {net.fingerprint[:12]}..."
+        )
+
+
+def _digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _write_then_rename(path, arrays):
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a store is as readable as any other file of its owner.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
