@@ -71,7 +71,8 @@ class Network:
         """
         from supsup_jax import adapters  # the core knows no model library until one is used
 
-        return cls(*adapters.split_nnx(module), masked=masked)
+        apply, params, state = adapters.split_nnx(module)
+        return cls(apply, params, masked, state)
 
     @classmethod
     def from_linen(
@@ -85,7 +86,8 @@ class Network:
         """
         from supsup_jax import adapters
 
-        return cls(*adapters.split_linen(module, variables), masked=masked)
+        apply, params, state = adapters.split_linen(module, variables)
+        return cls(apply, params, masked, state)
 
     def __call__(self, mask: PyTree, x: jax.Array, state: PyTree = None) -> jax.Array:
         """Logits [B, C] of x [B, ...] under a mask, or under a mixture of masks.
