@@ -12,10 +12,10 @@ from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logi
 from supsup_jax.store import MaskStore, StoreError
 from supsup_jax.train import TrainConfig, train_task
 from supsup_jax.types import Normalize, Task, TaskBelief, TaskData, TrainResult
-
 from supsup_jax.version import __version__
 
 __all__ = [
+    "__version__",
     "MaskStore",
     "Network",
     "Normalize",

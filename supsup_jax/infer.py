@@ -135,12 +135,11 @@ def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int)
         raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
     if task.shape not in ((), (x.shape[0],)):
         raise ValueError(f"task must be one id or [{x.shape[0]}], got shape {task.shape}")
-    if not isinstance(task, jax.core.Tracer) and not isinstance(store.num_tasks, jax.core.Tracer):
-        if task.size and not (0 <= int(task.min()) and int(task.max()) < int(store.num_tasks)):
-            raise TaskIdError(
-                f"task must lie in [0, {int(store.num_tasks)}), "
-                f"got {int(task.min())} to {int(task.max())}"
-            )
+    num_tasks = store.num_tasks
+    if task.size and not any(isinstance(leaf, jax.core.Tracer) for leaf in (task, num_tasks)):
+        low, high = int(task.min()), int(task.max())
+        if low < 0 or high >= int(num_tasks):
+            raise TaskIdError(f"task must lie in [0, {int(num_tasks)}), got {low} to {high}")
     return _predict(net, store, x, task)
 
 

@@ -129,12 +129,12 @@ def train_task(
     data.check()
     data.check(num_outputs(net, data))
     result = _train(key, net, data, init_scores, config)
-    if not isinstance(result.loss, jax.core.Tracer):
-        if not bool(_all_finite((result.scores, result.loss))):
-            raise ValueError(
-                "training diverged: scores or losses are not finite; "
-                f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
-            )
+    traced = isinstance(result.loss, jax.core.Tracer)
+    if not traced and not bool(_all_finite((result.scores, result.loss))):
+        raise ValueError(
+            "training diverged: scores or losses are not finite; "
+            f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
+        )
     return result
 
 

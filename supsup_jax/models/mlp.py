@@ -1,5 +1,6 @@
 """Fully connected networks of the MNIST experiments."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ class MLP(nnx.Module):
         if len(sizes) < 2 or any(size < 1 for size in sizes):
             raise ValueError(f"sizes must be two or more positive ints, got {tuple(sizes)}")
         self.depth = len(sizes) - 1
-        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             setattr(self, f"layer{i}", nnx.Linear(fan_in, fan_out, use_bias=False, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:

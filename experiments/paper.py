@@ -1,0 +1,36 @@
+"""The paper's numbers, digitised from its figures to +-0.0003, for plots and tables.
+
+CURVES[figure, method, objective] = {tasks learned: accuracy}; a figure names network and outputs.
+Scenario GNu decided by a single image (protocol "paper"), but for the upper bound and the
+baselines, which are GG.
+"""
+
+CURVES = {
+    # Figure 3, left: LeNet-300-100, 100 outputs; H and G coincide.
+    ("lenet_300_100/100", "supsup", "entropy"): {
+        10: 0.9367, 50: 0.9368, 100: 0.9368, 150: 0.9366, 200: 0.9365, 250: 0.9363,
+    },
+    ("lenet_300_100/100", "supsup", "superfluous"): {
+        10: 0.9367, 50: 0.9368, 100: 0.9368, 150: 0.9366, 200: 0.9365, 250: 0.9363,
+    },
+    ("lenet_300_100/100", "upper_bound", None): {
+        10: 0.9494, 50: 0.9501, 100: 0.9499, 150: 0.9495, 200: 0.9491, 250: 0.9487,
+    },
+    # Figure 3, right: FC-1024-1024, 500 outputs.
+    ("fc_1024_1024/500", "supsup", "entropy"): {
+        10: 0.9628, 50: 0.9615, 100: 0.9605, 150: 0.9592, 200: 0.9586, 250: 0.9566,
+    },
+    ("fc_1024_1024/500", "supsup", "superfluous"): {
+        10: 0.9628, 50: 0.9618, 100: 0.9605, 150: 0.9600, 200: 0.9598, 250: 0.9591,
+    },
+    ("fc_1024_1024/500", "upper_bound", None): {
+        10: 0.9676, 50: 0.9670, 100: 0.9668, 150: 0.9666, 200: 0.9664, 250: 0.9661,
+    },
+    # Figure 4: LeNet-300-100, 500 outputs; G overlaps H.
+    ("lenet_300_100/500", "supsup", "entropy"): {
+        10: 0.9352, 500: 0.9349, 1000: 0.9347, 1500: 0.9346, 2000: 0.9345, 2500: 0.9345,
+    },
+    ("lenet_300_100/500", "supsup", "superfluous"): {
+        10: 0.9352, 500: 0.9349, 1000: 0.9347, 1500: 0.9346, 2000: 0.9345, 2500: 0.9345,
+    },
+}  # fmt: skip

@@ -1,0 +1,63 @@
+"""Pictures of a run, in the paper's form."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+# One colour a method, validated for colour-blind readers (Okabe and Ito).
+OURS, PAPER, GIVEN, BOUND = "#0072B2", "#D55E00", "#009E73", "#888888"
+
+
+def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
+    """curves: dicts of label, points {tasks: accuracy}, color, and optionally style."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for curve in curves:
+        tasks = sorted(curve["points"])
+        ax.plot(
+            tasks,
+            [curve["points"][t] for t in tasks],
+            curve.get("style", "o-"),
+            color=curve["color"],
+            label=curve["label"],
+            markersize=4,
+            linewidth=1.5,
+        )
+    ax.set(title=title, xlabel="tasks learned", ylabel="accuracy, mean over tasks")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
+def accuracy_matrices(path: Path, matrices: dict[str, np.ndarray], checkpoints: list[int]) -> None:
+    """R side by side, by title: row after each checkpoint, column a task, NaN left white."""
+    fig, axes = plt.subplots(
+        1, len(matrices), figsize=(4.2 * len(matrices), 3.6), layout="constrained", squeeze=False
+    )
+    low = min(float(np.nanmin(matrix)) for matrix in matrices.values())
+    for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        image = ax.imshow(matrix, aspect="auto", vmin=low, vmax=1, interpolation="nearest")
+        ax.set(title=title, xlabel="accuracy on task", ylabel="after learning")
+        ax.set_yticks(range(len(checkpoints)), [str(tasks) for tasks in checkpoints])
+    fig.colorbar(image, ax=axes[0].tolist())
+    _save(fig, path)
+
+
+def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
+    """Which task was inferred for which; each row is a share of that task's decisions."""
+    fig, ax = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
+    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
+    image = ax.imshow(share, vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=title, xlabel="task inferred", ylabel="true task")
+    fig.colorbar(image, ax=ax, label="share of decisions")
+    _save(fig, path)
+
+
+def _save(fig, path):
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

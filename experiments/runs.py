@@ -1,0 +1,181 @@
+"""The folder of one run: claimed before work starts, resumed after a crash, finished once.
+
+progress.json   config, seconds and rows so far, tasks saved; present from the start
+store.npz       the masks, saved every so many tasks
+result.json     the finished run; its presence means that nothing is left to do
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SCHEMA = 1
+
+
+class UsageError(ValueError):
+    """What the user must change; shown as one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Ends the program with one line and exit code 2 on an error of the arguments or the data."""
+    try:
+        yield
+    except (UsageError, OSError, ValueError, TypeError) as error:
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+class Run:
+    """One run's folder, seconds by phase and rows."""
+
+    def __init__(self, out: Path, config: dict[str, Any], progress: dict[str, Any] | None):
+        self.out = out
+        self.config = config
+        self.seconds: dict[str, float] = (progress or {}).get("seconds", {})
+        self.rows: list[dict] = (progress or {}).get("rows", [])
+        self.details: dict[str, Any] = (progress or {}).get("details", {})
+        self.tasks_saved: int = (progress or {}).get("tasks_saved", 0)
+        self._compiled = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @classmethod
+    def open(cls, out: Path, config: Any, resume: bool) -> "Run":
+        """The run in `out`: a new one, or with `resume` the one that is there, where there is one.
+
+        Creates nothing. Raises UsageError when the folder holds something else.
+        """
+        config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file; name a folder")
+        if not out.exists() or not any(out.iterdir()):
+            return cls(out, config, None)
+        path = out / "progress.json"
+        if not path.is_file():
+            raise UsageError(f"--out {out} holds files of something else; name an empty folder")
+        if not resume:
+            raise UsageError(
+                f"--out {out} holds a run; pass --resume to continue it, or another --out"
+            )
+        try:
+            progress = json.loads(path.read_text())
+            saved = progress["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error!r}); pass another --out") from error
+        if progress.get("schema") != SCHEMA:
+            raise UsageError(f"{path} has schema {progress.get('schema')}, this release {SCHEMA}")
+        if differing := _differences(saved, config):
+            raise UsageError(f"--out {out} holds a run with another config: {'; '.join(differing)}")
+        return cls(out, config, progress)
+
+    @property
+    def store_path(self) -> Path:
+        return self.out / "store.npz"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's result.json, None while there is none."""
+        path = self.out / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def create(self) -> None:
+        """Makes the folder, and finds out now whether it can be written to."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.write_progress()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the block's seconds to a phase; XLA's compilation counts as "compile" instead."""
+        start, compiled = time.perf_counter(), self._compiled
+        try:
+            yield
+        finally:
+            compiled = self._compiled - compiled
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - compiled
+            self.seconds["compile"] = self.seconds.get("compile", 0.0) + compiled
+
+    def save(self, store: Any) -> None:
+        """The store, then the progress that counts on it."""
+        with self.phase("save"):
+            store.save(self.store_path, overwrite=True)
+            self.tasks_saved = int(store.num_tasks)
+        self.write_progress()
+
+    def write_progress(self) -> None:
+        write_json(
+            self.out / "progress.json",
+            {
+                "schema": SCHEMA,
+                "config": self.config,
+                "tasks_saved": self.tasks_saved,
+                "seconds": self.seconds,
+                "rows": self.rows,
+                "details": self.details,
+            },
+        )
+
+    def finish(self, **extra: Any) -> dict[str, Any]:
+        """Writes result.json, the last file of a run, and returns its content."""
+        result = {
+            "schema": SCHEMA,
+            "config": self.config,
+            "seed": self.config["seed"],
+            "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
+            "versions": versions(),
+            "device": device(),
+            **extra,
+            "rows": sorted(self.rows, key=lambda row: row["tasks_learned"]),
+        }
+        write_json(self.out / "result.json", result)
+        return result
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compiled += duration
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written beside and renamed: a reader never sees half of it."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure may depend on."""
+    from importlib import metadata
+
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "supsup-jax")
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def device() -> str:
+    return f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+
+
+def _differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*saved, *wanted}):
+        old, new = saved.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old!r} there, {new!r} here")
+    return found
