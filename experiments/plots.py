@@ -58,6 +58,20 @@ def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
     _save(fig, path)
 
 
+def time_against_tasks(path: Path, rows: list[dict]) -> None:
+    """Milliseconds against the number of tasks, log-log, a line a quantity."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for i, name in enumerate(rows[0]["milliseconds"]):
+        points = [
+            (row["tasks"], row["milliseconds"][name]) for row in rows if name in row["milliseconds"]
+        ]
+        ax.loglog(*zip(*points, strict=True), "o-", label=name, color=f"C{i}", markersize=4)
+    ax.set(xlabel="tasks K", ylabel="milliseconds", title="One decision, LeNet-300-100")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
 def _save(fig, path):
     fig.savefig(path, dpi=120)
     plt.close(fig)

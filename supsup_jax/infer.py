@@ -165,15 +165,22 @@ def weight_gradient(
     """dF/dW_eff * W as one vector [n], F the mean objective of x [B, ...] under `mixture`."""
 
     def value(mixture):
-        values = objective(net(mixture, x, state))
-        if values.shape != x.shape[:1]:
-            raise ValueError(
-                f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
-                f"got shape {values.shape}"
-            )
-        return values.mean()
+        return uncertainty(net, mixture, x, state, objective).mean()
 
     return net.layout.ravel(jax.grad(value)(mixture), "the mixture")
+
+
+def uncertainty(
+    net: Network, mask: PyTree, x: jax.Array, state: PyTree, objective: Objective
+) -> jax.Array:
+    """The objective [B] of each row's logits, once it is seen to have that shape."""
+    values = objective(net(mask, x, state))
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
+            f"got shape {values.shape}"
+        )
+    return values
 
 
 def gradient_scores(
@@ -208,7 +215,7 @@ def gradient_scores(
 def _tangent_scores(net, store, mixture, x, state, objective):
     def values(mixture):
         flat = x.reshape(-1, *x.shape[2:])
-        return objective(net(mixture, flat, state)).reshape(x.shape[:2]).mean(axis=1)
+        return uncertainty(net, mixture, flat, state, objective).reshape(x.shape[:2]).mean(axis=1)
 
     _, along = jax.linearize(values, mixture)
 
@@ -297,7 +304,8 @@ def _descend(net, store, x, *, objective, optimizer, steps, per_example):
 @functools.partial(jax.jit, static_argnames=("objective", "per_example"))
 def _oracle(net, store, x, *, objective, per_example):
     def judge(i):
-        return -objective(_task_logits(net, store, x, i))
+        task = store.task(i)
+        return -uncertainty(net, task.mask, x, task.state, objective)
 
     scores = _over_tasks(store, judge, -jnp.inf, x.shape[0])
     return belief(store, scores if per_example else scores.mean(axis=0))

@@ -128,31 +128,28 @@ class Network:
     def batch_state(self, weights: PyTree, x: jax.Array) -> PyTree:
         """State that makes eval mode use the statistics of `x` [B, ...] itself, held constant.
 
-        Running statistics move as new = m old + (1 - m) batch. From old = 0 they arrive at
-        (1 - m) batch, and their derivative in old is m: both from one train-mode pass, for
-        whatever momentum m each leaf has. Leaves that do not move (m = 1), and those that are
-        not floats, stay as they are.
+        Running statistics move as new = m old + (1 - m) batch in train mode, with a momentum m of
+        their own. From old = 0 they arrive at (1 - m) batch; from an old that dwarfs the batch, at
+        m old. The passes differ in these few numbers only, and XLA computes the rest once.
+        Leaves that do not move (m = 1), and those that are not floats, stay as they are.
         """
-        leaves, treedef = jax.tree.flatten(self.state)
-        moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
-        def arrive(floats):
-            floats = iter(floats)
-            old = [next(floats) if m else leaf for m, leaf in zip(moving, leaves, strict=True)]
-            _, new = self.apply(weights, jax.tree.unflatten(treedef, old), x, True)
-            return [new for m, new in zip(moving, jax.tree.leaves(new), strict=True) if m]
+        def arrive(start):
+            def old(leaf):
+                floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+                return jnp.full_like(leaf, start(leaf.dtype)) if floating else leaf
 
-        old = [leaf for m, leaf in zip(moving, leaves, strict=True) if m]
-        moved, momentum = jax.jvp(
-            arrive, ([jnp.zeros_like(o) for o in old],), ([jnp.ones_like(o) for o in old],)
-        )
-        batch = iter(
-            lax.stop_gradient(jnp.where(m == 1, o, s / jnp.where(m == 1, 1, 1 - m)))
-            for o, s, m in zip(old, moved, momentum, strict=True)
-        )
-        return jax.tree.unflatten(
-            treedef, [next(batch) if m else leaf for m, leaf in zip(moving, leaves, strict=True)]
-        )
+            return self.apply(weights, jax.tree.map(old, self.state), x, True)[1]
+
+        def batch(leaf, from_zero, from_huge):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return leaf
+            momentum = from_huge / _huge(leaf.dtype)
+            still = momentum == 1
+            return jnp.where(still, leaf, from_zero / jnp.where(still, 1, 1 - momentum))
+
+        zero, huge = arrive(lambda dtype: 0), arrive(_huge)
+        return lax.stop_gradient(jax.tree.map(batch, self.state, zero, huge))
 
     @property
     def fingerprint(self) -> str:
@@ -223,6 +220,11 @@ def signed_constant(net: Network, seed: int) -> Network:
         ],
     )
     return drawn
+
+
+def _huge(dtype):
+    """A power of two, so that multiplying by it is exact, halfway to overflow."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 2)
 
 
 def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Objective = Callable[[jax.Array], jax.Array]  # logits [..., C] -> [...], lower is more certain
@@ -127,7 +128,7 @@ class TaskData:
         if not self.num_examples:
             raise ValueError("a task needs at least one example, got 0")
         if num_outputs is not None and not isinstance(self.labels, jax.core.Tracer):
-            low, high = int(self.labels.min()), int(self.labels.max())
+            low, high = _host_range(self.labels)
             if low < 0 or high >= num_outputs:
                 raise ValueError(
                     f"labels must lie in [0, {num_outputs}), the network's outputs, "
@@ -135,7 +136,7 @@ class TaskData:
                 )
         if self.view is not None and not isinstance(self.view, jax.core.Tracer):
             num_pixels = math.prod(self.images.shape[1:])
-            low, high = int(self.view.min()), int(self.view.max())
+            low, high = _host_range(self.view)
             if low < -1 or high >= num_pixels:
                 raise ValueError(
                     f"view must index {num_pixels} pixels (-1 reads black), got {low} to {high}"
@@ -150,3 +151,9 @@ class TaskData:
             seen = jnp.where((self.view.reshape(-1) >= 0)[None], seen, 0)
             images = seen.reshape(images.shape[0], *self.view.shape)
         return self.transform(images), self.labels[index]
+
+
+def _host_range(array: jax.Array) -> tuple[int, int]:
+    # In NumPy: under the caller's jit, jnp would trace even what is concrete.
+    values = np.asarray(array)
+    return int(values.min()), int(values.max())

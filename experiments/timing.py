@@ -1,0 +1,24 @@
+"""Side-by-side timing: on a shared machine only ratios within one run mean anything."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def medians(measures: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function over `rounds`, all of them once a round, in turn.
+
+    The first call of each, which may compile, is not counted.
+    """
+    for function in measures.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, function in measures.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}

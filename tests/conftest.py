@@ -1,0 +1,87 @@
+"""Settings that must stand before JAX starts, and the small networks that many tests share."""
+
+import itertools
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import supsup_jax as ss  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+def relu_apply(params, x):
+    """A dense ReLU net of any depth over params {"kernel0": ..., ...}."""
+    *hidden, last = [params[name] for name in sorted(params)]
+    for kernel in hidden:
+        x = jax.nn.relu(x @ kernel)
+    return x @ last
+
+
+def relu_net(sizes, seed=0):
+    """relu_apply with signed constant weights of the given layer sizes."""
+    shapes = itertools.pairwise(sizes)
+    params = {f"kernel{i}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    return ss.signed_constant(ss.Network(relu_apply, params), seed)
+
+
+def random_masks(net, count, seed=0, density=0.5):
+    """`count` masks of independent bits, as pytrees of NumPy bools."""
+    rng = np.random.default_rng(seed)
+    return [
+        net.layout.tree([rng.random(shape) < density for shape in net.layout.shapes.values()])
+        for _ in range(count)
+    ]
+
+
+def filled_store(net, masks, capacity=64):
+    store = ss.MaskStore.create(net, capacity)
+    for mask in masks:
+        store = store.append(mask, donate=True)
+    return store
+
+
+class NormNet(nnx.Module):
+    """Dense, batch norm without scale or offset, ReLU, dense: statistics but no biases."""
+
+    def __init__(self, sizes=(6, 8, 5), dropout=0.0, *, rngs):
+        self.layer0 = nnx.Linear(sizes[0], sizes[1], use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(
+            sizes[1], use_scale=False, use_bias=False, momentum=0.9, rngs=rngs
+        )
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.layer1 = nnx.Linear(sizes[1], sizes[2], use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.norm(self.layer0(x)))
+        if self.dropout is not None:
+            x = self.dropout(x)
+        return self.layer1(x)
+
+
+@pytest.fixture
+def norm_net():
+    return ss.signed_constant(ss.Network.from_nnx(NormNet(rngs=nnx.Rngs(0))), 0)
+
+
+@pytest.fixture
+def small_net():
+    """66 weights, so that the last of its three words is not full."""
+    return relu_net((6, 6, 5))

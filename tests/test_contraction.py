@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supsup_jax import contraction
+from supsup_jax.packing import pack
+
+IMPLEMENTATIONS = ["reference", "select", "matrix", None]
+
+
+def problem(num_words, num_tiles, lanes, num_tasks, batch=None, seed=0):
+    """Words of random masks, zero beyond num_tasks; the masks as floats [K, 32 nw]; vectors."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((num_tiles * lanes, 32 * num_words)) < 0.5
+    masks[num_tasks:] = False
+    words = jax.vmap(pack)(jnp.asarray(masks)).reshape(num_tiles, lanes, num_words)
+    shape = (32 * num_words,) if batch is None else (batch, 32 * num_words)
+    v = rng.standard_normal(shape).astype(np.float32)
+    return jnp.moveaxis(words, 1, 2), masks.astype(np.float64), v, jnp.asarray(num_tasks)
+
+
+SIZES = [(1, 1, 1, 1), (3, 1, 8, 5), (7, 2, 5, 7), (5, 3, 4, 4), (9, 2, 6, 12)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("batch", [None, 1, 3, 6])
+@pytest.mark.parametrize("size", SIZES)
+def test_contract_equals_numpy(implementation, batch, size):
+    words, masks, v, num_tasks = problem(*size, batch)
+    got = contraction.contract(words, jnp.asarray(v), num_tasks, implementation)
+    np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_superpose_equals_numpy(batch, size):
+    words, masks, _, num_tasks = problem(*size)
+    rng = np.random.default_rng(1)
+    alphas = rng.random((len(masks),) if batch is None else (batch, len(masks)))
+    got = contraction.superpose(words, jnp.asarray(alphas, jnp.float32), num_tasks)
+    np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_that_do_not_divide_the_words(monkeypatch):
+    monkeypatch.setattr(contraction, "BLOCK_FLOATS", 4 * 32 * 6)  # 4 rows of 9 and 2 tiles
+    words, masks, v, num_tasks = problem(9, 2, 6, 12, batch=3)
+    got = contraction.contract(words, jnp.asarray(v), num_tasks, "matrix")
+    np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+    alphas = np.random.default_rng(1).random(12)
+    got = contraction.superpose(words, jnp.asarray(alphas, jnp.float32), num_tasks)
+    np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_each_is_the_transpose_of_the_other(batch):
+    words, masks, v, num_tasks = problem(3, 2, 4, 6, batch)
+    v = jnp.asarray(v)
+    out, pull = jax.vjp(lambda v: contraction.contract(words, v, num_tasks), v)
+    s_bar = jax.random.normal(jax.random.key(1), out.shape)
+    np.testing.assert_allclose(
+        pull(s_bar)[0], np.asarray(s_bar, np.float64) @ masks, rtol=1e-4, atol=1e-5
+    )
+    out, pull = jax.vjp(lambda a: contraction.superpose(words, a, num_tasks), s_bar)
+    np.testing.assert_allclose(
+        pull(v)[0], np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_second_derivatives():
+    words, masks, _, num_tasks = problem(3, 1, 4, 4)
+    hessian = jax.jacrev(
+        jax.grad(lambda a: (contraction.superpose(words, a, num_tasks) ** 2).sum())
+    )
+    got = hessian(jnp.ones(4) / 4)
+    np.testing.assert_allclose(got, 2 * masks @ masks.T, rtol=1e-5)
+
+
+def test_vmap_equals_a_loop():
+    words, _, v, num_tasks = problem(3, 2, 4, 6, batch=5)
+    v = jnp.asarray(v)
+    got = jax.vmap(lambda v: contraction.contract(words, v, num_tasks))(v)
+    want = np.stack([contraction.contract(words, row, num_tasks) for row in v])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_time_follows_tasks_not_capacity():
+    """Tiles without a task are not read: garbage put there does not come out."""
+    words, _, v, num_tasks = problem(3, 3, 4, 4)
+    words = words.at[1:].set(jnp.uint32(0xFFFFFFFF))
+    for implementation in ("select", "matrix"):
+        got = contraction.contract(words, jnp.asarray(v), num_tasks, implementation)
+        assert (got[4:] == 0).all()
+    ones = jnp.ones(12)
+    assert float(contraction.superpose(words, ones, num_tasks).max()) <= 4
+
+
+def test_an_unknown_implementation_never_falls_back():
+    words, _, v, num_tasks = problem(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        contraction.contract(words, jnp.asarray(v), num_tasks, "pallas")
+    with pytest.raises(ValueError, match="v must end in 32"):
+        contraction.contract(words, jnp.ones(31), num_tasks)
+    with pytest.raises(ValueError, match="alphas must end in 2"):
+        contraction.superpose(words, jnp.ones(3), num_tasks)

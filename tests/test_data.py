@@ -1,0 +1,118 @@
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supsup_jax import data
+from tests.conftest import golden
+
+
+def test_permutations_match_the_reference():
+    want = golden("orders")["permutations"]
+    got = [data.permutation(task, 784, seed=1) for task in range(5)]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_independent_seeds_share_no_task():
+    one = [data.permutation(t, 784, seed=0, independent=True) for t in range(5)]
+    two = [data.permutation(t, 784, seed=1, independent=True) for t in range(5)]
+    assert not any(np.array_equal(a, b) for a in one for b in two)
+    np.testing.assert_array_equal(np.sort(one[3]), np.arange(784))
+
+
+def test_digits_are_the_real_ones_split_once():
+    dataset = data.load_dataset("digits")
+    assert dataset.train.images.shape == (1438, 64)
+    assert dataset.test.images.shape == (359, 64)
+    assert dataset.num_labels == 10
+    assert dataset.train.images.dtype == jnp.uint8
+    assert int(dataset.train.images.max()) == 16
+    everything = np.concatenate([dataset.train.images, dataset.test.images])
+    from sklearn.datasets import load_digits
+
+    want = load_digits().data
+    np.testing.assert_array_equal(
+        everything[np.lexsort(everything.T)], want[np.lexsort(want.T)].astype(np.uint8)
+    )
+    other = data.load_dataset("digits", seed=1)
+    assert not np.array_equal(other.test.images, dataset.test.images)
+
+
+def test_a_stream_shares_its_images_and_permutes_them():
+    dataset = data.load_dataset("digits")
+    stream = data.PermutedStream(dataset, num_tasks=3, seed=5)
+    assert len(stream) == len(stream.train) == 3
+    assert stream.train[2].images is dataset.train.images
+    x, y = stream.test[2].batch(jnp.arange(4))
+    order = np.random.RandomState(7).permutation(64)
+    plain, labels = dataset.test.batch(jnp.arange(4))
+    np.testing.assert_array_equal(x, plain[:, order])
+    np.testing.assert_array_equal(y, labels)
+    with pytest.raises(IndexError):
+        stream.train[3]
+    with pytest.raises(ValueError, match="num_tasks must be at least 1"):
+        data.PermutedStream(dataset, 0)
+
+
+def test_synthetic_images_follow_from_the_key():
+    one = data.synthetic(jax.random.key(0), (28, 28), 10, 50, 20)
+    two = data.synthetic(jax.random.key(0), (28, 28), 10, 50, 20)
+    np.testing.assert_array_equal(one.train.images, two.train.images)
+    assert one.train.images.shape == (50, 28, 28)
+    assert one.test.labels.shape == (20,)
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty", "unprepared"])
+def test_missing_data_says_where_and_what_to_do_at_once(tmp_path, make):
+    folder = tmp_path / "data"
+    if make != "nothing":
+        folder.mkdir()
+    if make == "unprepared":
+        (folder / "mnist" / "3.0.1").mkdir(parents=True)
+        (folder / "mnist" / "3.0.1" / "dataset_info.json").write_text("{}")
+    start = time.perf_counter()
+    with pytest.raises(FileNotFoundError) as error:
+        data.load_dataset("mnist", folder)
+    assert str(folder) in str(error.value)
+    assert f"tfds build mnist --data_dir={folder}" in str(error.value)
+    assert time.perf_counter() - start < 1  # a download attempt hangs for minutes
+
+
+def test_no_folder_given():
+    with pytest.raises(FileNotFoundError, match="mnist needs --data-dir"):
+        data.load_dataset("mnist")
+
+
+def test_prepared_data_is_read_without_tensorflow_and_cached(tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TFDS's own, none of our business
+        from tests.tiny_digits import TinyDigits, image
+
+        builder = TinyDigits(data_dir=tmp_path / "tfds", file_format="array_record")
+        builder.download_and_prepare()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        first = data.load_dataset("tiny_digits", tmp_path / "tfds")
+    assert first.train.images.shape == (12, 4, 3)
+    assert first.num_labels == 3
+    found = {np.asarray(i).tobytes() for i in first.train.images}
+    assert found == {image("train", i).tobytes() for i in range(12)}
+    # The second time nothing is decoded.
+    monkeypatch.setattr(data.sources, "_decode", None)
+    second = data.load_dataset("tiny_digits", tmp_path / "tfds")
+    np.testing.assert_array_equal(second.test.images, first.test.images)
+
+
+def test_importing_the_package_imports_neither_tfds_nor_matplotlib():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, supsup_jax, supsup_jax.data, supsup_jax.models;"
+        "print([m for m in ('tensorflow_datasets', 'matplotlib', 'sklearn', 'tensorflow') "
+        "if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import evaluation
+from tests.conftest import filled_store, random_masks
+
+
+@pytest.fixture
+def problem(small_net):
+    """Three random tasks, each with 23 labelled images of its own: two batches of 10 and a rest."""
+    store = filled_store(small_net, random_masks(small_net, 3), capacity=4)
+    rng = np.random.default_rng(0)
+    stream = [
+        ss.TaskData(
+            jnp.asarray(rng.integers(0, 256, (23, 6)), jnp.uint8),
+            jnp.asarray(rng.integers(0, 5, 23), jnp.int32),
+            jnp.asarray(rng.permutation(6), jnp.int32),
+        )
+        for _ in range(3)
+    ]
+    return small_net, store, stream
+
+
+def by_hand(net, store, data, true, decide):
+    """The same figures from single images and plain loops; decide(x) -> task of each image."""
+    x, y = data.batch(jnp.arange(data.num_examples))
+    tasks = decide(x)
+    right = [
+        int(ss.predict(net, store, x[i : i + 1], int(t))[0].argmax()) == int(y[i])
+        for i, t in enumerate(tasks)
+    ]
+    under = [int(t) == true for t in tasks]
+    return np.mean(np.logical_and(right, under)), np.mean(right)
+
+
+def groups(x, size):
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def deciders(net, store, protocol):
+    one = lambda x: int(ss.one_shot(net, store, x, per_example=False).task)  # noqa: E731
+    return {
+        "per_example": lambda x: [one(row[None]) for row in x],
+        "paper": lambda x: [t for g in groups(x, 10) for t in [one(g[:1])] * len(g)],
+        "batch-4": lambda x: [t for g in groups(x, 4) for t in [one(g)] * len(g)],
+    }[protocol]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "decisions"), [("per_example", 23), ("paper", 3), ("batch-4", 6)]
+)
+def test_inferred_protocols_equal_plain_loops(problem, protocol, decisions):
+    net, store, stream = problem
+    rows = ss.evaluate(net, store, stream, protocol, batch_size=10)
+    assert [row.task for row in rows] == [0, 1, 2]
+    for row, data in zip(rows, stream, strict=True):
+        decide = deciders(net, store, protocol)
+        accuracy, shared = by_hand(net, store, data, row.task, decide)
+        assert row.accuracy == pytest.approx(accuracy)
+        assert row.shared_accuracy == pytest.approx(shared)
+        assert row.decisions == decisions == len(row.inferred)
+        assert row.task_accuracy == pytest.approx(np.mean(row.inferred == row.task))
+        assert row.inferred.min() >= 0
+        assert row.inferred.max() < 3
+
+
+def test_given_ids_equal_plain_loops(problem):
+    net, store, stream = problem
+    for row, data in zip(
+        ss.evaluate(net, store, stream, "given", batch_size=10), stream, strict=True
+    ):
+        accuracy, _ = by_hand(net, store, data, row.task, lambda x, t=row.task: [t] * len(x))
+        assert row.accuracy == row.shared_accuracy == pytest.approx(accuracy)
+        assert row.task_accuracy is None
+        assert row.decisions == 0
+
+
+def test_a_stateful_network_takes_statistics_from_its_context(norm_net):
+    tasks = [ss.Task(mask, norm_net.state) for mask in random_masks(norm_net, 3)]
+    store = filled_store(norm_net, tasks)
+    rng = np.random.default_rng(0)
+    data = ss.TaskData(
+        jnp.asarray(rng.integers(0, 256, (12, 6)), jnp.uint8), jnp.zeros(12, jnp.int32)
+    )
+    x, _ = data.batch(jnp.arange(12))
+    for protocol, want in (
+        (
+            "per_example",
+            np.concatenate([ss.one_shot(norm_net, store, g).task for g in groups(x, 8)]),
+        ),
+        ("paper", [ss.one_shot(norm_net, store, g).task[0] for g in groups(x, 8)]),
+        (
+            "batch-4",
+            [ss.one_shot(norm_net, store, g, per_example=False).task for g in groups(x, 4)],
+        ),
+    ):
+        row = ss.evaluate(norm_net, store, [data] * 3, protocol, batch_size=8)[0]
+        np.testing.assert_array_equal(row.inferred, np.asarray(want))
+
+
+def test_one_compilation_serves_every_task_and_number_of_tasks(problem, small_net):
+    net, store, stream = problem
+    evaluation._inferred.clear_cache()
+    evaluation._given.clear_cache()
+    for _ in range(2):
+        ss.evaluate(net, store, stream, "per_example", batch_size=10)
+        ss.evaluate(net, store, stream, "given", batch_size=10)
+        store, stream = store.append(random_masks(small_net, 1, seed=9)[0]), [*stream, stream[0]]
+    assert evaluation._inferred._cache_size() == 1
+    assert evaluation._given._cache_size() == 1
+
+
+def test_only_learned_tasks_are_judged(problem):
+    net, store, stream = problem
+    assert len(ss.evaluate(net, store, stream * 2)) == 3
+
+
+def test_progress_wraps_the_loop(problem):
+    net, store, stream = problem
+    seen = []
+
+    def progress(tasks):
+        for task in tasks:
+            seen.append(task)
+            yield task
+
+    ss.evaluate(net, store, stream, progress=progress)
+    assert seen == [0, 1, 2]
+
+
+def test_bad_input(problem):
+    net, store, stream = problem
+    for protocol in ("oracle", "batch-", "batch-0", "batch-x", None):
+        with pytest.raises(ValueError, match="protocol must be one of"):
+            ss.evaluate(net, store, stream, protocol)
+    with pytest.raises(ValueError, match="test data of 3 tasks, got 2"):
+        ss.evaluate(net, store, stream[:2])
+    with pytest.raises(TypeError, match=r"stream\[0\] must be a TaskData"):
+        ss.evaluate(net, store, [1, 2, 3])
+    with pytest.raises(ValueError, match="the store is empty"):
+        ss.evaluate(net, ss.MaskStore.create(net), [])
+    assert jax.tree.leaves(store)  # and nothing was consumed

@@ -1,0 +1,365 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import supsup_jax as ss
+from supsup_jax import infer
+from tests.conftest import (
+    NormNet,
+    filled_store,
+    golden,
+    random_masks,
+    relu_apply,
+    relu_net,
+)
+
+OBJECTIVES = {"entropy": ss.entropy, "superfluous": ss.Superfluous(10)}
+RTOL, ATOL = 1e-4, 1e-6
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The golden network, its store of seven tasks (capacity 8) and its inputs."""
+    z = golden("one_shot")
+    net = ss.Network(relu_apply, {f"kernel{i}": z[f"kernel{i}"] for i in range(3)})
+    masks = [{f"kernel{i}": z[f"scores{i}"][t] >= 0 for i in range(3)} for t in range(7)]
+    return net, filled_store(net, masks, capacity=8), jnp.asarray(z["x"]), z
+
+
+@pytest.fixture
+def problem(small_net):
+    """66 weights, five tasks in eight slots, 20 inputs: batches on both sides of the forms."""
+    store = filled_store(small_net, random_masks(small_net, 5), capacity=8)
+    return small_net, store, jax.random.normal(jax.random.key(0), (20, 6))
+
+
+def test_mixture_logits_match_the_reference(reference):
+    net, store, x, z = reference
+    np.testing.assert_allclose(net(store.mixture(), x), z["mixture_logits"], rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_values_match_the_reference(reference, name, n):
+    net, store, x, z = reference
+    logits = net(store.mixture(), x[:n])
+    value = OBJECTIVES[name](logits).mean()
+    if name == "superfluous":  # the paper's G is ours plus logsumexp over the labels
+        value += jax.nn.logsumexp(logits[:, :10], axis=-1).mean()
+    np.testing.assert_allclose(value, z[f"{name}_value_n{n}"], rtol=RTOL)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_batch_gradient_matches_the_reference(reference, name, n):
+    net, store, x, z = reference
+    got = ss.alpha_gradient(net, store, x[:n], OBJECTIVES[name], per_example=False)
+    assert got.shape == (8,)
+    np.testing.assert_allclose(got[:7], z[f"{name}_alpha_grad_n{n}"], rtol=RTOL, atol=ATOL)
+    assert got[7] == 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("form", ["gradients", "tangents"])
+def test_per_example_gradient_matches_the_reference(reference, name, form):
+    net, store, x, z = reference
+    rows = [x] if form == "tangents" else [x[:8], x[8:]]
+    assert (len(rows[0]) >= infer.TANGENTS_FROM) == (form == "tangents")
+    got = jnp.concatenate([ss.alpha_gradient(net, store, part, OBJECTIVES[name]) for part in rows])
+    assert got.shape == (16, 8)
+    want = z[f"{name}_alpha_grad_per_example"]
+    np.testing.assert_allclose(got[:, :7], want, rtol=RTOL, atol=ATOL)
+    assert (got[:, 7] == 0).all()
+
+
+def test_task_logits_match_the_reference(reference):
+    net, store, x, z = reference
+    for task in range(7):
+        got = ss.predict(net, store, x, task)
+        np.testing.assert_allclose(got, z["task_logits"][task], rtol=RTOL, atol=ATOL)
+
+
+def test_mixed_tasks_in_one_batch_match_the_reference(reference):
+    net, store, x, z = reference
+    for ids in (np.arange(16) % 7, np.zeros(16, int), np.asarray([3] * 9 + [1] * 7)):
+        got = ss.predict(net, store, x, jnp.asarray(ids))
+        want = z["task_logits"][ids, np.arange(16)]
+        np.testing.assert_allclose(got, want, rtol=RTOL, atol=ATOL)
+
+
+def test_long_runs_of_one_task_are_cut_into_segments(problem, monkeypatch):
+    monkeypatch.setattr(infer, "SEGMENT", 3)
+    net, store, _ = problem
+    x = jax.random.normal(jax.random.key(1), (23, 6))
+    ids = np.random.default_rng(0).integers(0, 2, 23)
+    got = ss.predict(net, store, x, jnp.asarray(ids))
+    want = np.stack([ss.predict(net, store, x[i : i + 1], int(t))[0] for i, t in enumerate(ids)])
+    np.testing.assert_allclose(got, want, rtol=RTOL, atol=ATOL)
+
+
+def test_one_shot_is_the_argmax_over_learned_tasks(reference):
+    net, store, x, z = reference
+    belief = ss.one_shot(net, store, x)
+    want = -z["entropy_alpha_grad_per_example"]
+    np.testing.assert_array_equal(belief.task, want.argmax(-1))
+    np.testing.assert_allclose(belief.scores[:, :7], want, rtol=RTOL, atol=ATOL)
+    assert (belief.scores[:, 7] == -jnp.inf).all()
+    shared = ss.one_shot(net, store, x, per_example=False)
+    assert shared.task.shape == ()
+    assert int(shared.task) == z["entropy_alpha_grad_n16"].argmin()
+
+
+@pytest.mark.parametrize("objective", [ss.entropy, ss.max_confidence])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_gradient_equals_finite_differences(problem, objective, uniform):
+    """The derivative is true in the coefficients, so float64 differences are a fair witness."""
+    net, store, x = problem
+    masks = [
+        [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(store.mask(t))] for t in range(5)
+    ]
+    weights = [np.asarray(net.params[name], np.float64) for name in ("kernel0", "kernel1")]
+    rng = np.random.default_rng(0)
+    alphas = np.full(5, 0.2) if uniform else rng.dirichlet(np.ones(5))
+
+    def value(alphas, row):
+        mixed = [sum(a * m[i] for a, m in zip(alphas, masks, strict=True)) for i in range(2)]
+        hidden = np.maximum(np.asarray(row, np.float64) @ (weights[0] * mixed[0]), 0)
+        logits = hidden @ (weights[1] * mixed[1])
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        return -(p * np.log(p)).sum() if objective is ss.entropy else -p.max()
+
+    eps, want = 1e-6, np.zeros((len(x), 5))
+    for i in range(5):
+        step = np.eye(5)[i] * eps
+        want[:, i] = [(value(alphas + step, r) - value(alphas - step, r)) / (2 * eps) for r in x]
+    given = None if uniform else jnp.asarray(alphas, jnp.float32)
+    got = ss.alpha_gradient(net, store, x, objective, given)
+    np.testing.assert_allclose(got[:, :5], want, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_and_tangents_agree_at_any_batch(problem):
+    net, store, x = problem
+    tangents = ss.alpha_gradient(net, store, x)
+    rows = [ss.alpha_gradient(net, store, x[i : i + 1])[0] for i in range(len(x))]
+    np.testing.assert_allclose(tangents, np.stack(rows), rtol=RTOL, atol=ATOL)
+
+
+def test_large_gradients_go_in_pieces(problem, monkeypatch):
+    net, store, x = problem
+    want = ss.alpha_gradient(net, store, x)
+    monkeypatch.setattr(infer, "TANGENTS_FROM", 10**9)
+    monkeypatch.setattr(infer, "GRADIENT_FLOATS", 7 * net.layout.num_weights)
+    jax.clear_caches()
+    np.testing.assert_allclose(ss.alpha_gradient(net, store, x), want, rtol=RTOL, atol=ATOL)
+
+
+def test_permuting_tasks_permutes_gradients(small_net):
+    masks = random_masks(small_net, 5)
+    order = [3, 1, 4, 0, 2]
+    x = jax.random.normal(jax.random.key(0), (3, 6))
+    first = ss.alpha_gradient(small_net, filled_store(small_net, masks), x)
+    second = ss.alpha_gradient(small_net, filled_store(small_net, [masks[i] for i in order]), x)
+    np.testing.assert_allclose(second[:, :5], first[:, jnp.asarray(order)], rtol=RTOL, atol=ATOL)
+
+
+def test_oracle_equals_a_loop_over_tasks(problem):
+    net, store, x = problem
+    belief = ss.oracle(net, store, x, ss.max_logit)
+    want = np.stack([ss.predict(net, store, x, t).max(-1) for t in range(5)], axis=1)
+    np.testing.assert_allclose(belief.scores[:, :5], want, rtol=RTOL)
+    np.testing.assert_array_equal(belief.task, want.argmax(-1))
+    assert (belief.scores[:, 5:] == -jnp.inf).all()
+    shared = ss.oracle(net, store, x, ss.max_logit, per_example=False)
+    np.testing.assert_allclose(shared.scores[:5], want.mean(0), rtol=RTOL)
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+def test_one_small_step_of_descent_ranks_as_one_shot(problem, per_example):
+    net, store, x = problem
+    belief = ss.descend(net, store, x, optimizer=optax.sgd(1e-3), steps=1, per_example=per_example)
+    want = ss.one_shot(net, store, x, per_example=per_example)
+    np.testing.assert_array_equal(belief.task, want.task)
+    np.testing.assert_allclose(belief.scores[..., :5].sum(-1), 1, rtol=1e-5)
+    # On the simplex, a projected step moves each coefficient by -rate * (gradient - mean).
+    gradient = -want.scores[..., :5]
+    step = 0.2 - 1e-3 * (gradient - gradient.mean(-1, keepdims=True))
+    np.testing.assert_allclose(belief.scores[..., :5], step, rtol=1e-4)
+
+
+def test_descent_stays_on_the_simplex_and_lowers_the_objective(problem):
+    net, store, x = problem
+    optimizer = optax.sgd(0.05)
+    entropies = []
+    for steps in (1, 20):
+        alphas = ss.descend(net, store, x, optimizer=optimizer, steps=steps).scores[:, :5]
+        np.testing.assert_allclose(alphas.sum(-1), 1, rtol=1e-5)
+        assert float(alphas.min()) >= 0
+        logits = [net(store.mixture(a), x[i : i + 1])[0] for i, a in enumerate(alphas)]
+        entropies.append(float(ss.entropy(jnp.stack(logits)).mean()))
+    assert entropies[1] < entropies[0]
+
+
+# Statistics
+
+
+@pytest.fixture
+def norm_problem(norm_net):
+    rng = np.random.default_rng(0)
+    tasks = [
+        ss.Task(
+            mask,
+            jax.tree.map(
+                lambda leaf: jnp.asarray(rng.random(leaf.shape) + 0.5, leaf.dtype), norm_net.state
+            ),
+        )
+        for mask in random_masks(norm_net, 4)
+    ]
+    x = jax.random.normal(jax.random.key(0), (20, 6)) * 2 + 1
+    return norm_net, filled_store(norm_net, tasks), tasks, x
+
+
+def plain_norm_logits(net, mask, x, mean, var):
+    hidden = x @ (net.params["layer0"]["kernel"] * mask["layer0"]["kernel"])
+    hidden = jax.nn.relu((hidden - mean[None]) / jnp.sqrt(var[None] + 1e-5))
+    return hidden @ (net.params["layer1"]["kernel"] * mask["layer1"]["kernel"])
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_per_example_gradients_hold_the_batch_statistics(norm_problem, rows):
+    """Row b differentiates objective(logits[b]) alone, under the statistics of the whole batch."""
+    net, store, tasks, x = norm_problem
+    x = x[:rows]
+    mixture = store.mixture()
+    hidden = x @ (net.params["layer0"]["kernel"] * mixture["layer0"]["kernel"])
+    mean, var = hidden.mean(0), hidden.var(0)
+
+    def value(alphas, row):
+        mixed = jax.tree.map(
+            lambda *m: sum(a * leaf for a, leaf in zip(alphas, m, strict=True)),
+            *[task.mask for task in tasks],
+        )
+        return ss.entropy(plain_norm_logits(net, mixed, row[None], mean, var))[0]
+
+    want = np.stack([jax.grad(value)(jnp.full(4, 0.25), row) for row in x])
+    got = ss.alpha_gradient(net, store, x)
+    np.testing.assert_allclose(got[:, :4], want, rtol=2e-3, atol=1e-5)
+    shared = ss.alpha_gradient(net, store, x, per_example=False)
+    np.testing.assert_allclose(shared[:4], want.mean(0), rtol=2e-3, atol=1e-5)
+
+
+def test_predict_uses_the_statistics_of_the_task(norm_problem):
+    net, store, tasks, x = norm_problem
+    ids = np.arange(20) % 4
+    want = np.stack(
+        [
+            plain_norm_logits(
+                net,
+                tasks[t].mask,
+                x[i : i + 1],
+                tasks[t].state["norm"]["mean"],
+                tasks[t].state["norm"]["var"],
+            )[0]
+            for i, t in enumerate(ids)
+        ]
+    )
+    np.testing.assert_allclose(
+        ss.predict(net, store, x, jnp.asarray(ids)), want, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_dropout_does_not_disturb_inference():
+    net = ss.Network.from_nnx(NormNet((6, 8, 5), dropout=0.5, rngs=nnx.Rngs(0)))
+    store = filled_store(net, [ss.Task(mask, net.state) for mask in random_masks(net, 3)])
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    np.testing.assert_array_equal(ss.predict(net, store, x, 1), ss.predict(net, store, x, 1))
+    assert jnp.isfinite(ss.one_shot(net, store, x).scores[:, :3]).all()
+
+
+# Inside the caller's own transformations
+
+
+def test_inside_jit_vmap_and_grad(problem):
+    net, store, x = problem
+    plain = ss.one_shot(net, store, x)
+    for got in (
+        jax.jit(ss.one_shot)(net, store, x),
+        jax.vmap(
+            lambda row: jax.tree.map(lambda leaf: leaf[0], ss.one_shot(net, store, row[None]))
+        )(x),
+    ):
+        np.testing.assert_array_equal(got.task, plain.task)
+        np.testing.assert_allclose(got.scores, plain.scores, rtol=RTOL, atol=ATOL)
+    for rows in (2, 20):  # both forms can be differentiated further
+        grad = jax.grad(lambda x: (ss.alpha_gradient(net, store, x) ** 2).sum())(x[:rows])
+        assert jnp.isfinite(grad).all()
+        assert float(jnp.abs(grad).max()) > 0
+    logits = jax.grad(lambda x: ss.predict(net, store, x, jnp.arange(20) % 5).sum())(x)
+    alone = jax.grad(lambda x: ss.predict(net, store, x, 0).sum())(x[:1])
+    np.testing.assert_allclose(logits[0], alone[0], rtol=RTOL, atol=ATOL)
+
+
+def test_one_compilation_serves_any_number_of_tasks_within_capacity(small_net):
+    masks = random_masks(small_net, 6)
+    x = jax.random.normal(jax.random.key(0), (3, 6))
+    store = filled_store(small_net, masks[:1], capacity=8)
+    programs = (infer._one_shot, infer._predict, infer._oracle)
+    ss.one_shot(small_net, store, x), ss.predict(small_net, store, x, 0)
+    ss.oracle(small_net, store, x)
+    before = [program._cache_size() for program in programs]
+    for seed, mask in enumerate(masks[1:]):
+        store = store.append(mask)
+        net = relu_net((6, 6, 5), seed)  # nor does another seed's network compile anew
+        ss.one_shot(net, store, x), ss.predict(net, store, x, seed), ss.oracle(net, store, x)
+    assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize("batch", [1, 8, 128])
+@pytest.mark.parametrize("per_example", [True, False])
+def test_no_buffer_of_unpacked_masks(batch, per_example):
+    net = relu_net((784, 300, 100, 100))
+    store = ss.MaskStore.create(net, capacity=256)
+    x = jnp.zeros((batch, 784))
+    lowered = infer._one_shot.lower(net, store, x, objective=ss.entropy, per_example=per_example)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    unpacked = net.layout.num_weights * 256  # at one byte each
+    # Eight examples hold their own weight gradients besides, n floats each, a few times over.
+    assert temporary < unpacked // 2 + (batch == 8) * 5 * 8 * 4 * net.layout.num_weights
+
+
+def test_bad_input(problem, norm_net):
+    net, store, x = problem
+    empty = ss.MaskStore.create(net)
+    for call in (ss.one_shot, ss.alpha_gradient, ss.oracle, lambda *a: ss.predict(*a, 0)):
+        with pytest.raises(ValueError, match="the store is empty"):
+            call(net, empty, x)
+        with pytest.raises(ValueError, match="the store holds masks of"):
+            call(norm_net, store, x)
+        with pytest.raises(TypeError, match="x must be a float array"):
+            call(net, store, jnp.ones((2, 6), jnp.uint8))
+        with pytest.raises(ValueError, match=r"x must be \[B, ...\]"):
+            call(net, store, x[0])
+        with pytest.raises(TypeError, match="store must be a MaskStore"):
+            call(net, store.mask(0), x)
+    for task in (5, -1, jnp.asarray([0] * 19 + [7])):
+        with pytest.raises(ValueError, match=r"task must lie in \[0, 5\)"):
+            ss.predict(net, store, x, task)
+    with pytest.raises(ValueError, match=r"task must be one id or \[20\]"):
+        ss.predict(net, store, x, jnp.zeros(3, jnp.int32))
+    with pytest.raises(TypeError, match="task must hold integer ids"):
+        ss.predict(net, store, x, 0.5)
+    with pytest.raises(TypeError, match="objective must be a hashable function"):
+        ss.one_shot(net, store, x, "entropy")
+    with pytest.raises(ValueError, match=r"objective must map logits \[B, C\] to \[B\]"):
+        ss.one_shot(net, store, x, jax.nn.softmax)
+    with pytest.raises(ValueError, match=r"Superfluous.*needs more than 5 outputs"):
+        ss.one_shot(net, store, x, ss.Superfluous(5))
+    with pytest.raises(ValueError, match="alphas must end in 8"):
+        ss.alpha_gradient(net, store, x, alphas=jnp.ones(6))
+    with pytest.raises(ValueError, match="steps must be a positive int"):
+        ss.descend(net, store, x, optimizer=optax.sgd(0.1), steps=0)
+    with pytest.raises(TypeError, match="optimizer must come from optax"):
+        ss.descend(net, store, x, optimizer="sgd", steps=1)

@@ -1,0 +1,256 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import train
+from tests.conftest import golden, relu_apply, relu_net
+
+FAST = ss.TrainConfig(steps=20, batch_size=8, learning_rate=1e-2)
+
+
+def toy_data(num=40, pixels=6, labels=5, seed=0, **fields):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num, pixels)).astype(np.uint8)
+    return ss.TaskData(jnp.asarray(images), jnp.asarray(np.arange(num) % labels), **fields)
+
+
+def test_rmsprop_matches_the_reference():
+    z = golden("train_rmsprop")
+    net = ss.Network(relu_apply, {f"kernel{i}": z[f"kernel{i}"] for i in range(3)})
+    data = ss.TaskData(
+        jnp.asarray(z["x"].reshape(960, 784)), jnp.asarray(z["y"].reshape(960), jnp.int32)
+    )
+    start = {f"kernel{i}": jnp.asarray(z[f"scores_start{i}"]) for i in range(3)}
+    config = ss.TrainConfig(steps=30, batch_size=32, shuffle=False)
+    result = ss.train_task(jax.random.key(0), net, data, config, init_scores=start)
+    np.testing.assert_allclose(result.loss, z["losses"], rtol=1e-4)
+    for i in range(3):
+        end = z[f"scores_end{i}"]
+        np.testing.assert_allclose(result.scores[f"kernel{i}"], end, rtol=1e-4, atol=1e-6)
+        mask = np.asarray(result.task.mask[f"kernel{i}"])
+        assert mask.dtype == bool
+        # A score within rounding of 0 may fall on either side.
+        clear = np.abs(end) > 1e-6
+        np.testing.assert_array_equal(mask[clear], end[clear] >= 0)
+
+
+def test_training_learns_and_leaves_the_weights_alone():
+    net = relu_net((6, 40, 5))
+    before = net.fingerprint
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    lit = np.asarray([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])[labels]
+    images = (lit * 150 + rng.integers(0, 100, (60, 6))).astype(np.uint8)
+    data = ss.TaskData(jnp.asarray(images), jnp.asarray(labels))
+    config = dataclasses.replace(FAST, steps=200)
+    result = ss.train_task(jax.random.key(0), net, data, config)
+    assert float(result.loss[-20:].mean()) < 0.5 * float(result.loss[:5].mean())
+    again = ss.Network(net.apply, net.params)
+    assert again.fingerprint == before
+
+
+@pytest.mark.parametrize(("num", "steps", "batch_size"), [(10, 7, 4), (3, 5, 8), (60, 3, 16)])
+def test_every_epoch_shows_every_example_once(num, steps, batch_size):
+    config = ss.TrainConfig(steps=steps, batch_size=batch_size)
+    order = np.asarray(train.batch_indices(jax.random.key(0), num, config)).reshape(-1)
+    assert order.shape == (steps * batch_size,)
+    epochs = [order[i : i + num] for i in range(0, len(order) - num + 1, num)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(num))
+    if len(epochs) > 1 and num > 3:
+        assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_same_key_same_task_other_key_other_task(small_net):
+    data = toy_data()
+    one = ss.train_task(jax.random.key(0), small_net, data, FAST)
+    chex.assert_trees_all_equal(one, ss.train_task(jax.random.key(0), small_net, data, FAST))
+    other = ss.train_task(jax.random.key(1), small_net, data, FAST)
+    assert not np.array_equal(one.scores["kernel0"], other.scores["kernel0"])
+
+
+def test_a_view_is_the_images_gathered_by_hand(small_net):
+    view = np.asarray([5, -1, 0, 2, 4, 1])
+    data = toy_data(view=jnp.asarray(view))
+    images = np.asarray(data.images)
+    by_hand = np.where(view >= 0, images[:, view], 0).astype(np.uint8)
+    plain = ss.TaskData(jnp.asarray(by_hand), data.labels)
+    # SGD, since RMSprop's first steps turn the rounding of a zero gradient into a whole step.
+    config = dataclasses.replace(FAST, optimizer="sgd")
+    got, want = (
+        ss.train_task(jax.random.key(0), small_net, each, config) for each in (data, plain)
+    )
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    for name, scores in want.scores.items():
+        np.testing.assert_allclose(got.scores[name], scores, rtol=1e-4, atol=1e-6)
+
+
+def test_views_keep_an_image_shape():
+    images = np.random.default_rng(0).integers(0, 256, (3, 2, 4)).astype(np.uint8)
+    view = np.arange(8).reshape(4, 2)[::-1].copy()
+    data = ss.TaskData(jnp.asarray(images), jnp.zeros(3, jnp.int32), jnp.asarray(view))
+    x, _ = data.batch(jnp.asarray([2, 0]))
+    want = images.reshape(3, 8)[:, view.reshape(-1)].reshape(3, 4, 2)[[2, 0]] / np.float32(255)
+    np.testing.assert_allclose(x, want, rtol=1e-6)
+
+
+def test_normalisation():
+    images = jnp.asarray([[0, 51, 255]], jnp.uint8)
+    want = (np.asarray([[0, 0.2, 1.0]]) - 0.1307) / 0.3081
+    np.testing.assert_allclose(ss.Normalize(0.1307, 0.3081)(images), want, rtol=1e-5)
+
+
+def test_one_compilation_serves_every_task():
+    train._train.clear_cache()
+    for seed in range(3):
+        net = relu_net((6, 6, 5), seed)
+        view = jnp.asarray(np.random.default_rng(seed).permutation(6))
+        ss.train_task(jax.random.key(seed), net, toy_data(view=view, seed=seed), FAST)
+    assert train._train._cache_size() == 1
+
+
+def test_topk_rule_keeps_exactly_its_density(small_net):
+    config = dataclasses.replace(FAST, rule="topk", density=0.25)
+    result = ss.train_task(jax.random.key(0), small_net, toy_data(), config)
+    for mask in jax.tree.leaves(result.task.mask):
+        assert int(mask.sum()) == ss.kept_count(0.25, mask.size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
+        {"schedule": "cosine", "warmup_steps": 5},
+        {"optimizer": "rmsprop", "momentum": 0.5},
+    ],
+)
+def test_other_recipes_learn(small_net, change):
+    config = dataclasses.replace(FAST, steps=100, learning_rate=0.05, **change)
+    loss = ss.train_task(jax.random.key(0), small_net, toy_data(num=5), config).loss
+    assert float(loss[-10:].mean()) < float(loss[:10].mean())
+
+
+def test_sgd_step_equals_the_formula(small_net):
+    """One step of plain SGD, with the mask itself as the variable of the gradient."""
+    data = toy_data(num=8)
+    config = ss.TrainConfig(
+        steps=1, batch_size=8, optimizer="sgd", learning_rate=0.1, shuffle=False
+    )
+    start = {
+        name: jnp.linspace(-1, 1, s[0] * s[1]).reshape(s)
+        for name, s in small_net.layout.shapes.items()
+    }
+    result = ss.train_task(jax.random.key(0), small_net, data, config, init_scores=start)
+    x, y = data.batch(jnp.arange(8))
+
+    def loss(mask):
+        log_p = jax.nn.log_softmax(small_net(mask, x))
+        return -log_p[jnp.arange(8), y].mean()
+
+    grads = jax.grad(loss)({name: (s >= 0).astype(jnp.float32) for name, s in start.items()})
+    for name, scores in start.items():
+        np.testing.assert_allclose(
+            result.scores[name], scores - 0.1 * grads[name], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_augmentation_draws_anew_each_step(small_net):
+    seen = []
+
+    def augment(key, x):
+        jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
+        return x
+
+    config = dataclasses.replace(FAST, steps=4, augment=augment)
+    jax.block_until_ready(ss.train_task(jax.random.key(0), small_net, toy_data(), config))
+    jax.effects_barrier()
+    assert len(set(seen)) == 4
+
+
+def test_statistics_are_trained_with_the_task(norm_net):
+    # Whole batches and masks that hardly move, so that the running mean arrives at the mean.
+    config = dataclasses.replace(FAST, steps=150, batch_size=64, learning_rate=1e-7)
+    data = toy_data(num=64)
+    task = ss.train_task(jax.random.key(0), norm_net, data, config).task
+    x, _ = data.batch(jnp.arange(64))
+    hidden = np.asarray(x) @ np.where(
+        task.mask["layer0"]["kernel"], norm_net.params["layer0"]["kernel"], 0
+    )
+    np.testing.assert_allclose(task.state["norm"]["mean"], hidden.mean(0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(task.state["norm"]["var"], hidden.var(0), rtol=1e-3, atol=1e-4)
+
+
+def test_init_scores_are_used_and_not_consumed(small_net):
+    start = {name: jnp.full(shape, 0.5) for name, shape in small_net.layout.shapes.items()}
+    config = dataclasses.replace(FAST, steps=1, learning_rate=1e-6)
+    result = ss.train_task(jax.random.key(0), small_net, toy_data(), config, init_scores=start)
+    np.testing.assert_allclose(result.scores["kernel0"], 0.5, atol=1e-4)
+    assert float(start["kernel0"].sum()) == 18.0
+
+
+def test_it_works_under_vmap_and_jit(small_net):
+    keys = jax.random.split(jax.random.key(0), 2)
+    data = toy_data()
+    together = jax.jit(jax.vmap(lambda key: ss.train_task(key, small_net, data, FAST)))(keys)
+    for i, key in enumerate(keys):
+        alone = ss.train_task(key, small_net, data, FAST)
+        np.testing.assert_allclose(together.loss[i], alone.loss, rtol=1e-4)
+
+
+def test_bad_configs():
+    for change, message in (
+        ({"rule": "magnitude"}, "rule must be one of"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"steps": 0}, "steps must be a positive int"),
+        ({"batch_size": 1.5}, "batch_size must be a positive int"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"rule": "topk"}, "needs a density"),
+        ({"rule": "topk", "density": 0.0}, r"density must lie in \(0, 1\]"),
+        ({"rule": "topk", "density": 1.5}, r"density must lie in \(0, 1\]"),
+        ({"density": 0.5}, "density must be None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ss.TrainConfig(**change)
+
+
+def test_bad_input(small_net):
+    key, good = jax.random.key(0), toy_data()
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\), .* got 0 to 5"):
+        ss.train_task(key, small_net, toy_data(labels=6), FAST)
+    with pytest.raises(ValueError, match=r"images must be \[N, ...\] and labels \[N\]"):
+        ss.train_task(key, small_net, dataclasses.replace(good, labels=good.labels[:3]), FAST)
+    with pytest.raises(ValueError, match="at least one example"):
+        ss.train_task(key, small_net, toy_data(num=0), FAST)
+    with pytest.raises(ValueError, match="view must index 6 pixels"):
+        ss.train_task(key, small_net, toy_data(view=jnp.arange(7)), FAST)
+    with pytest.raises(TypeError, match="labels must hold integers"):
+        ss.TaskData(good.images, good.labels.astype(jnp.float32))
+    with pytest.raises(TypeError, match="images must be an array"):
+        ss.TaskData([[1, 2]], good.labels)
+    with pytest.raises(TypeError, match="data must be a TaskData"):
+        ss.train_task(key, small_net, good.images, FAST)
+    with pytest.raises(TypeError, match="net must be a Network"):
+        ss.train_task(key, small_net.params, good, FAST)
+    scores = {name: jnp.ones(shape) for name, shape in small_net.layout.shapes.items()}
+    with pytest.raises(ValueError, match="finite, got NaN or infinity at 'kernel0'"):
+        bad = {**scores, "kernel0": scores["kernel0"].at[0, 0].set(jnp.nan)}
+        ss.train_task(key, small_net, good, FAST, init_scores=bad)
+    with pytest.raises(TypeError, match="init_scores must be floats"):
+        bad = {**scores, "kernel0": scores["kernel0"].astype(jnp.int32)}
+        ss.train_task(key, small_net, good, FAST, init_scores=bad)
+    with pytest.raises(ValueError, match="lacks the masked leaf 'kernel1'"):
+        ss.train_task(key, small_net, good, FAST, init_scores={"kernel0": scores["kernel0"]})
+
+
+def test_divergence_is_reported(small_net):
+    images = jnp.full((8, 6), jnp.nan)
+    data = ss.TaskData(images, jnp.zeros(8, jnp.int32))
+    with pytest.raises(ValueError, match="training diverged"):
+        ss.train_task(jax.random.key(0), small_net, data, FAST)
