@@ -18,9 +18,8 @@ s is the paper's name for the number of outputs in all, of which the first 10 ar
 Writes result.json, accuracy.csv, store.npz and three pictures to --out.
 """
 
-import csv
 import dataclasses
-import math
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import paper, plots
+from experiments import paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, metrics, models, prng
 
@@ -158,7 +157,7 @@ def main(args: Args) -> dict:
         run = Run.open(args.folder(), config, args.resume)
         if (result := run.result) is not None:
             print(f"{run.out} is finished:")
-            print_table(result)
+            reports.print_table(result)
             return result
         with run.phase("data"):
             dataset = load(config, args.data_dir)
@@ -176,7 +175,7 @@ def main(args: Args) -> dict:
         print("--tiny: images drawn from a key with the dataset's shapes, not real data")
     print(f"{run.out}: {config.tasks} tasks of {dataset.name}, {net}")
     store = learn(run, config, net, store, stream, dataset)
-    return finish(run, config, store, dataset)
+    return finish(run, config, store)
 
 
 def load(config: Config, data_dir: Path | None) -> data.Dataset:
@@ -237,220 +236,92 @@ def checkpoint(
     """Runs every protocol over the tasks learned so far and keeps the rows."""
     num_tasks = int(store.num_tasks)
     objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(dataset.num_labels)}
-    few = data.PermutedStream(
-        dataset.limit_test(config.images_per_task),
-        config.tasks,
-        config.seed,
-        config.independent_seeds,
-    )
-    plan = [("given", None)]
-    plan += [(protocol, name) for protocol in config.protocols for name in config.objectives]
+    few = config.images_per_task
+    few_stream = stream.on(dataset.limit_test(few))
+    plan = [("given", None, None)] + ([("given", None, few)] if few else [])
+    plan += [
+        (protocol, name, None if protocol == "paper" else few)
+        for protocol in config.protocols
+        for name in config.objectives
+    ]
     with run.phase("evaluate"):
-        for protocol, name in plan:
-            rows = ss.evaluate(
+        for protocol, name, images in plan:
+            label = f"  {num_tasks} tasks, {protocol} {name or ''}"
+            measured = ss.evaluate(
                 net,
                 store,
-                (stream if protocol in ("given", "paper") else few).test,
+                (few_stream if images else stream).test,
                 protocol,
                 objective=objectives.get(name, ss.entropy),
-                progress=lambda tasks, label=f"{protocol} {name or ''}": tqdm(
-                    tasks, desc=f"  {num_tasks} tasks, {label}", leave=False, unit="task"
-                ),
+                progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
             )
-            record(run, num_tasks, protocol, name, rows)
-    gnu = next((r for r in run.rows[::-1] if r["scenario"] == "gnu"), None)
-    gg = next(r for r in run.rows[::-1] if r["scenario"] == "gg")
-    if gnu:
-        tqdm.write(
-            f"{num_tasks} tasks: GG {gg['accuracy']:.4f}, GNu {gnu['accuracy']:.4f} "
-            f"({gnu['protocol']}, {gnu['objective']}), task accuracy {gnu['task_accuracy']:.4f}"
-        )
+            run.rows += reports.rows_of(protocol, name, images, measured)
+            # Of T x T counts only the last are kept, for the picture.
+            run.details["inferred"] = metrics.confusion([row.inferred for row in measured]).tolist()
+            run.details["inferred_by"] = [protocol, name]
+    (gg,) = reports.find(run.rows, scenario="gg", images_per_task=None, tasks_learned=num_tasks)
+    gnu = reports.find(run.rows, scenario="gnu", tasks_learned=num_tasks)[0]
+    tqdm.write(
+        f"{num_tasks} tasks: GG {gg['accuracy']:.4f}, GNu {gnu['accuracy']:.4f} "
+        f"({gnu['protocol']}, {gnu['objective']}), task accuracy {gnu['task_accuracy']:.4f}"
+    )
     run.write_progress()
 
 
-def record(run: Run, num_tasks: int, protocol: str, objective: str | None, rows: list) -> None:
-    """Adds the rows of one evaluation: one a scenario, and its per-task detail."""
-    given = protocol == "given"
-    shared = {
-        "method": "supsup",
-        "objective": objective,
-        "protocol": protocol,
-        "tasks_learned": num_tasks,
-        "decisions": sum(row.decisions for row in rows),
-    }
-    task_accuracy = None
-    if not given:
-        confusion = metrics.confusion([row.inferred for row in rows])
-        task_accuracy = metrics.task_accuracy(confusion)
-    for scenario, accuracies in (
-        [("gg", [row.accuracy for row in rows])]
-        if given
-        else [
-            ("gns", [row.shared_accuracy for row in rows]),
-            ("gnu", [row.accuracy for row in rows]),
-        ]
-    ):
-        run.rows.append(
+def finish(run: Run, config: Config, store: ss.MaskStore) -> dict:
+    """Writes everything a finished run has, the result last."""
+    reports.write_csv(run.out / "accuracy.csv", run.rows)
+    draw(run, config)
+    result = run.finish(
+        bytes=reports.store_bytes(store, run.store_path),
+        metrics=reports.continual_metrics(run.rows),
+    )
+    reports.print_table(result)
+    return result
+
+
+def draw(run: Run, config: Config) -> None:
+    """accuracy.png, matrix.png and inferred.png."""
+    figure = reports.figure(run.config)
+    curves = [
+        {"label": label, "points": points, "color": color, "style": "s--"}
+        for method, objective, label, color in (
+            ("supsup", "entropy", "paper, GNu, H", plots.PAPER),
+            ("upper_bound", None, "paper, a network a task", plots.BOUND),
+        )
+        if (points := paper.CURVES.get((figure, method, objective)))
+    ]
+    symbols = {"entropy": "H", "superfluous": "G"}
+    drawn = [{"scenario": "gg", "protocol": "given", "images_per_task": None}]
+    drawn += [
+        {"scenario": "gnu", "protocol": config.protocols[0], "objective": name}
+        for name in config.objectives
+    ]
+    matrices = {}
+    for fields in drawn:
+        rows = reports.find(run.rows, **fields)
+        given = fields["scenario"] == "gg"
+        label = "GG" if given else f"GNu, {symbols[fields['objective']]} ({fields['protocol']})"
+        matrices[label] = reports.accuracy_matrix(rows)[list(np.subtract(config.checkpoints, 1))]
+        curves.append(
             {
-                **shared,
-                "scenario": scenario,
-                "accuracy": float(np.mean(accuracies)),
-                "task_accuracy": task_accuracy,
+                "label": f"ours, {label}",
+                "points": {row["tasks_learned"]: row["accuracy"] for row in rows},
+                "color": plots.GIVEN if given else plots.OURS,
+                "style": "^:" if fields.get("objective") == "superfluous" else "o-",
             }
         )
-        name = "/".join(filter(None, (scenario, objective, protocol)))
-        run.details.setdefault(name, {})[str(num_tasks)] = accuracies
-    if not given:
-        # Only the last checkpoint's is drawn, and T x T counts are long.
-        run.details["inferred"] = {
-            **(run.details.get("inferred", {}) if _same_tasks(run, num_tasks) else {}),
-            f"{objective}/{protocol}": confusion.tolist(),
-        }
-        run.details["inferred_at"] = num_tasks
-
-
-def _same_tasks(run, num_tasks):
-    return run.details.get("inferred_at") == num_tasks
-
-
-def finish(run: Run, config: Config, store: ss.MaskStore, dataset: data.Dataset) -> dict:
-    """Writes everything a finished run has, the result last."""
-    matrices = {name: matrix(config, rows) for name, rows in accuracies(run).items()}
-    write_csv(run.out / "accuracy.csv", run)
-    draw(run, config, matrices, dataset)
-    bound = math.ceil(config.tasks * store.layout.num_weights / 8)
-    result = run.finish(
-        bytes={
-            "masks": int(store.num_tasks) * store.layout.num_words * 4,
-            # Threshold masks keep about half of the weights, where log2 C(n, k) is n.
-            "masks_bound": bound,
-            "norm_statistics": 0,
-            "heads": 0,
-            "seed": 4,
-            "store_file": run.store_path.stat().st_size,
-        },
-        metrics={
-            name: {
-                "acc": metrics.average_accuracy(square(matrix)),
-                "average_incremental_accuracy": metrics.average_incremental_accuracy(
-                    square(matrix)
-                ),
-                "forgetting": metrics.forgetting(square(matrix)),
-                "bwt": metrics.backward_transfer(square(matrix)),
-                "measured_after": list(config.checkpoints),
-            }
-            for name, matrix in matrices.items()
-        },
+    title = (
+        f"Permuted {config.dataset}, {config.model}, {config.outputs} outputs, seed {config.seed}"
     )
-    print_table(result)
-    return result
-
-
-def accuracies(run: Run) -> dict[str, dict[str, list[float]]]:
-    """Per-task accuracies of each scenario/objective/protocol, by tasks learned."""
-    return {name: rows for name, rows in run.details.items() if name.startswith("g")}
-
-
-def matrix(config: Config, rows: dict[str, list[float]]) -> np.ndarray:
-    """R at the checkpoints: [len(checkpoints), T], NaN where a task was not yet learned."""
-    result = np.full((len(config.checkpoints), config.tasks), np.nan)
-    for i, tasks in enumerate(config.checkpoints):
-        result[i, :tasks] = rows[str(tasks)]
-    return result
-
-
-def square(rows: np.ndarray) -> np.ndarray:
-    """R [T, T] of the checkpoint rows, NaN between."""
-    num_tasks = rows.shape[1]
-    result = np.full((num_tasks, num_tasks), np.nan)
-    for row in rows:
-        result[np.isfinite(row).sum() - 1] = row
-    return result
-
-
-def write_csv(path: Path, run: Run) -> None:
-    """R in long form: one line for each accuracy measured."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["scenario", "objective", "protocol", "tasks_learned", "task", "accuracy"])
-        for name, rows in accuracies(run).items():
-            scenario, *objective, protocol = name.split("/")
-            for tasks, values in rows.items():
-                for task, accuracy in enumerate(values):
-                    writer.writerow(
-                        [scenario, *(objective or [""]), protocol, tasks, task, accuracy]
-                    )
-
-
-def draw(run: Run, config: Config, matrices: dict[str, np.ndarray], dataset: data.Dataset) -> None:
-    """accuracy.png, matrix.png and inferred.png."""
-    figure = f"{config.model}/{config.outputs}"
-    curves = []
-    if dataset.name == "mnist":
-        for method, label, color in (
-            ("supsup", "paper, GNu, H", plots.PAPER),
-            ("upper_bound", "paper, a network a task", plots.BOUND),
-        ):
-            objective = "entropy" if method == "supsup" else None
-            if points := paper.CURVES.get((figure, method, objective)):
-                curves.append({"label": label, "points": points, "color": color, "style": "s--"})
-    protocol = config.protocols[0]
-    wanted = [("gg", None, "given", "ours, GG (id given)", plots.GIVEN, "o-")]
-    wanted += [
-        ("gnu", name, protocol, f"ours, GNu, {symbol} ({protocol})", plots.OURS, style)
-        for name, symbol, style in (("entropy", "H", "o-"), ("superfluous", "G", "^:"))
-        if name in config.objectives
-    ]
-    for scenario, objective, protocol, label, color, style in wanted:
-        points = {
-            row["tasks_learned"]: row["accuracy"]
-            for row in run.rows
-            if (row["scenario"], row["objective"], row["protocol"])
-            == (scenario, objective, protocol)
-        }
-        curves.append({"label": label, "points": points, "color": color, "style": style})
-    title = f"Permuted {dataset.name}, {config.model}, {config.outputs} outputs, seed {config.seed}"
     plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
-    key = f"gnu/{config.objectives[0]}/{config.protocols[0]}"
-    plots.accuracy_matrices(
-        run.out / "matrix.png",
-        {"GG": matrices["gg/given"], f"GNu, {config.protocols[0]}": matrices[key]},
-        list(config.checkpoints),
-    )
-    decided = f"{config.objectives[0]}/{config.protocols[-1]}"
+    plots.accuracy_matrices(run.out / "matrix.png", matrices, list(config.checkpoints))
+    protocol, name = run.details["inferred_by"]
     plots.inferred_tasks(
         run.out / "inferred.png",
-        f"Task inferred, {config.tasks} tasks ({config.protocols[-1]})",
-        np.asarray(run.details["inferred"][decided]),
+        f"Task inferred for each task ({protocol}, {symbols[name]})",
+        np.asarray(run.details["inferred"]),
     )
-
-
-def print_table(result: dict) -> None:
-    """Ours beside the paper's, a line a row, and the seconds by phase."""
-    config = result["config"]
-    figure = f"{config['model']}/{config['outputs']}"
-    print(
-        f"\n{'tasks':>5}  {'scenario':8}  {'objective':11}  {'protocol':11}  {'ours':>6}  "
-        f"{'paper':>6}  {'diff':>7}  {'task acc':>8}  {'decisions':>9}"
-    )
-    for row in result["rows"]:
-        theirs = None
-        if config["dataset"] == "mnist" and row["scenario"] == "gnu":
-            curve = paper.CURVES.get((figure, "supsup", row["objective"]), {})
-            theirs = curve.get(row["tasks_learned"])
-        print(
-            f"{row['tasks_learned']:5}  {row['scenario']:8}  {row['objective'] or '-':11}  "
-            f"{row['protocol']:11}  {row['accuracy']:.4f}  {_show(theirs, '6.4f')}  "
-            f"{_show(theirs and row['accuracy'] - theirs, '+7.4f')}  "
-            f"{_show(row['task_accuracy'], '8.4f')}  {row['decisions']:9}"
-        )
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
-    print(f"\nseconds: {spent}")
-    print(f"bytes: masks {result['bytes']['masks']:,}, store {result['bytes']['store_file']:,}")
-
-
-def _show(value, form):
-    return "-".rjust(int(form.strip("+").split(".")[0])) if value is None else f"{value:{form}}"
 
 
 def cli(argv: list[str] | None = None, run: Callable[[Args], dict] = main) -> None:

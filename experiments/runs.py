@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from experiments import reports
+
 SCHEMA = 1
 
 
@@ -44,7 +46,6 @@ class Run:
         self.seconds: dict[str, float] = (progress or {}).get("seconds", {})
         self.rows: list[dict] = (progress or {}).get("rows", [])
         self.details: dict[str, Any] = (progress or {}).get("details", {})
-        self.tasks_saved: int = (progress or {}).get("tasks_saved", 0)
         self._compiled = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -108,7 +109,6 @@ class Run:
         """The store, then the progress that counts on it."""
         with self.phase("save"):
             store.save(self.store_path, overwrite=True)
-            self.tasks_saved = int(store.num_tasks)
         self.write_progress()
 
     def write_progress(self) -> None:
@@ -117,7 +117,6 @@ class Run:
             {
                 "schema": SCHEMA,
                 "config": self.config,
-                "tasks_saved": self.tasks_saved,
                 "seconds": self.seconds,
                 "rows": self.rows,
                 "details": self.details,
@@ -134,7 +133,7 @@ class Run:
             "versions": versions(),
             "device": device(),
             **extra,
-            "rows": sorted(self.rows, key=lambda row: row["tasks_learned"]),
+            "rows": [reports.public(row) for row in reports.find(self.rows)],
         }
         write_json(self.out / "result.json", result)
         return result

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import permuted, runs
+from experiments import permuted, reports, runs
 from experiments.permuted import Args
 
 
@@ -49,8 +49,7 @@ def test_the_csv_means_what_the_result_says(finished):
         mine = [
             float(line["accuracy"])
             for line in lines
-            if (line["scenario"], line["objective"], line["protocol"])
-            == (row["scenario"], row["objective"] or "", row["protocol"])
+            if all(line[name] == str(row[name] or "") for name in reports.SERIES)
             and int(line["tasks_learned"]) == row["tasks_learned"]
         ]
         assert len(mine) == row["tasks_learned"]

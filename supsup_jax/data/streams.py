@@ -42,5 +42,9 @@ class PermutedStream:
     def __len__(self) -> int:
         return self._num_tasks
 
+    def on(self, dataset: Dataset) -> "PermutedStream":
+        """The same tasks over other images of the same shape."""
+        return PermutedStream(dataset, self._num_tasks, self._seed, self._independent)
+
     def view(self, task: int):
         return jnp.asarray(permutation(task, self._num_pixels, self._seed, self._independent))

@@ -1,0 +1,154 @@
+"""From a run's rows to its accuracy matrices, metrics, CSV and table.
+
+A row is a dict with method, scenario (gg, gns, gnu, nns), objective, protocol, images_per_task
+(null: all test images), tasks_learned, decisions, accuracy (mean over the learned tasks),
+task_accuracy (null where it has no meaning), and per_task, the accuracies behind the mean, which
+result.json leaves out.
+"""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import gammaln
+
+import supsup_jax as ss
+from experiments import paper
+from supsup_jax import metrics
+
+SERIES = ("scenario", "objective", "protocol", "images_per_task")
+
+
+def rows_of(protocol: str, objective: str | None, images: int | None, measured: list) -> list[dict]:
+    """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu."""
+    inferred = protocol != "given"
+    decisions = [row.inferred for row in measured]
+    accuracies = {"gg": [row.accuracy for row in measured]}
+    if inferred:
+        accuracies = {"gns": [row.shared_accuracy for row in measured], "gnu": accuracies["gg"]}
+    return [
+        {
+            "method": "supsup",
+            "scenario": scenario,
+            "objective": objective,
+            "protocol": protocol,
+            "images_per_task": images,
+            "tasks_learned": len(measured),
+            "decisions": sum(map(len, decisions)),
+            "accuracy": float(np.mean(per_task)),
+            "task_accuracy": (
+                metrics.task_accuracy(metrics.confusion(decisions)) if inferred else None
+            ),
+            "per_task": per_task,
+        }
+        for scenario, per_task in accuracies.items()
+    ]
+
+
+def public(row: dict) -> dict:
+    """A row as result.json holds it."""
+    return {name: value for name, value in row.items() if name != "per_task"}
+
+
+def find(rows: list[dict], **fields: Any) -> list[dict]:
+    """The rows with these values, by tasks learned."""
+    found = [row for row in rows if all(row[name] == value for name, value in fields.items())]
+    return sorted(found, key=lambda row: row["tasks_learned"])
+
+
+def series(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows of one scenario, objective, protocol and set of images, by those four."""
+    keys = dict.fromkeys(tuple(row[name] for name in SERIES) for row in rows)
+    return {key: find(rows, **dict(zip(SERIES, key, strict=True))) for key in keys}
+
+
+def accuracy_matrix(rows: list[dict]) -> np.ndarray:
+    """R [T, T] of one series; NaN above the diagonal and between checkpoints."""
+    num_tasks = rows[-1]["tasks_learned"]
+    R = np.full((num_tasks, num_tasks), np.nan)
+    for row in rows:
+        R[row["tasks_learned"] - 1, : row["tasks_learned"]] = row["per_task"]
+    return R
+
+
+def continual_metrics(rows: list[dict]) -> list[dict]:
+    """ACC, average incremental accuracy, forgetting and BWT of each series."""
+    return [
+        {
+            **dict(zip(SERIES, key, strict=True)),
+            "measured_after": [row["tasks_learned"] for row in found],
+            "acc": metrics.average_accuracy(R),
+            "average_incremental_accuracy": metrics.average_incremental_accuracy(R),
+            "forgetting": metrics.forgetting(R),
+            "bwt": metrics.backward_transfer(R),
+        }
+        for key, found in series(rows).items()
+        for R in [accuracy_matrix(found)]
+    ]
+
+
+def store_bytes(store: ss.MaskStore, path: Path) -> dict[str, float]:
+    """Bytes of what a run keeps, and the information bound log2 C(n, k) of its masks."""
+    n, num_tasks = store.layout.num_weights, int(store.num_tasks)
+    kept = np.asarray(store.contract(jnp.ones(n)), np.float64)[:num_tasks]
+    bits = (gammaln(n + 1) - gammaln(kept + 1) - gammaln(n - kept + 1)) / math.log(2)
+    masks = num_tasks * store.layout.num_words * 4
+    return {
+        "masks": masks,
+        "masks_bound": round(float(bits.sum()) / 8),
+        "norm_statistics": 0,
+        "heads": 0,
+        "seed": 4,
+        "total": masks + 4,
+        "store_file": path.stat().st_size,
+    }
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """R in long form: a line for each accuracy measured."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*SERIES, "tasks_learned", "task", "accuracy"])
+        for row in rows:
+            shared = [row[name] for name in SERIES] + [row["tasks_learned"]]
+            writer.writerows([*shared, i, value] for i, value in enumerate(row["per_task"]))
+
+
+def figure(config: dict) -> str | None:
+    """The paper's figure that a run repeats, as `paper.CURVES` names it."""
+    return f"{config['model']}/{config['outputs']}" if config["dataset"] == "mnist" else None
+
+
+def theirs(config: dict, row: dict) -> float | None:
+    """The paper's number for a row, where it has one: GNu on all test images."""
+    if row["scenario"] != "gnu" or row["images_per_task"] is not None:
+        return None
+    curve = paper.CURVES.get((figure(config), "supsup", row["objective"]), {})
+    return curve.get(row["tasks_learned"])
+
+
+def print_table(result: dict) -> None:
+    """Ours beside the paper's, a line a row; then seconds and bytes."""
+    print(
+        "\ntasks  scenario  objective    protocol     images    ours   paper     diff  "
+        "task acc  decisions"
+    )
+    for row in result["rows"]:
+        known = theirs(result["config"], row)
+        print(
+            f"{row['tasks_learned']:5}  {row['scenario']:8}  {row['objective'] or '-':11}  "
+            f"{row['protocol']:11}  {row['images_per_task'] or 'all':>6}  {row['accuracy']:.4f}  "
+            f"{_number(known, '6.4f')}  {_number(known and row['accuracy'] - known, '+7.4f')}  "
+            f"{_number(row['task_accuracy'], '8.4f')}  {row['decisions']:9}"
+        )
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
+    print(f"\nseconds: {spent}")
+    print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
+
+
+def _number(value, form):
+    width = int(form.strip("+").split(".")[0])
+    return "-".rjust(width) if value is None else f"{value:{form}}"
