@@ -48,7 +48,7 @@ class Config:
     outputs: int  # C, of which the dataset's labels come first
     tasks: int
     checkpoints: tuple[int, ...]  # tasks learned at which all protocols are run
-    protocols: tuple[str, ...] = ("paper", "per_example", "batch-8")
+    protocols: tuple[str, ...] = ("paper", "per_example", "batch-8")  # the first is drawn
     objectives: tuple[str, ...] = ("entropy", "superfluous")
     # Test images of each task that per_example and batch-m look at; paper looks at all.
     images_per_task: int | None = None
@@ -65,6 +65,7 @@ PRESETS = {
         dataset="digits",
         tasks=50,
         checkpoints=(10, 20, 30, 40, 50),
+        protocols=("per_example", "paper", "batch-8"),
         train=ss.TrainConfig(steps=1500),
     ),
     "mnist-10": PAPER,
@@ -256,9 +257,10 @@ def checkpoint(
                 progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
             )
             run.rows += reports.rows_of(protocol, name, images, measured)
-            # Of T x T counts only the last are kept, for the picture.
-            run.details["inferred"] = metrics.confusion([row.inferred for row in measured]).tolist()
-            run.details["inferred_by"] = [protocol, name]
+            if (protocol, name) == (config.protocols[0], config.objectives[0]):
+                # For the picture; the T x T counts of all the others would fill the file.
+                counts = metrics.confusion([row.inferred for row in measured])
+                run.details["inferred"] = counts.tolist()
     (gg,) = reports.find(run.rows, scenario="gg", images_per_task=None, tasks_learned=num_tasks)
     gnu = reports.find(run.rows, scenario="gnu", tasks_learned=num_tasks)[0]
     tqdm.write(
@@ -307,8 +309,7 @@ def draw(run: Run, config: Config) -> None:
             {
                 "label": f"ours, {label}",
                 "points": {row["tasks_learned"]: row["accuracy"] for row in rows},
-                "color": plots.GIVEN if given else plots.OURS,
-                "style": "^:" if fields.get("objective") == "superfluous" else "o-",
+                "color": plots.OURS["gg" if given else fields["objective"]],
             }
         )
     title = (
@@ -316,10 +317,9 @@ def draw(run: Run, config: Config) -> None:
     )
     plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
     plots.accuracy_matrices(run.out / "matrix.png", matrices, list(config.checkpoints))
-    protocol, name = run.details["inferred_by"]
     plots.inferred_tasks(
         run.out / "inferred.png",
-        f"Task inferred for each task ({protocol}, {symbols[name]})",
+        f"{config.tasks} tasks, {config.protocols[0]}, {symbols[config.objectives[0]]}",
         np.asarray(run.details["inferred"]),
     )
 

@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 # One colour a method, validated for colour-blind readers (Okabe and Ito).
-OURS, PAPER, GIVEN, BOUND = "#0072B2", "#D55E00", "#009E73", "#888888"
+OURS = {"gg": "#009E73", "entropy": "#0072B2", "superfluous": "#CC79A7"}
+PAPER, BOUND = "#D55E00", "#888888"
 
 
 def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
