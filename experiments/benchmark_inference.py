@@ -99,7 +99,7 @@ def main(args: Args) -> dict:
     with runs.usage_errors():
         if not tasks or min(tasks) < 1 or rounds < 1:
             raise runs.UsageError("--tasks and --rounds must be at least 1")
-        args.out.mkdir(parents=True, exist_ok=True)
+        runs.writable_folder(args.out)
     module = models.lenet_300_100(100, rngs=nnx.Rngs(0))
     net = ss.signed_constant(ss.Network.from_nnx(module), 0)
     x = jnp.zeros((128, 784))

@@ -70,7 +70,7 @@ def main(args: Args) -> dict:
     with runs.usage_errors():
         if steps < 1 or rounds < 1:
             raise runs.UsageError("--steps and --rounds must be at least 1")
-        args.out.mkdir(parents=True, exist_ok=True)
+        runs.writable_folder(args.out)
     model, outputs = NETWORKS[args.network]
     net = ss.signed_constant(ss.Network.from_nnx(model(outputs, rngs=nnx.Rngs(0))), 0)
     num_train = 512 if args.tiny else 60_000

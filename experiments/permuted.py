@@ -15,7 +15,8 @@ checkpoint asks how well they are recognised: with the id given (GG), and inferr
     mnist-2500-lenet   LeNet-300-100, s=500    2500  .9345           hours; made for a GPU
 
 s is the paper's name for the number of outputs in all, of which the first 10 are labels.
-Writes result.json, accuracy.csv, store.npz and three pictures to --out.
+Writes result.json, accuracy.csv (the accuracy matrix), store.npz, inferred.npz (which task was
+inferred for which) and three pictures to --out.
 """
 
 import dataclasses
@@ -216,8 +217,9 @@ def learn(
                     jax.random.fold_in(key, i), net, stream.train[i], config.train
                 )
                 store = store.append(result.task, donate=True)
-            # The last steps' loss is on data the masks have seen; it says that learning works.
-            bar.set_postfix(task=i, loss=f"{float(result.loss[-20:].mean()):.3f}", refresh=False)
+            with run.phase("evaluate"):
+                (row,) = ss.evaluate(net, store, stream.test, tasks=[i])
+            bar.set_postfix(task=i, accuracy=f"{row.accuracy:.4f}", refresh=False)
             if i + 1 in config.checkpoints:
                 run.save(store)
                 checkpoint(run, config, net, store, stream, dataset)
@@ -258,9 +260,8 @@ def checkpoint(
             )
             run.rows += reports.rows_of(protocol, name, images, measured)
             if (protocol, name) == (config.protocols[0], config.objectives[0]):
-                # For the picture; the T x T counts of all the others would fill the file.
                 counts = metrics.confusion([row.inferred for row in measured])
-                run.details["inferred"] = counts.tolist()
+                np.savez_compressed(run.out / "inferred.npz", counts=counts)
     (gg,) = reports.find(run.rows, scenario="gg", images_per_task=None, tasks_learned=num_tasks)
     gnu = reports.find(run.rows, scenario="gnu", tasks_learned=num_tasks)[0]
     tqdm.write(
@@ -320,7 +321,7 @@ def draw(run: Run, config: Config) -> None:
     plots.inferred_tasks(
         run.out / "inferred.png",
         f"{config.tasks} tasks, {config.protocols[0]}, {symbols[config.objectives[0]]}",
-        np.asarray(run.details["inferred"]),
+        np.load(run.out / "inferred.npz")["counts"],
     )
 
 

@@ -45,7 +45,6 @@ class Run:
         self.config = config
         self.seconds: dict[str, float] = (progress or {}).get("seconds", {})
         self.rows: list[dict] = (progress or {}).get("rows", [])
-        self.details: dict[str, Any] = (progress or {}).get("details", {})
         self._compiled = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -58,7 +57,8 @@ class Run:
         config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file; name a folder")
-        if not out.exists() or not any(out.iterdir()):
+        # A write cut short leaves a hidden partial file, which means nothing.
+        if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
             return cls(out, config, None)
         path = out / "progress.json"
         if not path.is_file():
@@ -90,7 +90,7 @@ class Run:
 
     def create(self) -> None:
         """Makes the folder, and finds out now whether it can be written to."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        writable_folder(self.out)
         self.write_progress()
 
     @contextlib.contextmanager
@@ -119,7 +119,6 @@ class Run:
                 "config": self.config,
                 "seconds": self.seconds,
                 "rows": self.rows,
-                "details": self.details,
             },
         )
 
@@ -141,6 +140,13 @@ class Run:
     def _on_event(self, event: str, duration: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self._compiled += duration
+
+
+def writable_folder(path: Path) -> None:
+    """Makes the folder `path` and finds out, before any work, whether it can be written to."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -50,12 +50,14 @@ class NnxStateful:
 
 @dataclasses.dataclass(frozen=True)
 class LinenStateless:
-    """apply(params, x) of a Linen module without other collections."""
+    """apply(params, x) of a Linen module without other collections, always in eval mode."""
 
     module: linen.Module
+    mode: str | None
 
     def __call__(self, params, x):
-        return self.module.apply({"params": params}, x)
+        arguments = {self.mode: _LINEN_MODES[self.mode](False)} if self.mode else {}
+        return self.module.apply({"params": params}, x, **arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +103,10 @@ def split_linen(module: Any, variables: PyTree) -> tuple[Any, PyTree, PyTree]:
             f"variables must hold 'params', as module.init returns it; got {sorted(variables)}"
         )
     state = {name: tree for name, tree in variables.items() if name != "params"}
-    if not state:
-        return LinenStateless(module), variables["params"], None
     arguments = inspect.signature(type(module).__call__).parameters
     modes = [mode for mode in _LINEN_MODES if mode in arguments]
+    if not state:
+        return LinenStateless(module, modes[0] if modes else None), variables["params"], None
     if not modes:
         raise ValueError(
             f"{type(module).__name__} has state {sorted(state)}, so its __call__ must take one of "
@@ -119,18 +121,23 @@ class _KeyData:
     """Where a typed PRNG key stood: state is stored, stacked and saved as plain numbers."""
 
     data: jax.Array
+    impl: str = dataclasses.field(metadata={"static": True})
 
 
 def _unwrap_keys(tree):
     def unwrap(leaf):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return _KeyData(jax.random.key_data(leaf)) if is_key else leaf
+        if not is_key:
+            return leaf
+        return _KeyData(jax.random.key_data(leaf), str(jax.random.key_impl(leaf)))
 
     return jax.tree.map(unwrap, tree)
 
 
 def _wrap_keys(tree):
     def wrap(node):
-        return jax.random.wrap_key_data(node.data) if isinstance(node, _KeyData) else node
+        if not isinstance(node, _KeyData):
+            return node
+        return jax.random.wrap_key_data(node.data, impl=node.impl)
 
     return jax.tree.map(wrap, tree, is_leaf=lambda node: isinstance(node, _KeyData))

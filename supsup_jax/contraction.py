@@ -110,10 +110,10 @@ def _over_blocks(block_sum, words, tile):
     rows = min(num_words, max(1, BLOCK_FLOATS // (WORD_BITS * lanes)))
 
     def block(start, size):
-        return block_sum(lax.dynamic_slice(words, (tile, start, 0), (1, size, lanes))[0])
+        return block_sum(_rows(words, tile, start, size))
 
     whole = num_words // rows
-    blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole))
+    blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
     joined = jnp.moveaxis(blocks, 0, 2).reshape(blocks.shape[1], WORD_BITS, whole * rows)
     if rest := num_words - whole * rows:
         joined = jnp.concatenate([joined, block(whole * rows, rest)], axis=2)
@@ -154,8 +154,11 @@ def _matrix(words, v, num_tasks):
 
     def add_tile(tile, s):
         def block(start, size):
-            word_rows = lax.dynamic_slice(words, (tile, start, 0), (1, size, lanes))[0]
-            masks = unpack(word_rows).astype(jnp.float32).reshape(WORD_BITS * size, lanes)
+            masks = (
+                unpack(_rows(words, tile, start, size))
+                .astype(jnp.float32)
+                .reshape(WORD_BITS * size, lanes)
+            )
             columns = lax.dynamic_slice_in_dim(planes, start, size, 2)
             return jnp.dot(
                 columns.reshape(-1, WORD_BITS * size), masks, precision=lax.Precision.HIGHEST
@@ -184,6 +187,12 @@ def _reference(words, v, num_tasks):
     s = jnp.einsum("...j,tjl->...tl", v, masks, precision=lax.Precision.HIGHEST)
     s = s.reshape(*v.shape[:-1], num_tiles * lanes)
     return jnp.where(jnp.arange(num_tiles * lanes) < num_tasks, s, 0)
+
+
+def _rows(words, tile, start, size):
+    """Words [size, lanes] of a tile, from row `start`."""
+    tile_words = lax.dynamic_index_in_dim(words, tile, 0, keepdims=False)
+    return lax.dynamic_slice_in_dim(tile_words, start, size, 0)
 
 
 def _live_tiles(words, num_tasks):

@@ -12,7 +12,8 @@ from jax import lax
 from supsup_jax import infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore
+from supsup_jax.store import MaskStore, TaskIdError
+from supsup_jax.train import num_outputs
 from supsup_jax.types import Objective, TaskData
 
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")
@@ -80,36 +81,47 @@ def evaluate(
     *,
     objective: Objective = entropy,
     batch_size: int = 128,
+    tasks: Sequence[int] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Row]:
     """A Row for each learned task i, on its test data `stream[i]`.
 
     protocol: see `parse_protocol`. objective: what the inference minimises.
+    tasks: which of the learned tasks; None for all.
     progress: wraps the loop over tasks, such as tqdm.tqdm.
     Tasks of equal data shape share one compiled program, whatever the number of tasks learned.
     Raises TypeError or ValueError before compiling for arguments that do not fit, such as an
     empty store or a stream shorter than the tasks learned.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
     decide = parse_protocol(protocol, batch_size)
-    store.check_fits(net)
-    store.check_holds_tasks()
+    infer.check_pair(net, store)
+    infer.check_objective(objective)
     num_tasks = int(store.num_tasks)
     if len(stream) < num_tasks:
         raise ValueError(f"stream must hold test data of {num_tasks} tasks, got {len(stream)}")
-    outcomes = []
-    for i in progress(range(num_tasks)):
+    tasks = range(num_tasks) if tasks is None else tasks
+    if outside := [i for i in tasks if not 0 <= i < num_tasks]:
+        raise TaskIdError(f"tasks must lie in [0, {num_tasks}), got {outside[0]}")
+    outcomes, outputs = [], None
+    for i in progress(tasks):
         data = stream[i]
         if not isinstance(data, TaskData):
             raise TypeError(f"stream[{i}] must be a TaskData, got {type(data).__name__}")
         data.check()
+        outputs = outputs or num_outputs(net, data)
+        data.check_labels(outputs)
         if decide is None:
             outcome = _given(net, store, data, i, batch_size=batch_size)
         else:
             outcome = _inferred(net, store, data, protocol=decide, objective=objective)
         outcomes.append(outcome)
-        if i:  # one task ahead of the device, and no further
+        if len(outcomes) > 1:  # one task ahead of the device, and no further
             outcomes[-2] = jax.device_get(outcomes[-2])
-    return [_row(i, jax.device_get(outcome), decide) for i, outcome in enumerate(outcomes)]
+    return [
+        _row(i, jax.device_get(outcome), decide) for i, outcome in zip(tasks, outcomes, strict=True)
+    ]
 
 
 def _row(i, outcome, decide):
@@ -132,7 +144,7 @@ def _given(net, store, data, i, *, batch_size):
         x, y = data.batch(index)
         return _is_right(net(task.mask, x, task.state), y)
 
-    right = _over_batches(judge, data.num_examples, batch_size)
+    right = infer.in_pieces(judge, jnp.arange(data.num_examples), batch_size)
     return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
 
 
@@ -142,25 +154,26 @@ def _inferred(net, store, data, *, protocol, objective):
 
     def name_tasks(index):
         """Ids [contexts, groups] for the examples index [contexts, images]."""
-        x, _ = data.batch(index.reshape(-1))
-        x = x.reshape(*index.shape, *x.shape[1:])
         group = min(protocol.group, index.shape[1])
-        x = x.reshape(index.shape[0], -1, group, *x.shape[2:])[:, :, : protocol.deciders]
+        deciders = index.reshape(len(index), -1, group)[:, :, : protocol.deciders]
 
-        def scores(x, state):
+        def scores(index, state):
+            """dF/da [D, K] of the decisions by the examples index [D, m]."""
+            x, _ = data.batch(index.reshape(-1))
+            x = x.reshape(*index.shape, *x.shape[1:])
             return infer.gradient_scores(net, store, mixture, x, state, objective)
 
         if net.state is None:  # no statistics: all decisions are alike, whatever their context
-            gradient = scores(x.reshape(-1, *x.shape[2:]), None)
+            gradient = scores(deciders.reshape(-1, deciders.shape[2]), None)
         else:
 
             def in_context(each):
-                x, index = each
+                index, deciders = each
                 state = infer.frozen_state(net, mixture, data.batch(index)[0])
-                return scores(x, state)
+                return scores(deciders, state)
 
-            gradient = lax.map(in_context, (x, index)).reshape(-1, store.capacity)
-        return infer.belief(store, -gradient).task.reshape(x.shape[:2])
+            gradient = lax.map(in_context, (index, deciders)).reshape(-1, store.capacity)
+        return infer.belief(store, -gradient).task.reshape(deciders.shape[:2])
 
     def judge(each):
         index, ids = each
@@ -180,17 +193,6 @@ def _inferred(net, store, data, *, protocol, objective):
         each = jnp.repeat(ids.reshape(-1), (stop - start) // ids.size)
         parts.append(_Outcome(right, each, ids.reshape(-1)))
     return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
-
-
-def _over_batches(function, num, size):
-    """function(index [<= size]) -> [.., ...] over 0..num-1 in order, joined."""
-    whole = num - num % size
-    parts = []
-    if whole:
-        parts.append(lax.map(function, jnp.arange(whole).reshape(-1, size)).reshape(whole))
-    if whole < num:
-        parts.append(function(jnp.arange(whole, num)))
-    return jnp.concatenate(parts)
 
 
 def _is_right(logits, labels):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -21,12 +22,15 @@ from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore, TaskIdError
 from supsup_jax.types import Objective, PyTree, TaskBelief
+from supsup_jax.varying import varying_like
 
 # Per-example weight gradients held at once: 128 MiB of float32. Larger batches go in pieces.
 GRADIENT_FLOATS = 32 * 1024 * 1024
 # Examples from which a dense network is probed mask by mask (CPU: at T = 10 the two forms meet
 # below 8 examples, at T = 256 near 24).
 TANGENTS_FROM = 16
+# Examples whose activations are held at once while masks are probed.
+TANGENT_EXAMPLES = 16 * 1024
 # Rows of one task that `predict` sends through the network together.
 SEGMENT = 32
 
@@ -46,7 +50,9 @@ def alpha_gradient(
     A stateful network uses the statistics of the whole x under the mixture, held constant.
     Raises TypeError or ValueError for arguments that do not fit, and for an empty store.
     """
-    _check(net, store, x, objective)
+    check_pair(net, store)
+    check_objective(objective)
+    _check_input(x)
     if alphas is not None:
         alphas = store.per_slot(alphas)
         if alphas.ndim != 1:
@@ -66,7 +72,9 @@ def one_shot(
     per_example: task [B], scores [B, K], each row of x for itself; otherwise one decision of the
     whole batch, task [] and scores [K]. Statistics and errors as `alpha_gradient`.
     """
-    _check(net, store, x, objective)
+    check_pair(net, store)
+    check_objective(objective)
+    _check_input(x)
     return _one_shot(net, store, x, objective=objective, per_example=per_example)
 
 
@@ -89,7 +97,9 @@ def descend(
     per_example needs a mixture per row: [B, n] floats.
     Raises as `one_shot`, and ValueError unless steps is a positive int.
     """
-    _check(net, store, x, objective)
+    check_pair(net, store)
+    check_objective(objective)
+    _check_input(x)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
     if not isinstance(steps, int) or steps < 1:
@@ -117,7 +127,9 @@ def oracle(
     An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
     per_example False judges the batch's mean. Raises as `one_shot`.
     """
-    _check(net, store, x, objective)
+    check_pair(net, store)
+    check_objective(objective)
+    _check_input(x)
     return _oracle(net, store, x, objective=objective, per_example=per_example)
 
 
@@ -127,29 +139,39 @@ def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int)
     task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each
     group goes through the network together, so no network is ever built per example.
     Raises TypeError for ids that are not integers, ValueError (TaskIdError) for one out of
-    range, where values are known; inside jit an id out of range is clamped.
+    range, where values are known; inside jit an id is clipped to the tasks held.
     """
-    _check(net, store, x, entropy)
+    check_pair(net, store)
+    _check_input(x)
     task = jnp.asarray(task)
     if not jnp.issubdtype(task.dtype, jnp.integer):
         raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
+    task = task.astype(jnp.int32)
     if task.shape not in ((), (x.shape[0],)):
         raise ValueError(f"task must be one id or [{x.shape[0]}], got shape {task.shape}")
     num_tasks = store.num_tasks
-    if task.size and not any(isinstance(leaf, jax.core.Tracer) for leaf in (task, num_tasks)):
-        low, high = int(task.min()), int(task.max())
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in (task, num_tasks)):
+        ids = np.asarray(task)
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= int(num_tasks):
             raise TaskIdError(f"task must lie in [0, {int(num_tasks)}), got {low} to {high}")
     return _predict(net, store, x, task)
 
 
-def _check(net: Network, store: MaskStore, x: jax.Array, objective: Objective) -> None:
+def check_pair(net: Network, store: MaskStore) -> None:
+    """Raises TypeError or ValueError unless the store holds tasks of this network."""
     if not isinstance(store, MaskStore):
         raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
     store.check_fits(net)
     store.check_holds_tasks()
+
+
+def check_objective(objective: Objective) -> None:
     if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
         raise TypeError(f"objective must be a hashable function of logits, got {objective!r}")
+
+
+def _check_input(x):
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             "x must be a float array as the network takes it, got "
@@ -173,14 +195,14 @@ def weight_gradient(
 def uncertainty(
     net: Network, mask: PyTree, x: jax.Array, state: PyTree, objective: Objective
 ) -> jax.Array:
-    """The objective [B] of each row's logits, once it is seen to have that shape."""
+    """The objective, float32 [B], of each row's logits, once it is seen to have that shape."""
     values = objective(net(mask, x, state))
     if values.shape != x.shape[:1]:
         raise ValueError(
             f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
             f"got shape {values.shape}"
         )
-    return values
+    return values.astype(jnp.float32)
 
 
 def gradient_scores(
@@ -197,47 +219,82 @@ def gradient_scores(
     against all masks. "Tangents": for one mask after another, the derivative of all D outputs
     along it; nothing of size D n exists, and each mask costs about one forward pass.
     """
-    if x.shape[0] * x.shape[1] >= TANGENTS_FROM and _is_dense(net):
-        return _tangent_scores(net, store, mixture, x, state, objective)
+    num_decisions, num_deciders = x.shape[:2]
 
-    def piece(x):
+    def values(mixture, x):
+        flat = x.reshape(-1, *x.shape[2:])
+        return uncertainty(net, mixture, flat, state, objective).reshape(x.shape[:2]).mean(axis=1)
+
+    if (
+        num_decisions * num_deciders >= TANGENTS_FROM
+        and _is_dense(net)
+        and _has_tangents(values, mixture, x)
+    ):
+        size = max(1, TANGENT_EXAMPLES // num_deciders)
+        return in_pieces(lambda x: _tangent_scores(store, values, mixture, x), x, size)
+
+    def gradients(x):
         v = jax.vmap(weight_gradient, (None, None, 0, None, None))(
             net, mixture, x, state, objective
         )
         return store.contract(v)
 
-    size = max(1, GRADIENT_FLOATS // net.layout.num_weights)
-    if len(x) <= size:
-        return piece(x)
-    return lax.map(lambda row: piece(row[None])[0], x, batch_size=size)
+    return in_pieces(gradients, x, max(1, GRADIENT_FLOATS // net.layout.num_weights))
 
 
-def _tangent_scores(net, store, mixture, x, state, objective):
-    def values(mixture):
-        flat = x.reshape(-1, *x.shape[2:])
-        return uncertainty(net, mixture, flat, state, objective).reshape(x.shape[:2]).mean(axis=1)
+def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
+    """function(rows) computed for `size` rows at a time, and the rest at the end.
 
-    _, along = jax.linearize(values, mixture)
+    Unlike lax.map with a batch_size, function sees whole pieces and is not vmapped.
+    """
+    num_rows = len(jax.tree.leaves(rows)[0])
+    whole = num_rows - num_rows % size if num_rows > size else 0
+    parts = []
+    if whole:
+        pieces = jax.tree.map(lambda row: row[:whole].reshape(-1, size, *row.shape[1:]), rows)
+        mapped = lax.map(function, pieces)
+        parts.append(jax.tree.map(lambda part: part.reshape(whole, *part.shape[2:]), mapped))
+    if whole < num_rows:
+        parts.append(function(jax.tree.map(lambda row: row[whole:], rows)))
+    return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+
+def _tangent_scores(store, values, mixture, x):
+    _, along = jax.linearize(lambda mixture: values(mixture, x), mixture)
 
     def derivative(i):
         return along(jax.tree.map(lambda mask: mask.astype(jnp.float32), store.mask(i)))
 
-    return _over_tasks(store, derivative, 0.0, len(x))
+    return _over_tasks(store, derivative, 0.0, x)
 
 
-def _over_tasks(store, function, empty, width):
-    """function(i) [width] of each task as columns, [width, K]; `empty` where there is no task.
+def _over_tasks(store, function, empty, x):
+    """function(i) [len(x)] of each task as columns, [len(x), K]; `empty` where there is no task.
 
     A scan over cond rather than a loop of T rounds: empty slots cost next to nothing, and the
     result can be differentiated.
     """
+    nothing = varying_like(jnp.full(len(x), empty, jnp.float32), x)
 
     def one(i):
-        return lax.cond(
-            i < store.num_tasks, function, lambda _: jnp.full(width, empty, jnp.float32), i
-        )
+        return lax.cond(i < store.num_tasks, function, lambda _: nothing, i)
 
-    return lax.map(one, jnp.arange(store.capacity)).T
+    return lax.map(one, jnp.arange(store.capacity, dtype=jnp.int32)).T
+
+
+def _has_tangents(function, *args):
+    """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
+
+    def primitives(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for param in jax.tree.leaves(equation.params):
+                inner = getattr(param, "jaxpr", param)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)
+
+    names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
+    return not any(name.startswith("custom_vjp") for name in names)
 
 
 def _is_dense(net):
@@ -307,7 +364,7 @@ def _oracle(net, store, x, *, objective, per_example):
         task = store.task(i)
         return -uncertainty(net, task.mask, x, task.state, objective)
 
-    scores = _over_tasks(store, judge, -jnp.inf, x.shape[0])
+    scores = _over_tasks(store, judge, -jnp.inf, x)
     return belief(store, scores if per_example else scores.mean(axis=0))
 
 
@@ -325,11 +382,11 @@ def _predict(net, store, x, task):
     order = jnp.argsort(task)
     ids, rows = task[order], x[order]
     # A segment starts where the id changes, and every `segment` rows within a run of one id.
-    place = jnp.arange(num_rows)
+    place = jnp.arange(num_rows, dtype=jnp.int32)
     changes = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
     run_start = lax.cummax(jnp.where(changes, place, 0))
     starts_segment = (place - run_start) % segment == 0
-    starts = jnp.nonzero(starts_segment, size=num_rows, fill_value=num_rows)[0]
+    starts = jnp.nonzero(starts_segment, size=num_rows, fill_value=num_rows)[0].astype(jnp.int32)
     padded = jnp.concatenate([rows, jnp.zeros((segment, *rows.shape[1:]), rows.dtype)])
     like = jax.eval_shape(_task_logits, net, store, rows[:1], ids[0])
 
@@ -344,5 +401,5 @@ def _predict(net, store, x, task):
         return lax.cond(start < num_rows, forward, lambda logits: logits, logits), None
 
     logits = jnp.zeros((num_rows + segment, like.shape[1]), like.dtype)
-    logits, _ = lax.scan(send, logits, starts)
-    return jnp.zeros((num_rows, like.shape[1]), like.dtype).at[order].set(logits[:num_rows])
+    logits, _ = lax.scan(send, varying_like(varying_like(logits, x), task), starts)
+    return logits[jnp.argsort(order)]

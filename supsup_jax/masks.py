@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from supsup_jax import prng
+from supsup_jax.varying import varying_like
 
 
 def kept_count(density: float, n: int) -> int:
@@ -32,7 +33,7 @@ def score_bound(shape: tuple[int, ...]) -> float:
     return 1 / math.sqrt(math.prod(shape[:-1]))
 
 
-def init_scores(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> list[jax.Array]:
+def draw_scores(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> list[jax.Array]:
     """Fresh float32 scores for the masked leaves `shapes` (by path), in their order.
 
     Kaiming uniform with a = sqrt(5), as the reference starts them.
@@ -50,8 +51,7 @@ def threshold_mask(scores: jax.Array) -> jax.Array:
     Under differentiation the map is the identity: the score gradient is the mask's.
     Raises TypeError unless scores are floats.
     """
-    _check_floats(scores)
-    return _threshold(scores)
+    return _threshold(_checked_floats(scores))
 
 
 def topk_mask(scores: jax.Array, k: int) -> jax.Array:
@@ -61,7 +61,7 @@ def topk_mask(scores: jax.Array, k: int) -> jax.Array:
     map is |score|: the score gradient is the mask's times sign(score) (`golden/topk.npz`).
     Raises TypeError unless scores are floats and k is an int, ValueError unless 0 <= k <= size.
     """
-    _check_floats(scores)
+    scores = _checked_floats(scores)
     _check_count(k, scores.size)
     return _topk(scores, k)
 
@@ -72,7 +72,7 @@ def signed_topk_mask(scores: jax.Array, k: int) -> jax.Array:
     Under differentiation the map is the identity. A store keeps one bit a weight and refuses
     such a mask. Ties and errors as `topk_mask`.
     """
-    _check_floats(scores)
+    scores = _checked_floats(scores)
     _check_count(k, scores.size)
     return _signed_topk(scores, k)
 
@@ -121,16 +121,19 @@ def _largest(magnitudes: jax.Array, k: int) -> jax.Array:
         trial = kth | (jnp.ones((), bits.dtype) << (width - 2 - i).astype(bits.dtype))
         return jnp.where(jnp.sum(bits >= trial, dtype=jnp.int32) >= k, trial, kth)
 
-    kth = lax.fori_loop(0, width - 1, settle, jnp.zeros((), bits.dtype))
+    zero = varying_like(jnp.zeros((), bits.dtype), bits)
+    kth = lax.fori_loop(0, width - 1, settle, zero)
     above, equal = bits > kth, bits == kth
     spare = k - jnp.sum(above, dtype=jnp.int32)
     place = jnp.cumsum(equal.reshape(-1), dtype=jnp.int32).reshape(equal.shape)
     return above | (equal & (place <= spare))
 
 
-def _check_floats(scores):
-    if not jnp.issubdtype(jnp.result_type(scores), jnp.floating):
-        raise TypeError(f"scores must be floats, got dtype {jnp.result_type(scores)}")
+def _checked_floats(scores):
+    scores = jnp.asarray(scores)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"scores must be floats, got dtype {scores.dtype}")
+    return scores
 
 
 def _check_count(k, size):

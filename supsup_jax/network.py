@@ -16,6 +16,8 @@ from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree
 
 SIGNED_CONSTANT = "signed_constant"
+# A power of two, so that multiplying by it is exact, halfway to overflow.
+_HUGE = 2.0**64
 
 
 def is_kernel(name: str, leaf: jax.Array) -> bool:
@@ -55,7 +57,7 @@ class Network:
             raise TypeError(f"masked must be a function of (name, leaf), got {masked!r}")
         self.apply = apply
         self.params = jax.tree.map(jnp.asarray, params)
-        self.state = None if state is None else jax.tree.map(jnp.asarray, state)
+        self.state = jax.tree.map(jnp.asarray, state) if jax.tree.leaves(state) else None
         self.seed = None
         self.initializer = None
         self.layout = Layout.of(self.params, masked or is_kernel)
@@ -82,6 +84,7 @@ class Network:
 
         `variables["params"]` becomes params, every other collection state. A module with state
         must take one of the arguments train, training, deterministic or use_running_average.
+        Linen's rngs are not passed: for dropout use NNX, where the module carries its keys.
         Raises TypeError or ValueError when it does not, or when there are no params.
         """
         from supsup_jax import adapters
@@ -131,25 +134,41 @@ class Network:
         Running statistics move as new = m old + (1 - m) batch in train mode, with a momentum m of
         their own. From old = 0 they arrive at (1 - m) batch; from an old that dwarfs the batch, at
         m old. The passes differ in these few numbers only, and XLA computes the rest once.
-        Leaves that do not move (m = 1), and those that are not floats, stay as they are.
+        Leaves that train mode returns untouched stay as they are; it must not read those it moves.
         """
+        moves = self._moving_state(weights, x)
 
         def arrive(start):
-            def old(leaf):
-                floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-                return jnp.full_like(leaf, start(leaf.dtype)) if floating else leaf
+            # In float32, where half precision could not tell the batch from the start.
+            old = jax.tree.map(
+                lambda leaf, move: jnp.full(leaf.shape, start, jnp.float32) if move else leaf,
+                self.state,
+                moves,
+            )
+            return self.apply(weights, old, x, True)[1]
 
-            return self.apply(weights, jax.tree.map(old, self.state), x, True)[1]
-
-        def batch(leaf, from_zero, from_huge):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        def batch(leaf, move, from_zero, from_huge):
+            if not move:
                 return leaf
-            momentum = from_huge / _huge(leaf.dtype)
+            momentum = from_huge / _HUGE
             still = momentum == 1
-            return jnp.where(still, leaf, from_zero / jnp.where(still, 1, 1 - momentum))
+            value = jnp.where(still, leaf, from_zero / jnp.where(still, 1, 1 - momentum))
+            return lax.stop_gradient(value).astype(leaf.dtype)
 
-        zero, huge = arrive(lambda dtype: 0), arrive(_huge)
-        return lax.stop_gradient(jax.tree.map(batch, self.state, zero, huge))
+        return jax.tree.map(batch, self.state, moves, arrive(0.0), arrive(_HUGE))
+
+    def _moving_state(self, weights, x):
+        """Which float leaves of the state train mode replaces: bools in a tree like the state."""
+        moves = []
+
+        def watch(state):
+            new = self.apply(weights, state, x, True)[1]
+            for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+                floating = jnp.issubdtype(before.dtype, jnp.floating)
+                moves.append(floating and after is not before)
+
+        jax.eval_shape(watch, self.state)
+        return jax.tree.unflatten(jax.tree.structure(self.state), moves)
 
     @property
     def fingerprint(self) -> str:
@@ -198,8 +217,10 @@ def signed_constant(net: Network, seed: int) -> Network:
     returned network remembers.
     Raises ValueError for a host seed outside [0, 2**32).
     """
-    if isinstance(seed, int | np.integer) and not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32), got {seed}")
+    if isinstance(seed, bool) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {int(seed)}")
     drawn = copy.copy(net)
     drawn.seed = jnp.asarray(seed, jnp.uint32)
     drawn.initializer = SIGNED_CONSTANT
@@ -222,16 +243,13 @@ def signed_constant(net: Network, seed: int) -> Network:
     return drawn
 
 
-def _huge(dtype):
-    """A power of two, so that multiplying by it is exact, halfway to overflow."""
-    return 2.0 ** (jnp.finfo(dtype).maxexp // 2)
-
-
 def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:
     """`logits`, once they are seen to be [B, C] for x [B, ...]; runs while tracing only."""
-    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != x.shape[0]:
+        got = f"a {type(logits).__name__}" if shape is None else f"shape {shape}"
         raise ValueError(
             f"apply must return logits [B, C] with B = {x.shape[0]} for x of shape {x.shape}, "
-            f"got shape {logits.shape}"
+            f"got {got}"
         )
     return logits

@@ -43,7 +43,7 @@ class Layout:
     """Which leaves of a network are masked, and where each lies in the flat vector.
 
     treedef: structure of the params with None where a leaf is not masked.
-    shapes: (name, shape) of each masked leaf, in order.
+    named_shapes: (name, shape) of each masked leaf, in order; `shapes` is the same as a dict.
     """
 
     treedef: Any
@@ -72,7 +72,7 @@ class Layout:
             )
         return cls(jax.tree.structure(kept), shapes)
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self.named_shapes)
 

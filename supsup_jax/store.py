@@ -130,29 +130,36 @@ class MaskStore:
         in_place = not self._traced and (donate or store is not self)
         write = _append_in_place if in_place else _append
         masks = write(*store._masks, leaves, state, store._static)
-        if donate and store is not self and not self._traced:
+        if donate and store is not self and not isinstance(masks.words, jax.core.Tracer):
             _delete(self._masks)
         return store._with(masks)
 
     def replace(self, i: int, task: Task | PyTree) -> "MaskStore":
-        """This store with task i exchanged. Raises as `append`, IndexError for no such task."""
+        """This store with task i exchanged. Raises as `append` and `mask`.
+
+        Inside jit an id that names no task changes nothing, and the next host call raises.
+        """
         i = self._index(i)
         return self._with(_replace(self._masks, i, *self._fields(task), self.layout))
 
     def remove(self, i: int) -> "MaskStore":
-        """This store without task i; later tasks move down by one, as in a list."""
+        """This store without task i; later tasks move down by one, as in a list.
+
+        Inside jit an id that names no task changes nothing, and the next host call raises.
+        """
         return self._with(_remove(self._masks, self._index(i), self._static))
 
     def mask(self, i: int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
 
-        Raises IndexError, a ValueError too, unless 0 <= i < T (where both are concrete).
+        Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
+        jit the id is clipped to that range.
         """
-        return self._mask(self._index(i))
+        return self._mask(self._read_index(i))
 
     def task(self, i: int) -> Task:
         """Task i, with its statistics. Raises as `mask`."""
-        i = self._index(i)
+        i = self._read_index(i)
         return Task(
             self._mask(i),
             jax.tree.map(
@@ -170,6 +177,8 @@ class MaskStore:
         if alphas is None:
             mean = self._masks.counts.astype(jnp.float32) / self.num_tasks.astype(jnp.float32)
             return self.layout.unravel(mean)
+        if jnp.ndim(alphas) != 1:
+            raise ValueError(f"alphas must be [{self.capacity}], got shape {jnp.shape(alphas)}")
         alphas = self.per_slot(alphas)
         return self.layout.unravel(
             contraction.superpose(self._masks.words, self._pad_slots(alphas), self.num_tasks)
@@ -205,14 +214,30 @@ class MaskStore:
             raise StoreError("the store is empty: append a task first")
 
     def check_fits(self, net: Network) -> None:
-        """Raises StoreError unless the masks have the network's leaves and shapes."""
+        """Raises StoreError unless the masks have the network's leaves, shapes and weights.
+
+        Weights are compared by fingerprint where both are at hand: a network's is computed when
+        a store is created or loaded for it, not here, and never inside jit.
+        """
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        if self.layout.shapes != net.layout.shapes:
+            raise StoreError(
+                f"the store holds masks of {self.layout.shapes}, "
+                f"but the network masks {net.layout.shapes}"
+            )
         if self.layout != net.layout:
             raise StoreError(
-                f"the store holds masks of {dict(self.layout.shapes)}, "
-                f"but the network masks {dict(net.layout.shapes)}"
+                f"the store's masks have the structure {self.layout.treedef}, "
+                f"but the network's {net.layout.treedef}"
             )
+        if net._fingerprint and not isinstance(self._fingerprint, jax.core.Tracer):
+            mine = np.asarray(self._fingerprint).tobytes()
+            if any(mine) and mine != bytes.fromhex(net._fingerprint):
+                raise StoreError(
+                    f"the store belongs to other weights (sha256 {mine.hex()[:12]}...) than this "
+                    f"network's ({net._fingerprint[:12]}...)"
+                )
 
     def save(self, path, overwrite: bool = False) -> None:
         """Writes the store to the file `path`, wholly or not at all; see `store_file`."""
@@ -231,6 +256,12 @@ class MaskStore:
     def _traced(self):
         return isinstance(self._masks.words, jax.core.Tracer)
 
+    @property
+    def _consumed(self):
+        words = getattr(self._masks, "words", None)  # transformations put placeholders here
+        concrete = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
+        return concrete and words.is_deleted()
+
     def _with(self, masks, capacity=None):
         static = self._static._replace(capacity=capacity or self.capacity)
         return MaskStore(masks, self._fingerprint, self._seed, static)
@@ -240,16 +271,15 @@ class MaskStore:
 
     def _usable(self):
         """This store, unless it is consumed or overfull; reads nothing inside jit."""
-        if isinstance(self._masks.words, jax.Array) and not self._traced:
-            if self._masks.words.is_deleted():
-                raise StoreError(
-                    "this store was consumed by append(..., donate=True): use the returned store"
-                )
-            if dropped := int(self._masks.dropped):
-                raise StoreError(
-                    f"{dropped} task(s) were appended inside jit beyond the capacity "
-                    f"{self.capacity} and dropped: create the store with a larger capacity"
-                )
+        if self._consumed:
+            raise StoreError(
+                "this store was consumed by append(..., donate=True): use the returned store"
+            )
+        if not self._traced and (dropped := int(self._masks.dropped)):
+            raise StoreError(
+                f"{dropped} write(s) inside jit were dropped: appended beyond the capacity "
+                f"{self.capacity}, which cannot grow there, or to a task that does not exist"
+            )
         return self
 
     def _fields(self, task):
@@ -280,13 +310,17 @@ class MaskStore:
 
     def _index(self, i):
         self._usable()
-        if isinstance(i, jax.core.Tracer) or self._traced:
-            return i
+        if isinstance(i, jax.core.Tracer):
+            return i.astype(jnp.int32)
         if isinstance(i, bool) or not hasattr(i, "__index__"):
             raise TypeError(f"a task id must be an integer, got {i!r}")
-        if not 0 <= (i := i.__index__()) < self.num_tasks:
-            raise TaskIdError(f"task {i} is not in the store, which holds {int(self.num_tasks)}")
-        return i
+        held = self.capacity if self._traced else int(self.num_tasks)
+        if not 0 <= (i := i.__index__()) < held:
+            raise TaskIdError(f"task {i} is not in the store, which holds {held}")
+        return jnp.int32(i)
+
+    def _read_index(self, i):
+        return jnp.clip(self._index(i), 0, jnp.maximum(self.num_tasks - 1, 0))
 
     def _mask(self, i):
         return self.layout.unravel(unpack(_column(self._masks.words, i)).reshape(-1) != 0)
@@ -297,6 +331,8 @@ class MaskStore:
         return jnp.pad(alphas, [(0, 0)] * (alphas.ndim - 1) + [(0, spare)])
 
     def tree_flatten_with_keys(self):
+        if self._consumed:  # before jit finds out in its own words
+            self._usable()
         key = jax.tree_util.GetAttrKey
         leaves = [(key(n), getattr(self, f"_{n}")) for n in ("masks", "fingerprint", "seed")]
         return leaves, self._static
@@ -306,10 +342,11 @@ class MaskStore:
         return cls(*leaves, static=static)
 
     def __repr__(self) -> str:
-        held = "traced" if self._traced else int(self.num_tasks)
+        # Shapes only: whatever state a store is in, an error message may have to show it.
+        state = "consumed, " if self._consumed else ""
         return (
-            f"MaskStore(tasks={held}, capacity={self.capacity}, "
-            f"weights={self.layout.num_weights:,}, bytes={self.nbytes:,})"
+            f"MaskStore({state}capacity={self.capacity}, "
+            f"weights={self.layout.num_weights:,} in {len(self.layout.shapes)} leaves)"
         )
 
 
@@ -321,21 +358,23 @@ def _tiling(layout, capacity):
 
 def _column(words, i):
     """Words [nw] of task i."""
-    _, num_words, lanes = words.shape
-    column = lax.dynamic_slice(words, (i // lanes, 0, i % lanes), (1, num_words, 1))
+    column = lax.dynamic_slice(words, _place(words, i), (1, words.shape[1], 1))
     # Without the barrier XLA fuses this strided read into each of the 32 planes unpacked from it.
-    return lax.optimization_barrier(column.reshape(num_words))
+    return lax.optimization_barrier(column.reshape(-1))
+
+
+def _place(words, i):
+    """Where task i's words start."""
+    lanes = words.shape[2]
+    return i // lanes, jnp.zeros_like(i), i % lanes
 
 
 def _write(masks, i, old, bits, state):
     """Task i becomes `bits` [32 nw] and `state`, where it held the words `old`."""
     words, counts, states, _, _ = masks
-    lanes = words.shape[2]
     kept_before = unpack(old).reshape(-1).astype(counts.dtype)
     return masks._replace(
-        words=lax.dynamic_update_slice(
-            words, pack(bits)[None, :, None], (i // lanes, 0, i % lanes)
-        ),
+        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], _place(words, i)),
         counts=counts - kept_before + bits.astype(counts.dtype),
         states=jax.tree.map(
             lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), states, state
@@ -349,21 +388,23 @@ def _bits(leaves, layout):
 
 def _append_impl(words, counts, states, num_tasks, dropped, leaves, state, static):
     masks = _Masks(words, counts, states, num_tasks, dropped)
-    full = num_tasks >= static.capacity
+    free = num_tasks < static.capacity
     slot = jnp.minimum(num_tasks, static.capacity - 1)
-    old = _column(words, slot)
-    # A full store writes its last task back: nothing is lost, and nothing is copied.
-    bits = jnp.where(full, unpack(old).reshape(-1) != 0, _bits(leaves, static.layout))
+    written = _write_if(free, masks, slot, leaves, state, static.layout)
+    return written._replace(num_tasks=num_tasks + free)
+
+
+def _write_if(valid, masks, i, leaves, state, layout):
+    """Task i replaced where `valid`; else written back as it is, and counted as dropped."""
+    old = _column(masks.words, i)
+    bits = jnp.where(valid, _bits(leaves, layout), unpack(old).reshape(-1) != 0)
     state = jax.tree.map(
-        lambda rows, row: jnp.where(
-            full, lax.dynamic_index_in_dim(rows, slot, keepdims=False), row
-        ),
-        states,
+        lambda rows, row: jnp.where(valid, row, lax.dynamic_index_in_dim(rows, i, keepdims=False)),
+        masks.states,
         state,
     )
-    return _write(masks, slot, old, bits, state)._replace(
-        num_tasks=num_tasks + ~full, dropped=dropped + full
-    )
+    written = _write(masks, i, old, bits, state)
+    return written._replace(dropped=masks.dropped + ~valid)
 
 
 _append = jax.jit(_append_impl, static_argnames="static")
@@ -374,25 +415,28 @@ _append_in_place = jax.jit(
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _replace(masks, i, leaves, state, layout):
-    return _write(masks, i, _column(masks.words, i), _bits(leaves, layout), state)
+    valid = (i >= 0) & (i < masks.num_tasks)
+    return _write_if(valid, masks, jnp.where(valid, i, 0), leaves, state, layout)
 
 
 @functools.partial(jax.jit, static_argnames="static")
 def _remove(masks, i, static):
+    valid = (i >= 0) & (i < masks.num_tasks)
     slots = jnp.arange(static.capacity)
-    source = jnp.minimum(slots + (slots >= i), static.capacity - 1)
-    kept = slots < masks.num_tasks - 1
+    source = jnp.minimum(slots + ((slots >= i) & valid), static.capacity - 1)
+    left = masks.num_tasks - valid
 
     def shift(rows):
-        moved = rows[source]
-        return jnp.where(kept.reshape(-1, *[1] * (rows.ndim - 1)), moved, 0)
+        kept = (slots < left).reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.where(kept, rows[source], 0)
 
-    gone = unpack(_column(masks.words, i)).reshape(-1).astype(masks.counts.dtype)
+    gone = unpack(_column(masks.words, jnp.where(valid, i, 0))).reshape(-1) * valid
     return masks._replace(
         words=tile_words(shift(untile_words(masks.words, static.capacity)), static.layout),
-        counts=masks.counts - gone,
+        counts=masks.counts - gone.astype(masks.counts.dtype),
         states=jax.tree.map(shift, masks.states),
-        num_tasks=masks.num_tasks - 1,
+        num_tasks=left,
+        dropped=masks.dropped + ~valid,
     )
 
 
@@ -428,7 +472,8 @@ def _check_binary(name, leaf):
         return
     if not jnp.issubdtype(dtype, jnp.number):
         raise TypeError(f"the mask must hold bool or numbers at {name!r}, got dtype {dtype}")
-    if not bool(jnp.all((leaf == 0) | (leaf == 1))):
+    values = np.asarray(leaf)  # in NumPy: under the caller's jit, jnp would trace it
+    if not np.all((values == 0) | (values == 1)):
         raise ValueError(
             f"the mask must hold only 0 and 1 at {name!r}: a store keeps one bit a weight "
             "(signed masks do not fit)"

@@ -5,7 +5,8 @@
               states {name: [dtype, shape]}, sha256 {array: of its bytes}
     masks     uint32 [T, nw], a row a task; weight j of the layout's order is bit j // nw of
               word j % nw
-    state.0 ... [T, ...], the tasks' normalisation statistics, in the order of `states`
+    state.0 ... [T, ...], the tasks' normalisation statistics, in the order of `states`; a dtype
+              that NumPy lacks, such as bfloat16, as unsigned integers of its width
 
 Reading needs NumPy only, never pickle. The file is written beside its final name, flushed to
 disk, then renamed, so that a reader sees the old store or the new one and nothing between.
@@ -52,7 +53,7 @@ def save(store: MaskStore, path: str | os.PathLike, overwrite: bool) -> None:
     rows = stores.untile_words(masks.words, store.capacity)[:num_tasks]
     arrays = {"masks": np.asarray(rows)}
     for i, leaf in enumerate(jax.tree.leaves(masks.states)):
-        arrays[f"state.{i}"] = np.asarray(leaf[:num_tasks])
+        arrays[f"state.{i}"] = _as_bytes(np.asarray(leaf[:num_tasks]))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -87,11 +88,19 @@ def load(path: str | os.PathLike, net: Network) -> MaskStore:
     with open(path, "rb") as file:
         arrays = _read(path, file)
     manifest = _manifest(path, arrays)
-    _check_network(path, manifest, net)
-    num_tasks, capacity = manifest["num_tasks"], manifest["capacity"]
+    try:
+        _check_network(path, manifest, net)
+        num_tasks, capacity = int(manifest["num_tasks"]), int(manifest["capacity"])
+        if not 0 <= num_tasks <= capacity:
+            raise ValueError(f"{num_tasks} tasks in a capacity of {capacity}")
+        sums = dict(manifest["sha256"])
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} has a manifest that makes no sense: {error!r}") from error
     want = {"masks": ((num_tasks, net.layout.num_words), "uint32")} | {
-        f"state.{i}": ((num_tasks, *shape), dtype)
-        for i, (dtype, shape) in enumerate(manifest["states"].values())
+        f"state.{i}": ((num_tasks, *leaf.shape), str(_as_bytes(np.zeros(0, leaf.dtype)).dtype))
+        for i, leaf in enumerate(jax.tree.leaves(net.state))
     }
     for name, (shape, dtype) in want.items():
         if name not in arrays:
@@ -101,7 +110,7 @@ def load(path: str | os.PathLike, net: Network) -> MaskStore:
             raise StoreError(
                 f"{path}: {name!r} must be {dtype} {shape}, got {array.dtype} {array.shape}"
             )
-        if _digest(array) != manifest["sha256"].get(name):
+        if _digest(array) != sums.get(name):
             raise StoreError(f"{path}: {name!r} does not match its checksum; the file is damaged")
     return _restore(net, arrays, num_tasks, capacity)
 
@@ -114,7 +123,10 @@ def _restore(net, arrays, num_tasks, capacity):
     ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
     counts = contraction.superpose(words, ones, jnp.asarray(num_tasks))
     states, treedef = jax.tree.flatten(store._masks.states)
-    states = [leaf.at[:num_tasks].set(arrays[f"state.{i}"]) for i, leaf in enumerate(states)]
+    states = [
+        leaf.at[:num_tasks].set(arrays[f"state.{i}"].view(leaf.dtype))
+        for i, leaf in enumerate(states)
+    ]
     return store._with(
         store._masks._replace(
             words=words,
@@ -175,6 +187,12 @@ def _check_network(path, manifest, net):
             f"{path} belongs to other weights: its were {origin} (sha256 "
             f"{manifest['fingerprint'][:12]}...), this network's have {net.fingerprint[:12]}..."
         )
+
+
+def _as_bytes(array):
+    """`array`; as unsigned integers where its dtype, such as bfloat16, is none of NumPy's own."""
+    native = array.dtype.kind in "biufc"
+    return array if native else array.view(f"u{array.dtype.itemsize}")
 
 
 def _digest(array):

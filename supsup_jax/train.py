@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -48,11 +50,26 @@ class TrainConfig:
         for name, allowed in (("rule", RULES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive int, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0:
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        for name, most in (
+            ("momentum", 1),
+            ("decay", 1),
+            ("eps", math.inf),
+            ("weight_decay", math.inf),
+        ):
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(f"{name} must lie in [0, {most}), got {getattr(self, name)!r}")
+        if self.momentum and self.optimizer == "adam":
+            raise ValueError("adam has a momentum of its own: momentum must be 0")
+        if self.augment is not None and not (
+            callable(self.augment) and isinstance(self.augment, Hashable)
+        ):
+            raise TypeError(f"augment must be a hashable function, got {self.augment!r}")
         if self.rule == "topk" and self.density is None:
             raise ValueError("rule 'topk' needs a density in (0, 1], got None")
         if self.rule == "threshold" and self.density is not None:
@@ -118,6 +135,8 @@ def train_task(
     Raises TypeError or ValueError before compiling for inputs that do not fit, and ValueError
     when training ends with scores or losses that are not finite.
     """
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, got {key!r}")
     if not isinstance(net, Network):
         raise TypeError(f"net must be a Network, got {type(net).__name__}")
     if not isinstance(data, TaskData):
@@ -127,7 +146,7 @@ def train_task(
     if init_scores is not None:
         _check_scores(net.layout, init_scores)
     data.check()
-    data.check(num_outputs(net, data))
+    data.check_labels(num_outputs(net, data))
     result = _train(key, net, data, init_scores, config)
     traced = isinstance(result.loss, jax.core.Tracer)
     if not traced and not bool(_all_finite((result.scores, result.loss))):
@@ -173,7 +192,7 @@ def train_step(
 @functools.partial(jax.jit, static_argnames="config")
 def _train(key, net, data, init_scores, config):
     if init_scores is None:
-        init_scores = net.layout.tree(masks.init_scores(key, net.layout.shapes))
+        init_scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
     augment_key = prng.purpose_key(key, "augment")
 
     def step(before, batch):
@@ -217,5 +236,6 @@ def _check_scores(layout, scores):
     for name, leaf in zip(layout.shapes, layout.leaves(scores, "init_scores"), strict=True):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"init_scores must be floats, got {jnp.result_type(leaf)} at {name!r}")
-        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+        # In NumPy: under the caller's jit, jnp would trace even what is concrete.
+        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"init_scores must be finite, got NaN or infinity at {name!r}")

@@ -100,10 +100,11 @@ class TaskData:
         # Transformations rebuild the record around placeholders of their own, which have no dtype;
         # lengths are checked by `check`, since a vmapped record carries an extra axis.
         for name in ("images", "labels", "view"):
-            if isinstance(getattr(self, name), list | tuple | str):
-                raise TypeError(
-                    f"{name} must be an array, got a {type(getattr(self, name)).__name__}"
-                )
+            field = getattr(self, name)
+            if isinstance(field, list | tuple | str):
+                raise TypeError(f"{name} must be an array, got a {type(field).__name__}")
+            if isinstance(field, np.ndarray):  # to the device now, not again at each call
+                object.__setattr__(self, name, jnp.asarray(field))
         for name in ("labels", "view"):
             dtype = getattr(getattr(self, name), "dtype", None)
             if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
@@ -115,11 +116,8 @@ class TaskData:
     def num_examples(self) -> int:
         return self.images.shape[0]
 
-    def check(self, num_outputs: int | None = None) -> None:
-        """Raises ValueError unless lengths agree and labels and view are in range.
-
-        Values are read where they are concrete; inside the user's jit only shapes are checked.
-        """
+    def check(self) -> None:
+        """Raises ValueError unless lengths agree and the view, if concrete, is in range."""
         if self.images.ndim < 2 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 "images must be [N, ...] and labels [N], got "
@@ -127,19 +125,22 @@ class TaskData:
             )
         if not self.num_examples:
             raise ValueError("a task needs at least one example, got 0")
-        if num_outputs is not None and not isinstance(self.labels, jax.core.Tracer):
-            low, high = _host_range(self.labels)
-            if low < 0 or high >= num_outputs:
-                raise ValueError(
-                    f"labels must lie in [0, {num_outputs}), the network's outputs, "
-                    f"got {low} to {high}"
-                )
         if self.view is not None and not isinstance(self.view, jax.core.Tracer):
             num_pixels = math.prod(self.images.shape[1:])
             low, high = _host_range(self.view)
             if low < -1 or high >= num_pixels:
                 raise ValueError(
                     f"view must index {num_pixels} pixels (-1 reads black), got {low} to {high}"
+                )
+
+    def check_labels(self, num_outputs: int) -> None:
+        """Raises ValueError unless the labels, if concrete, are among the network's outputs."""
+        if not isinstance(self.labels, jax.core.Tracer):
+            low, high = _host_range(self.labels)
+            if low < 0 or high >= num_outputs:
+                raise ValueError(
+                    f"labels must lie in [0, {num_outputs}), the network's outputs, "
+                    f"got {low} to {high}"
                 )
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,15 @@ def test_only_learned_tasks_are_judged(problem):
     assert len(ss.evaluate(net, store, stream * 2)) == 3
 
 
+def test_chosen_tasks_only(problem):
+    net, store, stream = problem
+    everything = ss.evaluate(net, store, stream, "per_example")
+    for got, want in zip(
+        ss.evaluate(net, store, stream, "per_example", tasks=[2, 0]), everything[::-2], strict=True
+    ):
+        assert (got.task, got.accuracy) == (want.task, want.accuracy)
+
+
 def test_progress_wraps_the_loop(problem):
     net, store, stream = problem
     seen = []
@@ -138,6 +149,17 @@ def test_bad_input(problem):
             ss.evaluate(net, store, stream, protocol)
     with pytest.raises(ValueError, match="test data of 3 tasks, got 2"):
         ss.evaluate(net, store, stream[:2])
+    with pytest.raises(ValueError, match="batch_size must be an int of at least 1"):
+        ss.evaluate(net, store, stream, batch_size=0)
+    with pytest.raises(TypeError, match="objective must be a hashable function"):
+        ss.evaluate(net, store, stream, "paper", objective="entropy")
+    with pytest.raises(TypeError, match="store must be a MaskStore"):
+        ss.evaluate(net, {}, stream)
+    with pytest.raises(ValueError, match=r"tasks must lie in \[0, 3\), got 3"):
+        ss.evaluate(net, store, stream, tasks=[0, 3])
+    beyond = dataclasses.replace(stream[0], labels=stream[0].labels + 5)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
+        ss.evaluate(net, store, [beyond] * 3)
     with pytest.raises(TypeError, match=r"stream\[0\] must be a TaskData"):
         ss.evaluate(net, store, [1, 2, 3])
     with pytest.raises(ValueError, match="the store is empty"):

@@ -21,6 +21,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert {path.name for path in out.iterdir()} == {
         "accuracy.csv",
         "accuracy.png",
+        "inferred.npz",
         "inferred.png",
         "matrix.png",
         "progress.json",

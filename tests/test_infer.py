@@ -302,6 +302,82 @@ def test_inside_jit_vmap_and_grad(problem):
     np.testing.assert_allclose(logits[0], alone[0], rtol=RTOL, atol=ATOL)
 
 
+def test_inside_shard_map(problem):
+    """Examples split over two devices, the store on both."""
+    net, store, x = problem
+    x = jnp.concatenate([x, x[:20]])  # 20 rows a device: the form of large batches
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("data")
+
+    def on_mesh(function):
+        return jax.shard_map(function, mesh=mesh, in_specs=split, out_specs=split)
+
+    ids = jnp.arange(40) % 5
+    for function in (
+        lambda x: ss.one_shot(net, store, x).scores,
+        lambda x: ss.oracle(net, store, x).scores,
+        lambda x: ss.predict(net, store, x, 2),
+        lambda x: jax.vmap(lambda row: ss.topk_mask(row, 3))(x),
+        lambda x: ss.topk_mask(x[0], 3)[None] * x,
+    ):
+        want = jnp.concatenate([function(x[:20]), function(x[20:])])
+        np.testing.assert_allclose(on_mesh(function)(x), want, rtol=RTOL, atol=ATOL)
+    mixed = jax.shard_map(
+        lambda x, ids: ss.predict(net, store, x, ids), mesh=mesh, in_specs=split, out_specs=split
+    )(x, ids)
+    np.testing.assert_allclose(mixed, ss.predict(net, store, x, ids), rtol=RTOL, atol=ATOL)
+
+
+def test_under_64_bit_types(problem):
+    net, store, x = problem
+    want, logits = ss.one_shot(net, store, x), ss.predict(net, store, x, jnp.arange(20) % 5)
+    with jax.enable_x64(True):
+        again = filled_store(net, [store.mask(i) for i in range(5)], capacity=4)
+        for rows in (3, 20):
+            got = ss.one_shot(net, again, x[:rows])
+            np.testing.assert_array_equal(got.task, want.task[:rows])
+        shared = ss.one_shot(net, again, x, per_example=False)
+        assert ss.oracle(net, again, x).scores.shape == (20, 8)
+        got = ss.predict(net, again, x, np.arange(20) % 5)
+        np.testing.assert_allclose(got, logits, rtol=RTOL, atol=ATOL)
+        assert again.mixture(jnp.ones(5) / 5)["kernel0"].dtype == jnp.float32
+    assert int(shared.task) == int(ss.one_shot(net, store, x, per_example=False).task)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_task_ids_of_any_integer_type(problem, dtype):
+    net, store, x = problem
+    ids = np.arange(20) % 5
+    want = ss.predict(net, store, x, jnp.asarray(ids))
+    np.testing.assert_array_equal(ss.predict(net, store, x, ids.astype(dtype)), want)
+
+
+def test_an_objective_with_a_reverse_rule_only(problem):
+    """Large batches are probed in forward mode, where that is possible."""
+    net, store, x = problem
+
+    @jax.custom_vjp
+    def objective(logits):
+        return ss.entropy(logits)
+
+    objective.defvjp(
+        lambda logits: (ss.entropy(logits), logits),
+        lambda logits, bar: (jax.vjp(ss.entropy, logits)[1](bar)[0],),
+    )
+    want = ss.alpha_gradient(net, store, x)
+    np.testing.assert_allclose(
+        ss.alpha_gradient(net, store, x, objective), want, rtol=RTOL, atol=ATOL
+    )
+
+
+def test_an_objective_in_half_precision(problem):
+    net, store, x = problem
+    half = lambda logits: ss.entropy(logits).astype(jnp.float16)  # noqa: E731
+    for rows in (3, 20):
+        assert ss.one_shot(net, store, x[:rows], half).scores.dtype == jnp.float32
+    assert ss.oracle(net, store, x, half).scores.dtype == jnp.float32
+
+
 def test_one_compilation_serves_any_number_of_tasks_within_capacity(small_net):
     masks = random_masks(small_net, 6)
     x = jax.random.normal(jax.random.key(0), (3, 6))

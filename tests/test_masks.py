@@ -139,7 +139,7 @@ def test_bad_arguments():
 
 def test_scores_start_uniform_within_the_bound():
     shapes = {"a": (400, 50), "b": (3, 3, 16, 64)}
-    first, second = masks.init_scores(jax.random.key(0), shapes)
+    first, second = masks.draw_scores(jax.random.key(0), shapes)
     for scores, fan_in in ((first, 400), (second, 144)):
         bound = fan_in**-0.5
         assert float(jnp.abs(scores).max()) <= bound

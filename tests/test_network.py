@@ -42,7 +42,7 @@ def test_one_seed_for_everything_leaves_scores_and_weights_uncorrelated():
     """The bug that once cost 86 points of task accuracy: one key for weights and scores."""
     net = relu_net((400, 300, 200), seed=0)
     for seed in range(3):
-        scores = masks.init_scores(jax.random.key(seed), net.layout.shapes)
+        scores = masks.draw_scores(jax.random.key(seed), net.layout.shapes)
         for weights, score in zip(net.params.values(), scores, strict=True):
             correlation = np.corrcoef(np.ravel(weights), np.ravel(score))[0, 1]
             assert abs(correlation) < 5 / np.sqrt(weights.size)
@@ -186,6 +186,38 @@ def test_without_an_id_the_batch_supplies_the_statistics(norm_net):
     np.testing.assert_allclose(state["norm"]["var"], hidden.var(0), rtol=1e-4, atol=1e-5)
 
 
+def test_constants_and_half_precision_in_the_state():
+    """A buffer that train mode only reads keeps its value; statistics in bfloat16 are found."""
+
+    def apply(params, state, x, train):
+        hidden = (x + state["shift"][None]) @ params["kernel"]
+        mean = hidden.mean(0) if train else state["mean"].astype(jnp.float32)
+        moved = 0.99 * state["mean"] + 0.01 * mean
+        return hidden - mean[None], {"shift": state["shift"], "mean": moved}
+
+    state = {"shift": jnp.arange(3.0), "mean": jnp.zeros(4, jnp.bfloat16)}
+    net = ss.Network(apply, {"kernel": jnp.ones((3, 4))}, state=state)
+    x = jax.random.normal(jax.random.key(0), (16, 3)) + 5
+    found = net.batch_state(net.params, x)
+    want = ((np.asarray(x) + np.arange(3.0)) @ np.ones((3, 4))).mean(0)
+    np.testing.assert_array_equal(found["shift"], state["shift"])
+    np.testing.assert_allclose(found["mean"].astype(jnp.float32), want, rtol=1e-2)
+    assert found["mean"].dtype == jnp.bfloat16
+
+
+def test_a_linen_module_with_a_mode_but_no_state_runs_in_eval_mode():
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(5)(nn.Dropout(0.5, deterministic=not train)(x))
+
+    x = jnp.ones((2, 4))
+    variables = Dropped().init(jax.random.key(0), x, train=False)
+    net = ss.Network.from_linen(Dropped(), variables)
+    want = Dropped().apply(variables, x, train=False)
+    np.testing.assert_allclose(net(ones_mask(net), x), want, rtol=1e-6)
+
+
 def test_bad_input(small_net):
     x = jnp.ones((2, 6))
     good = ones_mask(small_net)
@@ -203,13 +235,23 @@ def test_bad_input(small_net):
         ss.Network(relu_apply, {"a": jnp.ones((2, 2), jnp.int32)}, masked=lambda n, leaf: True)
     with pytest.raises(ValueError, match=r"seed must lie in \[0, 2\*\*32\)"):
         ss.signed_constant(small_net, -1)
+    for seed in (1.5, True):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            ss.signed_constant(small_net, seed)
     with pytest.raises(TypeError, match=r"wants a flax.nnx.Module"):
         ss.Network.from_nnx(LinenMlp())
     with pytest.raises(ValueError, match="variables must hold 'params'"):
         ss.Network.from_linen(LinenMlp(), {})
 
 
-@pytest.mark.parametrize("apply", [lambda p, x: (x @ p["k"])[0], lambda p, x: (x @ p["k"])[None]])
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda p, x: (x @ p["k"])[0],
+        lambda p, x: (x @ p["k"])[None],
+        lambda p, x: (x @ p["k"], None),
+    ],
+)
 def test_wrong_logits_rank(apply):
     net = ss.Network(apply, {"k": jnp.ones((3, 2))})
     with pytest.raises(ValueError, match=r"logits \[B, C\] with B = 4"):

@@ -163,11 +163,62 @@ def test_append_inside_jit_drops_what_does_not_fit(small_net):
     chex.assert_trees_all_equal(full.mask(1), masks[1])
     assert int(full.num_tasks) == 2
     over = append(full, masks[2])
-    with pytest.raises(ValueError, match=r"1 task.* beyond the capacity 2"):
+    with pytest.raises(ValueError, match=r"1 write.* beyond the capacity 2"):
         over.mixture()
     # Nothing was written onto another task.
     chex.assert_trees_all_equal(over._masks.words, full._masks.words)
     chex.assert_trees_all_equal(over._masks.counts, full._masks.counts)
+
+
+def test_ids_inside_jit_never_reach_another_task(small_net):
+    """Reads are clipped to the tasks held; writes elsewhere change nothing and are reported."""
+    masks = random_masks(small_net, 5)
+    store = filled_store(small_net, masks[:4], capacity=8)
+    mask = jax.jit(lambda store, i: store.mask(i))
+    for i, want in ((9, 3), (6, 3), (-1, 0)):
+        chex.assert_trees_all_equal(mask(store, i), masks[want])
+    for change in (
+        jax.jit(lambda store, i: store.replace(i, masks[4])),
+        jax.jit(lambda store, i: store.remove(i)),
+    ):
+        for i in (4, 9, -1):
+            changed = change(store, i)
+            with pytest.raises(ValueError, match="a task that does not exist"):
+                changed.mixture()
+            for name in ("words", "counts", "num_tasks"):
+                got, want = getattr(changed._masks, name), getattr(store._masks, name)
+                np.testing.assert_array_equal(got, want)
+        assert int(change(store, 1)._masks.dropped) == 0
+
+
+def test_what_the_callers_jit_closes_over_is_still_concrete(small_net):
+    masks = random_masks(small_net, 2)
+    store = filled_store(small_net, masks, capacity=2)
+    x = jnp.ones((2, 6))
+    np.testing.assert_array_equal(
+        jax.jit(lambda x: small_net(store.mask(1), x))(x), small_net(store.mask(1), x)
+    )
+    floats = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), masks[0])
+    appended = jax.jit(lambda: store.append(floats, donate=True))()
+    chex.assert_trees_all_equal(appended.mask(2), masks[0])
+    chex.assert_trees_all_equal(store.mask(0), masks[0])
+
+
+def test_a_consumed_store_says_so_to_any_jit_and_when_printed(small_net):
+    mask = random_masks(small_net, 1)[0]
+    old = ss.MaskStore.create(small_net)
+    old.append(mask, donate=True)
+    with pytest.raises(ValueError, match="consumed by append"):
+        jax.jit(lambda store: store.mixture())(old)
+    assert "consumed" in repr(old)
+
+
+def test_the_store_of_another_networks_weights_is_refused(small_net):
+    store = filled_store(small_net, random_masks(small_net, 1))
+    other = relu_net((6, 6, 5), seed=1)
+    ss.MaskStore.create(other)  # from here on its fingerprint is known
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        ss.one_shot(other, store, jnp.ones((2, 6)))
 
 
 def test_a_store_goes_through_jit_and_scan(small_net):

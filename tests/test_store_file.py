@@ -38,6 +38,14 @@ def test_statistics_round_trip(norm_net, tmp_path):
     chex.assert_trees_all_equal(loaded.task(2).state, tasks[2].state)
 
 
+def test_statistics_in_bfloat16_round_trip(tmp_path):
+    state = {"mean": jnp.asarray([1.5, -2.25], jnp.bfloat16)}
+    net = ss.Network(lambda p, s, x, train: (x @ p["k"], s), {"k": jnp.ones((4, 2))}, state=state)
+    mask = random_masks(net, 1)[0]
+    filled_store(net, [ss.Task(mask, state)]).save(tmp_path / "s")
+    chex.assert_trees_all_equal(ss.MaskStore.load(tmp_path / "s", net).task(0).state, state)
+
+
 def test_an_empty_store_round_trips(small_net, tmp_path):
     ss.MaskStore.create(small_net).save(tmp_path / "s")
     assert int(ss.MaskStore.load(tmp_path / "s", small_net).num_tasks) == 0
@@ -128,6 +136,10 @@ def test_what_does_not_fit_is_refused_by_name(small_net, saved):
     for change, message in (
         ({"change": lambda m: m.update(version=2)}, "format version 2, this release reads 1"),
         ({"change": lambda m: m.update(format="other")}, "not a store file"),
+        ({"change": lambda m: m.pop("capacity")}, "makes no sense"),
+        ({"change": lambda m: m.update(capacity="many")}, "makes no sense"),
+        ({"change": lambda m: m.update(num_tasks=99)}, "makes no sense"),
+        ({"change": lambda m: m.pop("layout")}, "makes no sense"),
         ({"masks": np.zeros((3, 3), np.uint32)}, "'masks' does not match its checksum"),
         ({"masks": np.zeros((2, 3), np.uint32)}, r"'masks' must be uint32 \(3, 3\)"),
         ({"masks": np.zeros((3, 3), np.int64)}, "'masks' must be uint32"),

@@ -147,22 +147,18 @@ def _decoded(name, folder, split):
     cached = base / "supsup_jax" / f"{name}-{folder.name}-{split}-{digest.hexdigest()[:16]}.npz"
     if cached.exists():
         try:
-            with np.load(cached, allow_pickle=False) as arrays:
+            with open(cached, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return arrays["images"], arrays["labels"]
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(
-                f"decoding {name} again, the cached {cached} is damaged: {error}", stacklevel=2
-            )
+        except Exception as error:  # a damaged archive fails in a dozen ways, all of one cure
+            warnings.warn(f"{cached} is damaged, decoding {name} again: {error!r}", stacklevel=2)
     images, labels = _decode(folder, split)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            np.savez(file, images=images, labels=labels)
-        os.replace(file.name, cached)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as partial:
+            np.savez(Path(partial) / "arrays.npz", images=images, labels=labels)
+            os.replace(Path(partial) / "arrays.npz", cached)
     except OSError as error:
-        warnings.warn(
-            f"could not cache {name}, it will be decoded again next time: {error}", stacklevel=2
-        )
+        warnings.warn(f"{name} is not cached and will be decoded again: {error}", stacklevel=2)
     return images, labels
 
 

@@ -19,6 +19,9 @@ class _Split(Sequence):
         return len(self._stream)
 
     def __getitem__(self, task):
+        if isinstance(task, slice):
+            return [self[i] for i in range(*task.indices(len(self)))]
+        task = task + len(self) if task < 0 else task
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} is not in the stream of {len(self)}")
         return dataclasses.replace(self._base, view=self._stream.view(task))
