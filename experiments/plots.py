@@ -11,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 # One colour a method, validated for colour-blind readers (Okabe and Ito).
 OURS = {"gg": "#009E73", "entropy": "#0072B2", "superfluous": "#CC79A7"}
+# Of an accuracy axis: less would draw a tenth of a point as a cliff.
+MIN_SPAN = 0.02
 PAPER, BOUND = "#D55E00", "#888888"
 
 
@@ -29,6 +31,8 @@ def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
             linewidth=1.5,
         )
     ax.set(title=title, xlabel="tasks learned", ylabel="accuracy, mean over tasks")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, high - MIN_SPAN), high)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
