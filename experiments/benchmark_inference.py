@@ -71,7 +71,7 @@ def measure(net: ss.Network, store: ss.MaskStore, rounds: int) -> dict[str, floa
 
     contract = jax.jit(lambda store, v: store.contract(v))
     v = gradient(net, store, x)
-    packed = np.asarray(store._masks.words)
+    packed = np.asarray(store._bank.words)
     measures = {
         "read": lambda: np.bitwise_or.reduce(packed, axis=None),
         "gradient": lambda: gradient(net, store, x),

@@ -9,9 +9,9 @@ from supsup_jax.infer import alpha_gradient, descend, one_shot, oracle, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
-from supsup_jax.store import MaskStore, StoreError
+from supsup_jax.store import MaskStore
 from supsup_jax.train import TrainConfig, train_task
-from supsup_jax.types import Normalize, Task, TaskBelief, TaskData, TrainResult
+from supsup_jax.types import Normalize, StoreError, Task, TaskBelief, TaskData, TrainResult
 from supsup_jax.version import __version__
 
 __all__ = [

@@ -12,9 +12,9 @@ from jax import lax
 from supsup_jax import infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore, TaskIdError
+from supsup_jax.store import MaskStore
 from supsup_jax.train import num_outputs
-from supsup_jax.types import Objective, TaskData
+from supsup_jax.types import Objective, TaskData, TaskIdError
 
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")
 

@@ -20,8 +20,8 @@ from jax import lax
 
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore, TaskIdError
-from supsup_jax.types import Objective, PyTree, TaskBelief
+from supsup_jax.store import MaskStore
+from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
 from supsup_jax.varying import varying_like
 
 # Per-example weight gradients held at once: 128 MiB of float32. Larger batches go in pieces.

@@ -1,35 +1,16 @@
 """The mask store: every task's mask at one bit a weight, as a pytree of arrays."""
 
-import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from supsup_jax import contraction
+from supsup_jax import bank, contraction, store_file
 from supsup_jax.network import Network
-from supsup_jax.packing import MAX_LANES, WORD_BITS, Layout, named_leaves, pack, unpack
-from supsup_jax.types import PyTree, Task
-
-
-class StoreError(ValueError):
-    """A store that cannot be used as asked; the message says what to do."""
-
-
-class TaskIdError(StoreError, IndexError):
-    """No task of that number."""
-
-
-class _Masks(NamedTuple):
-    """The leaves that change as tasks come and go; see MaskStore."""
-
-    words: jax.Array
-    counts: jax.Array
-    states: PyTree
-    num_tasks: jax.Array
-    dropped: jax.Array
+from supsup_jax.packing import Layout, named_leaves
+from supsup_jax.types import PyTree, StoreError, Task, TaskIdError
 
 
 class _Static(NamedTuple):
@@ -45,18 +26,12 @@ class MaskStore:
     A pytree: it goes through jit, vmap and shard_map, and every method returns a new store.
     Make one with `MaskStore.create(net)` or `MaskStore.load(path, net)`.
 
-    Leaves (K the capacity; words and tiles as in `packing`):
-      words: uint32 [num_tiles, nw, lanes], the packed masks, zero where there is no task.
-      counts: unsigned [32 nw], how many masks keep each weight, so that the uniform mixture
-        costs O(n) whatever T is; the smallest dtype that holds K.
-      states: each task's normalisation statistics, [K, ...]; None for a stateless network.
-      num_tasks: int32 [], T. dropped: int32 [], tasks that a full store refused inside jit.
-      fingerprint: uint8 [32], the weights' sha256; zeros when the store was made inside jit.
-      seed: of the weights; None where they were given.
+    Leaves: the `bank.Bank` of masks and statistics; the fingerprint of the weights, uint8 [32],
+    zeros when the store was made inside jit; and their seed, None where they were given.
     """
 
-    def __init__(self, masks: "_Masks", fingerprint: jax.Array, seed: Any, static: "_Static"):
-        self._masks, self._fingerprint, self._seed, self._static = masks, fingerprint, seed, static
+    def __init__(self, tasks: bank.Bank, fingerprint: jax.Array, seed: Any, static: _Static):
+        self._bank, self._fingerprint, self._seed, self._static = tasks, fingerprint, seed, static
 
     @classmethod
     def create(cls, net: Network, capacity: int = 64) -> "MaskStore":
@@ -73,15 +48,7 @@ class MaskStore:
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
         digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
         return cls(
-            masks=_Masks(
-                words=jnp.zeros(_tiling(net.layout, capacity), jnp.uint32),
-                counts=jnp.zeros(WORD_BITS * net.layout.num_words, np.min_scalar_type(capacity)),
-                states=jax.tree.map(
-                    lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), net.state
-                ),
-                num_tasks=jnp.zeros((), jnp.int32),
-                dropped=jnp.zeros((), jnp.int32),
-            ),
+            bank.empty(net.layout, net.state, int(capacity)),
             fingerprint=jnp.asarray(np.frombuffer(digest, np.uint8)),
             # A copy: donating a store must never consume what the network holds.
             seed=None if net.seed is None else jnp.array(net.seed, copy=True),
@@ -91,7 +58,7 @@ class MaskStore:
     @property
     def num_tasks(self) -> jax.Array:
         """T, int32 []."""
-        return self._usable()._masks.num_tasks
+        return self._usable()._bank.num_tasks
 
     @property
     def capacity(self) -> int:
@@ -126,13 +93,15 @@ class MaskStore:
         leaves, state = self._usable()._fields(task)
         store = self
         if not self._traced and int(self.num_tasks) == self.capacity:
-            store = self._resized(2 * self.capacity)
+            larger = 2 * self.capacity
+            store = self._with(bank.resize(self._bank, self.layout, larger), larger)
         in_place = not self._traced and (donate or store is not self)
-        write = _append_in_place if in_place else _append
-        masks = write(*store._masks, leaves, state, store._static)
-        if donate and store is not self and not isinstance(masks.words, jax.core.Tracer):
-            _delete(self._masks)
-        return store._with(masks)
+        write = bank.append_in_place if in_place else bank.append
+        tasks = write(*store._bank, leaves, state, store.layout, store.capacity)
+        if donate and store is not self and not isinstance(tasks.words, jax.core.Tracer):
+            for leaf in jax.tree.leaves(self._bank[:3]):
+                leaf.delete()
+        return store._with(tasks)
 
     def replace(self, i: int, task: Task | PyTree) -> "MaskStore":
         """This store with task i exchanged. Raises as `append` and `mask`.
@@ -140,14 +109,14 @@ class MaskStore:
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
         i = self._index(i)
-        return self._with(_replace(self._masks, i, *self._fields(task), self.layout))
+        return self._with(bank.replace(self._bank, i, *self._fields(task), self.layout))
 
     def remove(self, i: int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        return self._with(_remove(self._masks, self._index(i), self._static))
+        return self._with(bank.remove(self._bank, self._index(i), self.layout, self.capacity))
 
     def mask(self, i: int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
@@ -155,17 +124,11 @@ class MaskStore:
         Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
         jit the id is clipped to that range.
         """
-        return self._mask(self._read_index(i))
+        return self.task(i).mask
 
     def task(self, i: int) -> Task:
         """Task i, with its statistics. Raises as `mask`."""
-        i = self._read_index(i)
-        return Task(
-            self._mask(i),
-            jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), self._masks.states
-            ),
-        )
+        return bank.read(self._bank, self._index(i), self.layout)
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:
         """sum_i alphas_i M_i as a float32 pytree like params, None where not masked.
@@ -175,13 +138,13 @@ class MaskStore:
         """
         self.check_holds_tasks()
         if alphas is None:
-            mean = self._masks.counts.astype(jnp.float32) / self.num_tasks.astype(jnp.float32)
+            mean = self._bank.counts.astype(jnp.float32) / self.num_tasks.astype(jnp.float32)
             return self.layout.unravel(mean)
         if jnp.ndim(alphas) != 1:
             raise ValueError(f"alphas must be [{self.capacity}], got shape {jnp.shape(alphas)}")
         alphas = self.per_slot(alphas)
         return self.layout.unravel(
-            contraction.superpose(self._masks.words, self._pad_slots(alphas), self.num_tasks)
+            contraction.superpose(self._bank.words, self._pad_slots(alphas), self.num_tasks)
         )
 
     def per_slot(self, alphas: jax.Array) -> jax.Array:
@@ -204,7 +167,7 @@ class MaskStore:
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
         """<v, M_i> for every task: [..., K] of v [..., n] in the layout's order; 0 if no task."""
         s = contraction.contract(
-            self._usable()._masks.words, self.layout.pad(v), self.num_tasks, implementation
+            self._usable()._bank.words, self.layout.pad(v), self.num_tasks, implementation
         )
         return s[..., : self.capacity]
 
@@ -239,35 +202,49 @@ class MaskStore:
                     f"network's ({net._fingerprint[:12]}...)"
                 )
 
-    def save(self, path, overwrite: bool = False) -> None:
-        """Writes the store to the file `path`, wholly or not at all; see `store_file`."""
-        from supsup_jax import store_file
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Writes the store to the file `path`, wholly or not at all; the format is `store_file`'s.
 
-        store_file.save(self, path, overwrite)
+        Raises StoreError for a consumed store or one made inside jit, FileExistsError when
+        something is there and overwrite is False, FileNotFoundError for a missing folder, OSError
+        for the rest; whatever happens, `path` holds what it held or the whole new store.
+        """
+        store_file.save(
+            path,
+            self._usable()._bank,
+            self.layout,
+            capacity=self.capacity,
+            initializer=self._static.initializer,
+            seed=self._seed,
+            fingerprint=np.asarray(self._fingerprint).tobytes(),
+            overwrite=overwrite,
+        )
 
     @classmethod
-    def load(cls, path, net: Network) -> "MaskStore":
-        """The store saved at `path`, once it is seen to belong to `net`; see `store_file`."""
-        from supsup_jax import store_file
+    def load(cls, path: str | os.PathLike, net: Network) -> "MaskStore":
+        """The store saved at `path`, once it is seen to belong to `net`.
 
-        return store_file.load(path, net)
+        Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
+        file that is damaged, not a store, of a newer version, or of another network.
+        """
+        if not isinstance(net, Network):
+            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        tasks, capacity = store_file.load(path, net)
+        return cls.create(net, capacity)._with(tasks)
 
     @property
     def _traced(self):
-        return isinstance(self._masks.words, jax.core.Tracer)
+        return isinstance(self._bank.words, jax.core.Tracer)
 
     @property
     def _consumed(self):
-        words = getattr(self._masks, "words", None)  # transformations put placeholders here
+        words = getattr(self._bank, "words", None)  # transformations put placeholders here
         concrete = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
         return concrete and words.is_deleted()
 
-    def _with(self, masks, capacity=None):
+    def _with(self, tasks, capacity=None):
         static = self._static._replace(capacity=capacity or self.capacity)
-        return MaskStore(masks, self._fingerprint, self._seed, static)
-
-    def _resized(self, capacity):
-        return self._with(_resize(self._masks, self.layout, capacity), capacity)
+        return MaskStore(tasks, self._fingerprint, self._seed, static)
 
     def _usable(self):
         """This store, unless it is consumed or overfull; reads nothing inside jit."""
@@ -275,7 +252,7 @@ class MaskStore:
             raise StoreError(
                 "this store was consumed by append(..., donate=True): use the returned store"
             )
-        if not self._traced and (dropped := int(self._masks.dropped)):
+        if not self._traced and (dropped := int(self._bank.dropped)):
             raise StoreError(
                 f"{dropped} write(s) inside jit were dropped: appended beyond the capacity "
                 f"{self.capacity}, which cannot grow there, or to a task that does not exist"
@@ -289,10 +266,10 @@ class MaskStore:
             if not isinstance(leaf, jax.core.Tracer):
                 _check_binary(name, leaf)
         like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._masks.states
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._bank.states
         )
         if jax.tree.structure(state) != jax.tree.structure(like):
-            if self._masks.states is None:
+            if self._bank.states is None:
                 raise ValueError("the network has no state, but the task brings one")
             raise ValueError(
                 f"append Task(mask, state) with the statistics {list(named_leaves(like))}: "
@@ -319,14 +296,8 @@ class MaskStore:
             raise TaskIdError(f"task {i} is not in the store, which holds {held}")
         return jnp.int32(i)
 
-    def _read_index(self, i):
-        return jnp.clip(self._index(i), 0, jnp.maximum(self.num_tasks - 1, 0))
-
-    def _mask(self, i):
-        return self.layout.unravel(unpack(_column(self._masks.words, i)).reshape(-1) != 0)
-
     def _pad_slots(self, alphas):
-        num_tiles, _, lanes = self._masks.words.shape
+        num_tiles, _, lanes = self._bank.words.shape
         spare = num_tiles * lanes - self.capacity
         return jnp.pad(alphas, [(0, 0)] * (alphas.ndim - 1) + [(0, spare)])
 
@@ -334,7 +305,7 @@ class MaskStore:
         if self._consumed:  # before jit finds out in its own words
             self._usable()
         key = jax.tree_util.GetAttrKey
-        leaves = [(key(n), getattr(self, f"_{n}")) for n in ("masks", "fingerprint", "seed")]
+        leaves = [(key(n), getattr(self, f"_{n}")) for n in ("bank", "fingerprint", "seed")]
         return leaves, self._static
 
     @classmethod
@@ -350,122 +321,6 @@ class MaskStore:
         )
 
 
-def _tiling(layout, capacity):
-    """[num_tiles, nw, lanes] for a capacity: tiles of equal width, MAX_LANES at most."""
-    num_tiles = -(-capacity // MAX_LANES)
-    return num_tiles, layout.num_words, -(-capacity // num_tiles)
-
-
-def _column(words, i):
-    """Words [nw] of task i."""
-    column = lax.dynamic_slice(words, _place(words, i), (1, words.shape[1], 1))
-    # Without the barrier XLA fuses this strided read into each of the 32 planes unpacked from it.
-    return lax.optimization_barrier(column.reshape(-1))
-
-
-def _place(words, i):
-    """Where task i's words start."""
-    lanes = words.shape[2]
-    return i // lanes, jnp.zeros_like(i), i % lanes
-
-
-def _write(masks, i, old, bits, state):
-    """Task i becomes `bits` [32 nw] and `state`, where it held the words `old`."""
-    words, counts, states, _, _ = masks
-    kept_before = unpack(old).reshape(-1).astype(counts.dtype)
-    return masks._replace(
-        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], _place(words, i)),
-        counts=counts - kept_before + bits.astype(counts.dtype),
-        states=jax.tree.map(
-            lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), states, state
-        ),
-    )
-
-
-def _bits(leaves, layout):
-    return layout.pad(jnp.concatenate([jnp.ravel(leaf) != 0 for leaf in leaves]))
-
-
-def _append_impl(words, counts, states, num_tasks, dropped, leaves, state, static):
-    masks = _Masks(words, counts, states, num_tasks, dropped)
-    free = num_tasks < static.capacity
-    slot = jnp.minimum(num_tasks, static.capacity - 1)
-    written = _write_if(free, masks, slot, leaves, state, static.layout)
-    return written._replace(num_tasks=num_tasks + free)
-
-
-def _write_if(valid, masks, i, leaves, state, layout):
-    """Task i replaced where `valid`; else written back as it is, and counted as dropped."""
-    old = _column(masks.words, i)
-    bits = jnp.where(valid, _bits(leaves, layout), unpack(old).reshape(-1) != 0)
-    state = jax.tree.map(
-        lambda rows, row: jnp.where(valid, row, lax.dynamic_index_in_dim(rows, i, keepdims=False)),
-        masks.states,
-        state,
-    )
-    written = _write(masks, i, old, bits, state)
-    return written._replace(dropped=masks.dropped + ~valid)
-
-
-_append = jax.jit(_append_impl, static_argnames="static")
-_append_in_place = jax.jit(
-    _append_impl, static_argnames="static", donate_argnames=("words", "counts", "states")
-)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _replace(masks, i, leaves, state, layout):
-    valid = (i >= 0) & (i < masks.num_tasks)
-    return _write_if(valid, masks, jnp.where(valid, i, 0), leaves, state, layout)
-
-
-@functools.partial(jax.jit, static_argnames="static")
-def _remove(masks, i, static):
-    valid = (i >= 0) & (i < masks.num_tasks)
-    slots = jnp.arange(static.capacity)
-    source = jnp.minimum(slots + ((slots >= i) & valid), static.capacity - 1)
-    left = masks.num_tasks - valid
-
-    def shift(rows):
-        kept = (slots < left).reshape(-1, *[1] * (rows.ndim - 1))
-        return jnp.where(kept, rows[source], 0)
-
-    gone = unpack(_column(masks.words, jnp.where(valid, i, 0))).reshape(-1) * valid
-    return masks._replace(
-        words=tile_words(shift(untile_words(masks.words, static.capacity)), static.layout),
-        counts=masks.counts - gone.astype(masks.counts.dtype),
-        states=jax.tree.map(shift, masks.states),
-        num_tasks=left,
-        dropped=masks.dropped + ~valid,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "capacity"))
-def _resize(masks, layout, capacity):
-    old = masks.words.shape[0] * masks.words.shape[2]
-
-    def widen(rows):
-        return jnp.pad(rows, [(0, capacity - len(rows))] + [(0, 0)] * (rows.ndim - 1))
-
-    return masks._replace(
-        words=tile_words(widen(untile_words(masks.words, min(old, capacity))), layout),
-        counts=masks.counts.astype(np.min_scalar_type(capacity)),
-        states=jax.tree.map(widen, masks.states),
-    )
-
-
-def untile_words(words: jax.Array, capacity: int) -> jax.Array:
-    """[num_tiles, nw, lanes] -> [capacity, nw], a row a task."""
-    return jnp.moveaxis(words, 1, 2).reshape(-1, words.shape[1])[:capacity]
-
-
-def tile_words(rows: jax.Array, layout: Layout) -> jax.Array:
-    """[capacity, nw] -> [num_tiles, nw, lanes]."""
-    num_tiles, num_words, lanes = _tiling(layout, len(rows))
-    rows = jnp.pad(rows, [(0, num_tiles * lanes - len(rows)), (0, 0)])
-    return jnp.moveaxis(rows.reshape(num_tiles, lanes, num_words), 1, 2)
-
-
 def _check_binary(name, leaf):
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -478,8 +333,3 @@ def _check_binary(name, leaf):
             f"the mask must hold only 0 and 1 at {name!r}: a store keeps one bit a weight "
             "(signed masks do not fit)"
         )
-
-
-def _delete(masks):
-    for leaf in jax.tree.leaves((masks.words, masks.counts, masks.states)):
-        leaf.delete()

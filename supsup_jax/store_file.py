@@ -22,25 +22,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import contraction
-from supsup_jax import store as stores
+from supsup_jax import bank, contraction
+from supsup_jax.bank import Bank
 from supsup_jax.network import Network
-from supsup_jax.packing import named_leaves
-from supsup_jax.store import MaskStore, StoreError
+from supsup_jax.packing import Layout, named_leaves
+from supsup_jax.types import StoreError
 
 FORMAT = "supsup_jax.MaskStore"
 VERSION = 1
 
 
-def save(store: MaskStore, path: str | os.PathLike, overwrite: bool) -> None:
-    """Writes `store` to `path`.
-
-    Raises StoreError for a consumed store or one made inside jit, FileExistsError when something
-    is there and overwrite is False, FileNotFoundError for a missing folder, OSError for the
-    rest; whatever happens, `path` holds what it held or the whole new store.
-    """
+def save(
+    path: str | os.PathLike,
+    tasks: Bank,
+    layout: Layout,
+    *,
+    capacity: int,
+    initializer: str | None,
+    seed: jax.Array | None,
+    fingerprint: bytes,
+    overwrite: bool,
+) -> None:
+    """Writes a bank and what its weights were drawn from; errors as `MaskStore.save`."""
     path = Path(path)
-    fingerprint = bytes(np.asarray(store._usable()._fingerprint))
     if not any(fingerprint):
         raise StoreError("this store was created inside jit and knows no fingerprint to save")
     if path.is_dir():
@@ -49,23 +53,23 @@ def save(store: MaskStore, path: str | os.PathLike, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in; create it first")
-    num_tasks, masks = int(store.num_tasks), store._masks
-    rows = stores.untile_words(masks.words, store.capacity)[:num_tasks]
+    num_tasks = int(tasks.num_tasks)
+    rows = bank.untile_words(tasks.words, capacity)[:num_tasks]
     arrays = {"masks": np.asarray(rows)}
-    for i, leaf in enumerate(jax.tree.leaves(masks.states)):
+    for i, leaf in enumerate(jax.tree.leaves(tasks.states)):
         arrays[f"state.{i}"] = _as_bytes(np.asarray(leaf[:num_tasks]))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "num_tasks": num_tasks,
-        "capacity": store.capacity,
-        "initializer": store._static.initializer,
-        "seed": None if store._seed is None else int(store._seed),
+        "capacity": capacity,
+        "initializer": initializer,
+        "seed": None if seed is None else int(seed),
         "fingerprint": fingerprint.hex(),
-        "layout": [[name, list(shape)] for name, shape in store.layout.named_shapes],
+        "layout": [[name, list(shape)] for name, shape in layout.named_shapes],
         "states": {
             name: [str(leaf.dtype), list(leaf.shape[1:])]
-            for name, leaf in named_leaves(masks.states).items()
+            for name, leaf in named_leaves(tasks.states).items()
         },
         "sha256": {name: _digest(array) for name, array in arrays.items()},
     }
@@ -74,15 +78,9 @@ def save(store: MaskStore, path: str | os.PathLike, overwrite: bool) -> None:
     _write_then_rename(path, {"manifest": head, **arrays})
 
 
-def load(path: str | os.PathLike, net: Network) -> MaskStore:
-    """The store at `path`, for `net`.
-
-    Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
-    file that is damaged, not a store, of a newer version, or of another network.
-    """
+def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
+    """The bank at `path`, for tasks of `net`, and its capacity; errors as `MaskStore.load`."""
     path = Path(path)
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}")
     with open(path, "rb") as file:
@@ -112,28 +110,26 @@ def load(path: str | os.PathLike, net: Network) -> MaskStore:
             )
         if _digest(array) != sums.get(name):
             raise StoreError(f"{path}: {name!r} does not match its checksum; the file is damaged")
-    return _restore(net, arrays, num_tasks, capacity)
+    return _restore(net, arrays, num_tasks, capacity), capacity
 
 
 def _restore(net, arrays, num_tasks, capacity):
-    store = MaskStore.create(net, capacity)
+    tasks = bank.empty(net.layout, net.state, capacity)
     rows = np.zeros((capacity, net.layout.num_words), np.uint32)
     rows[:num_tasks] = arrays["masks"]
-    words = stores.tile_words(jnp.asarray(rows), net.layout)
+    words = bank.tile_words(jnp.asarray(rows), net.layout)
     ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
-    counts = contraction.superpose(words, ones, jnp.asarray(num_tasks))
-    states, treedef = jax.tree.flatten(store._masks.states)
+    counts = contraction.superpose(words, ones, jnp.int32(num_tasks))
+    states, treedef = jax.tree.flatten(tasks.states)
     states = [
         leaf.at[:num_tasks].set(arrays[f"state.{i}"].view(leaf.dtype))
         for i, leaf in enumerate(states)
     ]
-    return store._with(
-        store._masks._replace(
-            words=words,
-            counts=counts.astype(store._masks.counts.dtype),
-            states=jax.tree.unflatten(treedef, states),
-            num_tasks=jnp.asarray(num_tasks, jnp.int32),
-        )
+    return tasks._replace(
+        words=words,
+        counts=counts.astype(tasks.counts.dtype),
+        states=jax.tree.unflatten(treedef, states),
+        num_tasks=jnp.int32(num_tasks),
     )
 
 

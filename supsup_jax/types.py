@@ -1,4 +1,4 @@
-"""Records that cross module borders, and the axis letters that every docstring uses.
+"""Records and errors that cross module borders, and the axis letters that every docstring uses.
 
 T  tasks learned            K  capacity of a store (K >= T)      B  batch
 C  outputs of the network   n  maskable weights                  N  examples of a dataset
@@ -15,6 +15,14 @@ import numpy as np
 
 PyTree = Any
 Objective = Callable[[jax.Array], jax.Array]  # logits [..., C] -> [...], lower is more certain
+
+
+class StoreError(ValueError):
+    """A store that cannot be used as asked; the message says what to do."""
+
+
+class TaskIdError(StoreError, IndexError):
+    """No task of that number."""
 
 
 class Task(NamedTuple):

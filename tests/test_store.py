@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import store as stores
+from supsup_jax import bank
 from tests.conftest import filled_store, random_masks, relu_net
 
 
@@ -25,7 +25,7 @@ def test_masks_come_back_as_they_went_in(small_net, count, capacity):
 
 
 def test_more_tasks_than_one_tile_holds(small_net, monkeypatch):
-    monkeypatch.setattr(stores, "MAX_LANES", 4)
+    monkeypatch.setattr(bank, "MAX_LANES", 4)
     masks = random_masks(small_net, 11)
     store = filled_store(small_net, masks, capacity=3)
     assert store.capacity == 12
@@ -54,13 +54,13 @@ def test_any_dtype_of_zeros_and_ones(small_net, dtype):
 
 
 def test_capacity_doubles_and_appends_compile_once_a_size(small_net):
-    before = stores._append_in_place._cache_size()
+    before = bank.append_in_place._cache_size()
     store = ss.MaskStore.create(small_net, capacity=2)
     for mask in random_masks(small_net, 33):
         store = store.append(mask, donate=True)
     assert store.capacity == 64
     sizes = 6  # 2, 4, 8, 16, 32, 64
-    assert stores._append_in_place._cache_size() - before <= sizes
+    assert bank.append_in_place._cache_size() - before <= sizes
 
 
 def test_bytes_are_one_bit_a_weight_and_the_counts():
@@ -166,8 +166,8 @@ def test_append_inside_jit_drops_what_does_not_fit(small_net):
     with pytest.raises(ValueError, match=r"1 write.* beyond the capacity 2"):
         over.mixture()
     # Nothing was written onto another task.
-    chex.assert_trees_all_equal(over._masks.words, full._masks.words)
-    chex.assert_trees_all_equal(over._masks.counts, full._masks.counts)
+    chex.assert_trees_all_equal(over._bank.words, full._bank.words)
+    chex.assert_trees_all_equal(over._bank.counts, full._bank.counts)
 
 
 def test_ids_inside_jit_never_reach_another_task(small_net):
@@ -186,9 +186,9 @@ def test_ids_inside_jit_never_reach_another_task(small_net):
             with pytest.raises(ValueError, match="a task that does not exist"):
                 changed.mixture()
             for name in ("words", "counts", "num_tasks"):
-                got, want = getattr(changed._masks, name), getattr(store._masks, name)
+                got, want = getattr(changed._bank, name), getattr(store._bank, name)
                 np.testing.assert_array_equal(got, want)
-        assert int(change(store, 1)._masks.dropped) == 0
+        assert int(change(store, 1)._bank.dropped) == 0
 
 
 def test_what_the_callers_jit_closes_over_is_still_concrete(small_net):

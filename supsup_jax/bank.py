@@ -1,0 +1,180 @@
+"""The arrays of a store, and what happens to them as tasks come and go: pure functions, jitted.
+
+Ids are int32 arrays and nothing here reads a value on the host; `store` wraps this in checks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from supsup_jax.packing import MAX_LANES, WORD_BITS, Layout, pack, unpack
+from supsup_jax.types import PyTree, Task
+
+
+class Bank(NamedTuple):
+    """K slots, the first T of which hold a task.
+
+    words: uint32 [num_tiles, nw, lanes], the packed masks (see `packing`), 0 where there is none.
+    counts: unsigned [32 nw], how many masks keep each weight, so that the uniform mixture costs
+      O(n) whatever T is; the smallest dtype that holds K.
+    states: each task's normalisation statistics, [K, ...]; None for a stateless network.
+    num_tasks: int32 [], T.
+    dropped: int32 [], writes inside jit that found no room, or no task.
+    """
+
+    words: jax.Array
+    counts: jax.Array
+    states: PyTree
+    num_tasks: jax.Array
+    dropped: jax.Array
+
+
+def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
+    """A bank without tasks, for networks of this layout and state."""
+    return Bank(
+        words=jnp.zeros(tiling(layout, capacity), jnp.uint32),
+        counts=jnp.zeros(WORD_BITS * layout.num_words, np.min_scalar_type(capacity)),
+        states=jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), state),
+        num_tasks=jnp.zeros((), jnp.int32),
+        dropped=jnp.zeros((), jnp.int32),
+    )
+
+
+def tiling(layout, capacity):
+    """[num_tiles, nw, lanes] for a capacity: tiles of equal width, MAX_LANES at most."""
+    num_tiles = -(-capacity // MAX_LANES)
+    return num_tiles, layout.num_words, -(-capacity // num_tiles)
+
+
+def _column(words, i):
+    """Words [nw] of task i."""
+    column = lax.dynamic_slice(words, _place(words, i), (1, words.shape[1], 1))
+    # Without the barrier XLA fuses this strided read into each of the 32 planes unpacked from it.
+    return lax.optimization_barrier(column.reshape(-1))
+
+
+def _place(words, i):
+    """Where task i's words start."""
+    lanes = words.shape[2]
+    return i // lanes, jnp.zeros_like(i), i % lanes
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def read(bank, i, layout):
+    """Task i, or the nearest there is."""
+    i = jnp.clip(i, 0, jnp.maximum(bank.num_tasks - 1, 0))
+    mask = layout.unravel(unpack(_column(bank.words, i)).reshape(-1) != 0)
+    return Task(
+        mask,
+        jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), bank.states),
+    )
+
+
+def _write(bank, i, old, bits, state):
+    """Task i becomes `bits` [32 nw] and `state`, where it held the words `old`."""
+    words, counts, states, _, _ = bank
+    kept_before = unpack(old).reshape(-1).astype(counts.dtype)
+    return bank._replace(
+        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], _place(words, i)),
+        counts=counts - kept_before + bits.astype(counts.dtype),
+        states=jax.tree.map(
+            lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), states, state
+        ),
+    )
+
+
+def _bits(leaves, layout):
+    return layout.pad(jnp.concatenate([jnp.ravel(leaf) != 0 for leaf in leaves]))
+
+
+def _append(words, counts, states, num_tasks, dropped, leaves, state, layout, capacity):
+    """Another task behind the others, dropped where the bank is full.
+
+    The fields of a Bank come one by one so that the large ones can be donated.
+    """
+    bank = Bank(words, counts, states, num_tasks, dropped)
+    free = num_tasks < capacity
+    slot = jnp.minimum(num_tasks, capacity - 1)
+    written = _write_if(free, bank, slot, leaves, state, layout)
+    return written._replace(num_tasks=num_tasks + free)
+
+
+def _write_if(valid, bank, i, leaves, state, layout):
+    """Task i replaced where `valid`; else written back as it is, and counted as dropped."""
+    old = _column(bank.words, i)
+    bits = jnp.where(valid, _bits(leaves, layout), unpack(old).reshape(-1) != 0)
+    state = jax.tree.map(
+        lambda rows, row: jnp.where(valid, row, lax.dynamic_index_in_dim(rows, i, keepdims=False)),
+        bank.states,
+        state,
+    )
+    written = _write(bank, i, old, bits, state)
+    return written._replace(dropped=bank.dropped + ~valid)
+
+
+append = jax.jit(_append, static_argnames=("layout", "capacity"))
+append_in_place = jax.jit(
+    _append,
+    static_argnames=("layout", "capacity"),
+    donate_argnames=("words", "counts", "states"),
+)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def replace(bank, i, leaves, state, layout):
+    """Task i exchanged; an id that names no task is dropped."""
+    valid = (i >= 0) & (i < bank.num_tasks)
+    return _write_if(valid, bank, jnp.where(valid, i, 0), leaves, state, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "capacity"))
+def remove(bank, i, layout, capacity):
+    """Task i gone and later ones moved down; an id that names no task is dropped."""
+    valid = (i >= 0) & (i < bank.num_tasks)
+    slots = jnp.arange(capacity)
+    source = jnp.minimum(slots + ((slots >= i) & valid), capacity - 1)
+    left = bank.num_tasks - valid
+
+    def shift(rows):
+        kept = (slots < left).reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.where(kept, rows[source], 0)
+
+    gone = unpack(_column(bank.words, jnp.where(valid, i, 0))).reshape(-1) * valid
+    return bank._replace(
+        words=tile_words(shift(untile_words(bank.words, capacity)), layout),
+        counts=bank.counts - gone.astype(bank.counts.dtype),
+        states=jax.tree.map(shift, bank.states),
+        num_tasks=left,
+        dropped=bank.dropped + ~valid,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "capacity"))
+def resize(bank, layout, capacity):
+    """A copy with more slots."""
+    old = bank.words.shape[0] * bank.words.shape[2]
+
+    def widen(rows):
+        return jnp.pad(rows, [(0, capacity - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+    return bank._replace(
+        words=tile_words(widen(untile_words(bank.words, min(old, capacity))), layout),
+        counts=bank.counts.astype(np.min_scalar_type(capacity)),
+        states=jax.tree.map(widen, bank.states),
+    )
+
+
+def untile_words(words: jax.Array, capacity: int) -> jax.Array:
+    """[num_tiles, nw, lanes] -> [capacity, nw], a row a task."""
+    return jnp.moveaxis(words, 1, 2).reshape(-1, words.shape[1])[:capacity]
+
+
+def tile_words(rows: jax.Array, layout: Layout) -> jax.Array:
+    """[capacity, nw] -> [num_tiles, nw, lanes]."""
+    num_tiles, num_words, lanes = tiling(layout, len(rows))
+    rows = jnp.pad(rows, [(0, num_tiles * lanes - len(rows)), (0, 0)])
+    return jnp.moveaxis(rows.reshape(num_tiles, lanes, num_words), 1, 2)
