@@ -1,0 +1,26 @@
+import re
+
+import jax.numpy as jnp
+
+from supsup_jax import data
+from tests.conftest import ROOT
+
+
+def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    stream = data.PermutedStream(data.load_dataset("digits"), 2)
+    x, y = stream.test[1].batch(jnp.arange(100))
+    names = {"tasks": stream.train[:2], "x": x}
+    exec(code, names)
+    assert (tmp_path / "masks.npz").exists()
+    assert float((names["belief"].task == 1).mean()) > 0.9
+    assert float((names["logits"].argmax(-1) == y).mean()) > 0.9
+
+
+def test_every_file_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((docs/[^)]+)\)", text):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"^\| `(supsup_jax/\w+)`", text, re.MULTILINE):
+        assert (ROOT / path).is_dir() or (ROOT / f"{path}.py").is_file(), path
