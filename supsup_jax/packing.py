@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from supsup_jax.types import PyTree
 
 WORD_BITS = 32
-# Wide enough that the loop over words costs little beside its body, narrow enough that a store
-# at low fill wastes little; measured with experiments/benchmark_inference.py.
-MAX_LANES = 1024
+# Wide enough that a loop over words costs little beside its body. Beyond some 640 lanes XLA's CPU
+# backend splits each step of that loop over threads: 2,560 tasks took 40 ms in tiles of 256, 70 to
+# 100 ms in tiles of 1,024.
+MAX_LANES = 256
 
 
 def leaf_name(path: tuple) -> str:
