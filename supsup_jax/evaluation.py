@@ -47,6 +47,13 @@ class Row(NamedTuple):
     decisions: int
     inferred: np.ndarray
 
+    def __repr__(self) -> str:
+        named = "" if self.task_accuracy is None else f", task_accuracy={self.task_accuracy:.4f}"
+        return (
+            f"Row(task={self.task}, accuracy={self.accuracy:.4f}, "
+            f"shared_accuracy={self.shared_accuracy:.4f}{named}, decisions={self.decisions})"
+        )
+
 
 class _Outcome(NamedTuple):
     right: jax.Array  # bool [N], the label
@@ -84,9 +91,11 @@ def evaluate(
     tasks: Sequence[int] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Row]:
-    """A Row for each learned task i, on its test data `stream[i]`.
+    """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.
 
-    protocol: see `parse_protocol`. objective: what the inference minimises.
+    protocol: "given" (GG); or inferred, "paper" (the first image of each batch names the task for
+      the batch), "per_example" (every image its own), "batch-m" (m images decide together).
+    objective: what the inference minimises.
     tasks: which of the learned tasks; None for all.
     progress: wraps the loop over tasks, such as tqdm.tqdm.
     Tasks of equal data shape share one compiled program, whatever the number of tasks learned.
@@ -99,6 +108,11 @@ def evaluate(
     infer.check_pair(net, store)
     infer.check_objective(objective)
     num_tasks = int(store.num_tasks)
+    if not hasattr(stream, "__getitem__"):
+        raise TypeError(
+            f"stream must be a sequence of TaskData, such as a stream's .test, "
+            f"got {type(stream).__name__}"
+        )
     if len(stream) < num_tasks:
         raise ValueError(f"stream must hold test data of {num_tasks} tasks, got {len(stream)}")
     tasks = range(num_tasks) if tasks is None else tasks

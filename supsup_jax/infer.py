@@ -174,8 +174,8 @@ def check_objective(objective: Objective) -> None:
 def _check_input(x):
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            "x must be a float array as the network takes it, got "
-            f"{getattr(x, 'dtype', type(x).__name__)}"
+            "x must be a float array as the network takes it (a TaskData's batch(index)[0] applies "
+            f"its view and transform), got {getattr(x, 'dtype', type(x).__name__)}"
         )
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must be [B, ...] with B >= 1, got shape {x.shape}")

@@ -10,7 +10,7 @@ import numpy as np
 from supsup_jax import bank, contraction, store_file
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
-from supsup_jax.types import PyTree, StoreError, Task, TaskIdError
+from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
 class _Static(NamedTuple):
@@ -179,8 +179,8 @@ class MaskStore:
     def check_fits(self, net: Network) -> None:
         """Raises StoreError unless the masks have the network's leaves, shapes and weights.
 
-        Weights are compared by fingerprint where both are at hand: a network's is computed when
-        a store is created or loaded for it, not here, and never inside jit.
+        Weights are compared by seed, where both were drawn, and by fingerprint where both are at
+        hand: a network's is computed when a store is created or loaded for it. Neither inside jit.
         """
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
@@ -194,6 +194,14 @@ class MaskStore:
                 f"the store's masks have the structure {self.layout.treedef}, "
                 f"but the network's {net.layout.treedef}"
             )
+        seeds = self._seed, net.seed
+        if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
+            mine, theirs = map(int, seeds)
+            if mine != theirs:
+                raise StoreError(
+                    f"the store belongs to other weights: drawn from seed {mine}, this network's "
+                    f"from seed {theirs}"
+                )
         if net._fingerprint and not isinstance(self._fingerprint, jax.core.Tracer):
             mine = np.asarray(self._fingerprint).tobytes()
             if any(mine) and mine != bytes.fromhex(net._fingerprint):
@@ -260,6 +268,8 @@ class MaskStore:
         return self
 
     def _fields(self, task):
+        if isinstance(task, TrainResult):
+            raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
         mask, state = task if isinstance(task, Task) else (task, None)
         leaves = self.layout.leaves(mask, "the mask")
         for name, leaf in zip(self.layout.shapes, leaves, strict=True):

@@ -149,6 +149,8 @@ def test_bad_input(problem):
             ss.evaluate(net, store, stream, protocol)
     with pytest.raises(ValueError, match="test data of 3 tasks, got 2"):
         ss.evaluate(net, store, stream[:2])
+    with pytest.raises(TypeError, match=r"such as a stream's \.test, got object"):
+        ss.evaluate(net, store, object())
     with pytest.raises(ValueError, match="batch_size must be an int of at least 1"):
         ss.evaluate(net, store, stream, batch_size=0)
     with pytest.raises(TypeError, match="objective must be a hashable function"):

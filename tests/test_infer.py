@@ -388,7 +388,7 @@ def test_one_compilation_serves_any_number_of_tasks_within_capacity(small_net):
     before = [program._cache_size() for program in programs]
     for seed, mask in enumerate(masks[1:]):
         store = store.append(mask)
-        net = relu_net((6, 6, 5), seed)  # nor does another seed's network compile anew
+        net = relu_net((6, 6, 5))  # nor does the same network, made anew
         ss.one_shot(net, store, x), ss.predict(net, store, x, seed), ss.oracle(net, store, x)
     assert [program._cache_size() for program in programs] == before
 

@@ -215,10 +215,18 @@ def test_a_consumed_store_says_so_to_any_jit_and_when_printed(small_net):
 
 def test_the_store_of_another_networks_weights_is_refused(small_net):
     store = filled_store(small_net, random_masks(small_net, 1))
-    other = relu_net((6, 6, 5), seed=1)
-    ss.MaskStore.create(other)  # from here on its fingerprint is known
+    with pytest.raises(ValueError, match=r"other weights: drawn from seed 0, .* from seed 1"):
+        ss.one_shot(relu_net((6, 6, 5), seed=1), store, jnp.ones((2, 6)))
+    given = ss.Network(small_net.apply, jax.tree.map(jnp.zeros_like, small_net.params))
+    ss.MaskStore.create(given)  # from here on its fingerprint is known
     with pytest.raises(ValueError, match="belongs to other weights"):
-        ss.one_shot(other, store, jnp.ones((2, 6)))
+        ss.one_shot(given, store, jnp.ones((2, 6)))
+
+
+def test_a_train_result_is_not_a_task(small_net):
+    mask = random_masks(small_net, 1)[0]
+    with pytest.raises(TypeError, match=r"append its \.task"):
+        ss.MaskStore.create(small_net).append(ss.TrainResult(ss.Task(mask), mask, jnp.ones(1)))
 
 
 def test_a_store_goes_through_jit_and_scan(small_net):
