@@ -22,7 +22,6 @@ inferred for which) and three pictures to --out.
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -176,7 +175,7 @@ def main(args: Args) -> dict:
     if config.dataset == "synthetic":
         print("--tiny: images drawn from a key with the dataset's shapes, not real data")
     print(f"{run.out}: {config.tasks} tasks of {dataset.name}, {net}")
-    store = learn(run, config, net, store, stream, dataset)
+    store = learn(run, config, net, store, stream)
     return finish(run, config, store)
 
 
@@ -202,14 +201,13 @@ def learn(
     net: ss.Network,
     store: ss.MaskStore,
     stream: data.PermutedStream,
-    dataset: data.Dataset,
 ) -> ss.MaskStore:
     """Learns what is left to learn, evaluates what is left to evaluate, and saves on the way."""
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
     evaluated = {row["tasks_learned"] for row in run.rows}
     done = int(store.num_tasks)
     if done in config.checkpoints and done not in evaluated:
-        checkpoint(run, config, net, store, stream, dataset)
+        checkpoint(run, config, net, store, stream)
     with tqdm(range(done, config.tasks), initial=done, total=config.tasks, unit="task") as bar:
         for i in bar:
             with run.phase("train"):
@@ -222,7 +220,7 @@ def learn(
             bar.set_postfix(task=i, accuracy=f"{row.accuracy:.4f}", refresh=False)
             if i + 1 in config.checkpoints:
                 run.save(store)
-                checkpoint(run, config, net, store, stream, dataset)
+                checkpoint(run, config, net, store, stream)
             elif (i + 1) % config.save_every == 0:
                 run.save(store)
     return store
@@ -234,13 +232,12 @@ def checkpoint(
     net: ss.Network,
     store: ss.MaskStore,
     stream: data.PermutedStream,
-    dataset: data.Dataset,
 ) -> None:
     """Runs every protocol over the tasks learned so far and keeps the rows."""
     num_tasks = int(store.num_tasks)
-    objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(dataset.num_labels)}
+    objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(stream.dataset.num_labels)}
     few = config.images_per_task
-    few_stream = stream.on(dataset.limit_test(few))
+    few_stream = stream.on(stream.dataset.limit_test(few))
     plan = [("given", None, None)] + ([("given", None, few)] if few else [])
     plan += [
         (protocol, name, None if protocol == "paper" else few)
@@ -325,8 +322,8 @@ def draw(run: Run, config: Config) -> None:
     )
 
 
-def cli(argv: list[str] | None = None, run: Callable[[Args], dict] = main) -> None:
-    run(tyro.cli(Args, args=argv, description=__doc__))
+def cli(argv: list[str]) -> None:
+    main(tyro.cli(Args, args=argv, description=__doc__))
 
 
 if __name__ == "__main__":

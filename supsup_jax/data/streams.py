@@ -30,14 +30,14 @@ class _Split(Sequence):
 class PermutedStream:
     """Permuted images (paper section 4.2): each task sees the pixels in an order of its own.
 
-    `train[i]` and `test[i]` are task i's TaskData; len() is the number of tasks. The images are
-    put on the device once.
+    `train[i]` and `test[i]` are task i's TaskData over the images of `dataset`, which all tasks
+    share; len() is the number of tasks.
     """
 
     def __init__(self, dataset: Dataset, num_tasks: int, seed: int = 0, independent: bool = False):
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-        self._num_tasks, self._num_pixels = num_tasks, dataset.num_pixels
+        self.dataset, self._num_tasks = dataset, num_tasks
         self._seed, self._independent = seed, independent
         self.train = _Split(self, dataset.train)
         self.test = _Split(self, dataset.test)
@@ -50,4 +50,6 @@ class PermutedStream:
         return PermutedStream(dataset, self._num_tasks, self._seed, self._independent)
 
     def view(self, task: int):
-        return jnp.asarray(permutation(task, self._num_pixels, self._seed, self._independent))
+        return jnp.asarray(
+            permutation(task, self.dataset.num_pixels, self._seed, self._independent)
+        )
