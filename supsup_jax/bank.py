@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax.packing import MAX_LANES, WORD_BITS, Layout, pack, unpack
+from supsup_jax.packing import (
+    MAX_LANES,
+    VECTOR_LANES,
+    WORD_BITS,
+    Layout,
+    column,
+    pack,
+    place,
+    unpack,
+)
 from supsup_jax.types import PyTree, Task
 
 
@@ -47,27 +56,15 @@ def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
 def tiling(layout, capacity):
     """[num_tiles, nw, lanes] for a capacity: tiles of equal width, MAX_LANES at most."""
     num_tiles = -(-capacity // MAX_LANES)
-    return num_tiles, layout.num_words, -(-capacity // num_tiles)
-
-
-def _column(words, i):
-    """Words [nw] of task i."""
-    column = lax.dynamic_slice(words, _place(words, i), (1, words.shape[1], 1))
-    # Without the barrier XLA fuses this strided read into each of the 32 planes unpacked from it.
-    return lax.optimization_barrier(column.reshape(-1))
-
-
-def _place(words, i):
-    """Where task i's words start."""
-    lanes = words.shape[2]
-    return i // lanes, jnp.zeros_like(i), i % lanes
+    vectors = -(-capacity // (num_tiles * VECTOR_LANES))
+    return num_tiles, layout.num_words, vectors * VECTOR_LANES
 
 
 @functools.partial(jax.jit, static_argnames="layout")
 def read(bank, i, layout):
     """Task i, or the nearest there is."""
     i = jnp.clip(i, 0, jnp.maximum(bank.num_tasks - 1, 0))
-    mask = layout.unravel(unpack(_column(bank.words, i)).reshape(-1) != 0)
+    mask = layout.unravel(unpack(column(bank.words, i)).reshape(-1) != 0)
     return Task(
         mask,
         jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), bank.states),
@@ -79,7 +76,7 @@ def _write(bank, i, old, bits, state):
     words, counts, states, _, _ = bank
     kept_before = unpack(old).reshape(-1).astype(counts.dtype)
     return bank._replace(
-        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], _place(words, i)),
+        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], place(words, i)),
         counts=counts - kept_before + bits.astype(counts.dtype),
         states=jax.tree.map(
             lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), states, state
@@ -105,7 +102,7 @@ def _append(words, counts, states, num_tasks, dropped, leaves, state, layout, ca
 
 def _write_if(valid, bank, i, leaves, state, layout):
     """Task i replaced where `valid`; else written back as it is, and counted as dropped."""
-    old = _column(bank.words, i)
+    old = column(bank.words, i)
     bits = jnp.where(valid, _bits(leaves, layout), unpack(old).reshape(-1) != 0)
     state = jax.tree.map(
         lambda rows, row: jnp.where(valid, row, lax.dynamic_index_in_dim(rows, i, keepdims=False)),
@@ -143,7 +140,7 @@ def remove(bank, i, layout, capacity):
         kept = (slots < left).reshape(-1, *[1] * (rows.ndim - 1))
         return jnp.where(kept, rows[source], 0)
 
-    gone = unpack(_column(bank.words, jnp.where(valid, i, 0))).reshape(-1) * valid
+    gone = unpack(column(bank.words, jnp.where(valid, i, 0))).reshape(-1) * valid
     return bank._replace(
         words=tile_words(shift(untile_words(bank.words, capacity)), layout),
         counts=bank.counts - gone.astype(bank.counts.dtype),

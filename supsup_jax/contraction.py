@@ -4,9 +4,14 @@
     superpose: w_j = sum_k M[k, j] a_k      every task's mask at coefficient a_k
 
 Words are [num_tiles, nw, lanes] (see packing); v and w are [..., 32 nw], s and a are
-[..., num_tiles * lanes]. Only the tiles that hold a task (`num_tasks` of them) are read, and no
-form ever holds more than a block of unpacked masks. Both are reverse-differentiable to any order
-(in v and a), and work under jit and vmap.
+[..., num_tiles * lanes]. No form ever holds more than a block of unpacked masks. Both are
+reverse-differentiable to any order (in v and a), and work under jit and vmap.
+
+On CPU loops run over the tiles that hold a task, in blocks of word rows. A block is one elementwise
+loop over [rows, lanes] into accumulators of that shape, which XLA vectorises and splits over
+threads. (A row a step, into [lanes] accumulators, is 3 times slower; adding up rows inside the loop
+costs the vectorisation, 10 times.) Elsewhere one vector's product is one fused reduction over all
+words, without a loop.
 """
 
 import functools
@@ -15,33 +20,55 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from supsup_jax import fixed_point
 from supsup_jax.packing import WORD_BITS, unpack
+from supsup_jax.varying import varying_like
 
-# Unpacked float32 block of the matrix forms: half a core's L2 cache.
-BLOCK_FLOATS = 128 * 1024
-# A vector a time, the select form reads the words once each; from about this many vectors on,
-# unpacking a block for all of them is cheaper (CPU, measured at K = 256 and 2,560).
-MATRIX_FROM = 4
+# Accumulators of a block: 1.5 MiB, within the L2 caches of two cores. Shorter blocks pay for the
+# meeting of threads at the end of each; more rows gain nothing where lanes are few.
+BLOCK_LANES = 384 * 1024
+BLOCK_ROWS = 1024
+# Floats that the matrix forms unpack at a time: on CPU about a core's cache, elsewhere enough to
+# fill the device.
+CPU_BLOCK_FLOATS = 1024 * 1024
+BLOCK_FLOATS = 64 * 1024 * 1024
+# Bits of fixed point in the "popcount" form. On gradients of 500 trained tasks its largest error is
+# 7e-6 of the scores' deviation; a float32 matrix product's is 1e-5, that of "select" 4e-6.
+PLANES = 20
 
 
 def contract(
-    words: jax.Array, v: jax.Array, num_tasks: jax.Array, implementation: str | None = None
+    words: jax.Array,
+    v: jax.Array,
+    num_tasks: jax.Array,
+    implementation: str | None = None,
+    planes: int = PLANES,
 ) -> jax.Array:
     """s [..., num_tiles * lanes] of v [32 nw] or [B, 32 nw], float32.
 
-    implementation: "select" (a scan over words, 32 selects each; CPU), "matrix" (blocks of
-    masks unpacked for a matrix product; any device, any B) or "reference" (all masks unpacked:
-    for tests). None chooses by device and B.
-    Raises ValueError for another name.
+    implementation: each runs on any device; None chooses by device and B, and none falls back.
+      "popcount": v as fixed point of `planes` bits (see fixed_point). CPU's default.
+      "select": every bit selects a float32. The default of one vector elsewhere; on CPUs without
+        a vector popcount (before Ice Lake and Zen 4) twice as fast as "popcount".
+      "matrix": blocks of masks unpacked for a matrix product; elsewhere, where it is the default
+        of many vectors, with v in three bfloat16 pieces: float32-class.
+      "matrix_bf16": the same with v rounded to bfloat16.
+      "reference": all masks unpacked, K n floats. What the others must equal, for tests.
+    planes: 2 to 24, of "popcount"; fewer are faster and less accurate.
+    Raises ValueError for another name or number.
     """
-    if implementation not in (None, *_IMPLEMENTATIONS):
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
-            f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}, "
-            f"got {implementation!r}"
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, which run on "
+            f"every device, got {implementation!r}"
+        )
+    if not fixed_point.MIN_PLANES <= planes <= fixed_point.MAX_PLANES:
+        raise ValueError(
+            f"planes must lie in [{fixed_point.MIN_PLANES}, {fixed_point.MAX_PLANES}], got {planes}"
         )
     if v.shape[-1] != WORD_BITS * words.shape[1]:
         raise ValueError(f"v must end in {WORD_BITS * words.shape[1]}, got shape {v.shape}")
-    return _contract(implementation, words, v, num_tasks)
+    return _contract(implementation, planes, words, v, num_tasks)
 
 
 def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.Array:
@@ -52,20 +79,20 @@ def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.
     return _superpose(words, alphas, num_tasks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(implementation, words, v, num_tasks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(implementation, planes, words, v, num_tasks):
     if implementation is not None:
-        return _IMPLEMENTATIONS[implementation](words, v, num_tasks)
-    if v.ndim > 1 and v.shape[0] >= MATRIX_FROM:
-        return _matrix(words, v, num_tasks)
-    return lax.platform_dependent(words, v, num_tasks, cpu=_select, default=_matrix)
+        return IMPLEMENTATIONS[implementation](words, v, num_tasks, planes)
+    popcount = functools.partial(_popcount, planes=planes)
+    other = _select if v.ndim == 1 else _matrix
+    return lax.platform_dependent(words, v, num_tasks, cpu=popcount, default=other)
 
 
-def _contract_fwd(implementation, words, v, num_tasks):
-    return _contract(implementation, words, v, num_tasks), (words, num_tasks)
+def _contract_fwd(implementation, planes, words, v, num_tasks):
+    return _contract(implementation, planes, words, v, num_tasks), (words, num_tasks)
 
 
-def _contract_bwd(implementation, residuals, s_bar):
+def _contract_bwd(implementation, planes, residuals, s_bar):
     words, num_tasks = residuals
     return None, _superpose(words, s_bar, num_tasks), None
 
@@ -75,21 +102,7 @@ _contract.defvjp(_contract_fwd, _contract_bwd)
 
 @jax.custom_vjp
 def _superpose(words, alphas, num_tasks):
-    num_tiles, num_words, lanes = words.shape
-    batched = alphas.reshape(-1, num_tiles, lanes)
-
-    def add_tile(tile, w):
-        tile_alphas = lax.dynamic_index_in_dim(batched, tile, 1, keepdims=False)
-
-        def block_sum(rows):
-            planes = unpack(rows).astype(jnp.float32)  # [32, R, lanes]
-            return jnp.einsum("prl,bl->bpr", planes, tile_alphas, precision=lax.Precision.HIGHEST)
-
-        return w + _over_blocks(block_sum, words, tile)
-
-    w = jnp.zeros((batched.shape[0], WORD_BITS, num_words), jnp.float32)
-    w = lax.fori_loop(0, _live_tiles(words, num_tasks), add_tile, w)
-    return w.reshape(*alphas.shape[:-1], WORD_BITS * num_words)
+    return _on_platform(_superpose_blocks, _superpose_blocks, words, alphas, num_tasks)
 
 
 def _superpose_fwd(words, alphas, num_tasks):
@@ -98,89 +111,184 @@ def _superpose_fwd(words, alphas, num_tasks):
 
 def _superpose_bwd(residuals, w_bar):
     words, num_tasks = residuals
-    return None, _contract(None, words, w_bar, num_tasks), None
+    return None, _contract(None, PLANES, words, w_bar, num_tasks), None
 
 
 _superpose.defvjp(_superpose_fwd, _superpose_bwd)
 
 
-def _over_blocks(block_sum, words, tile):
-    """block_sum(rows [R, lanes]) -> [B, 32, R] of each block of words, joined to [B, 32, nw]."""
-    _, num_words, lanes = words.shape
-    rows = min(num_words, max(1, BLOCK_FLOATS // (WORD_BITS * lanes)))
+def _popcount(words, v, num_tasks, planes):
+    def prepare(values):
+        return fixed_point.bit_planes(values, planes)
 
-    def block(start, size):
-        return block_sum(_rows(words, tile, start, size))
-
-    whole = num_words // rows
-    blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
-    joined = jnp.moveaxis(blocks, 0, 2).reshape(blocks.shape[1], WORD_BITS, whole * rows)
-    if rest := num_words - whole * rows:
-        joined = jnp.concatenate([joined, block(whole * rows, rest)], axis=2)
-    return joined
+    return _over_words(words, v, num_tasks, prepare, fixed_point.word_sums)
 
 
-def _select(words, v, num_tasks):
-    """One word row a step: each lane adds the 32 values its bits select, as a balanced tree."""
-    num_tiles, num_words, lanes = words.shape
+def _select(words, v, num_tasks, planes=None):
+    def word_sums(rows, values):
+        # Four chains of masked additions: one instruction a bit beside its test.
+        sums = []
+        for chain in range(4):
+            total = jnp.zeros(rows.shape, jnp.float32)
+            for b in range(chain, WORD_BITS, 4):
+                kept = (rows & jnp.uint32(1 << b)) != 0
+                total = jnp.where(kept, total + values[b][:, None], total)
+            sums.append(total)
+        return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
-    def one(v):
-        values = v.reshape(WORD_BITS, num_words).T
+    return _over_words(words, v, num_tasks, lambda values: values, word_sums)
 
-        def add_row(s, row):
-            word, value = row
-            terms = [jnp.where((word >> b) & 1 != 0, value[b], 0.0) for b in range(WORD_BITS)]
-            while len(terms) > 1:
-                terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
-            return s + terms[0], None
+
+def _over_words(words, v, num_tasks, prepare, word_sums):
+    """The sum over all words of word_sums(rows [R, lanes], operands) [R, lanes].
+
+    prepare: values [32, W] of W words -> their operands, arrays [..., W]; word_sums gets those of
+    its rows.
+    """
+
+    def by_blocks(words, v, num_tasks):
+        num_words, lanes = words.shape[1:]
+        num_blocks, rows = _row_blocks(words)
+        # The last block ends where the words end. The rows it shares with the one before count
+        # as zeros there.
+        whole = (num_blocks - 1) * rows
+        shared = num_blocks * rows - num_words
+        values = v.reshape(WORD_BITS, num_words)
+        values = jnp.concatenate(
+            [values[:, :whole], jnp.zeros((WORD_BITS, shared), v.dtype), values[:, whole:]], axis=1
+        )
+        operands = prepare(values)
+        zeros = functools.partial(_zeros, words, v)
+
+        def add_block(i, sums, tile):
+            start = jnp.minimum(i * rows, num_words - rows)
+            block = _rows(words, tile, start, rows)
+            mine = jax.tree.map(
+                lambda a: lax.dynamic_slice_in_dim(a, i * rows, rows, a.ndim - 1), operands
+            )
+            return sums + word_sums(block, mine)
 
         def add_tile(tile, s):
-            rows = lax.dynamic_index_in_dim(words, tile, 0, keepdims=False)
-            tile_s, _ = lax.scan(add_row, jnp.zeros(lanes, jnp.float32), (rows, values))
-            return lax.dynamic_update_index_in_dim(s, tile_s, tile, 0)
+            sums = lax.fori_loop(
+                0, num_blocks, functools.partial(add_block, tile=tile), zeros((rows, lanes))
+            )
+            return lax.dynamic_update_index_in_dim(s, sums.sum(axis=0), tile, 0)
 
-        s = jnp.zeros((num_tiles, lanes), jnp.float32)
-        return lax.fori_loop(0, _live_tiles(words, num_tasks), add_tile, s).reshape(-1)
+        s = zeros((words.shape[0], lanes))
+        live_tiles = (num_tasks + lanes - 1) // lanes
+        return lax.fori_loop(0, live_tiles, add_tile, s).reshape(-1)
+
+    def at_once(words, v, num_tasks):
+        del num_tasks  # words beyond it are zero
+        operands = prepare(v.reshape(WORD_BITS, -1))
+        return jax.vmap(lambda tile: word_sums(tile, operands).sum(axis=0))(words).reshape(-1)
+
+    def one(v):
+        return lax.platform_dependent(words, v, num_tasks, cpu=by_blocks, default=at_once)
 
     return one(v) if v.ndim == 1 else lax.map(one, v)
 
 
-def _matrix(words, v, num_tasks):
-    """Blocks of word rows, unpacked to floats, times the matching columns of v."""
+def longest_sum(words: jax.Array) -> int:
+    """How many floats "popcount" and "select" add one after another, for bounds on rounding."""
+    return sum(_row_blocks(words))
+
+
+def _row_blocks(words):
+    """(blocks, rows of each) that cover the word rows; the last may share rows."""
+    _, num_words, lanes = words.shape
+    num_blocks = -(-num_words // max(1, min(BLOCK_ROWS, BLOCK_LANES // lanes)))
+    return num_blocks, -(-num_words // num_blocks)
+
+
+def _matrix(words, v, num_tasks, planes=None):
+    return _on_platform(
+        lambda words, v, *sizes: _matrix_blocks(words, v[None], *sizes),
+        lambda words, v, *sizes: _matrix_blocks(words, _bfloat16_pieces(v), *sizes),
+        words,
+        v,
+        num_tasks,
+    )
+
+
+def _matrix_bf16(words, v, num_tasks, planes=None):
+    pieces = v.astype(jnp.bfloat16)[None]
+    return _on_platform(_matrix_blocks, _matrix_blocks, words, pieces, num_tasks)
+
+
+def _bfloat16_pieces(v):
+    """bfloat16 [3, ...] that add up to v, float32, to 2^-24 of it."""
+    pieces = []
+    for _ in range(3):
+        # Not a cast to and fro: XLA may leave out such a pair.
+        pieces.append(lax.reduce_precision(v, exponent_bits=8, mantissa_bits=7))
+        v = v - pieces[-1]
+    return jnp.stack(pieces).astype(jnp.bfloat16)
+
+
+def _matrix_blocks(words, pieces, live_tiles, block_floats):
+    """s [..., K] of the sum of pieces [P, ..., 32 nw], in the pieces' own dtype."""
     num_tiles, num_words, lanes = words.shape
-    planes = v.reshape(-1, WORD_BITS, num_words)
-    rows = min(num_words, max(1, BLOCK_FLOATS // (WORD_BITS * lanes)))
-    whole = num_words // rows
+    columns = pieces.reshape(-1, WORD_BITS, num_words)
+    zeros = functools.partial(_zeros, words, pieces)
+
+    def product(tile, start, size):
+        masks = unpack(_rows(words, tile, start, size)).astype(pieces.dtype)
+        return jnp.dot(
+            lax.dynamic_slice_in_dim(columns, start, size, 2).reshape(-1, WORD_BITS * size),
+            masks.reshape(WORD_BITS * size, lanes),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
 
     def add_tile(tile, s):
-        def block(start, size):
-            masks = (
-                unpack(_rows(words, tile, start, size))
-                .astype(jnp.float32)
-                .reshape(WORD_BITS * size, lanes)
-            )
-            columns = lax.dynamic_slice_in_dim(planes, start, size, 2)
-            return jnp.dot(
-                columns.reshape(-1, WORD_BITS * size), masks, precision=lax.Precision.HIGHEST
-            )
-
-        tile_s = lax.fori_loop(
-            0,
-            whole,
-            lambda i, total: total + block(i * rows, rows),
-            jnp.zeros((planes.shape[0], lanes), jnp.float32),
+        tile_s = _sum_over_blocks(
+            functools.partial(product, tile), words, block_floats, zeros, (len(columns), lanes)
         )
-        if rest := num_words - whole * rows:
-            tile_s = tile_s + block(whole * rows, rest)
         return lax.dynamic_update_index_in_dim(s, tile_s, tile, 1)
 
-    s = jnp.zeros((planes.shape[0], num_tiles, lanes), jnp.float32)
-    s = lax.fori_loop(0, _live_tiles(words, num_tasks), add_tile, s)
-    return s.reshape(*v.shape[:-1], num_tiles * lanes)
+    s = zeros((len(columns), num_tiles, lanes))
+    s = lax.fori_loop(0, live_tiles, add_tile, s)
+    return s.reshape(*pieces.shape[:-1], num_tiles * lanes).sum(axis=0)
 
 
-def _reference(words, v, num_tasks):
-    """All masks as floats, one product. What the other forms must equal."""
+def _sum_over_blocks(product, words, block_floats, zeros, shape):
+    rows, whole = _blocks(words, block_floats)
+    total = lax.fori_loop(
+        0,
+        whole,
+        lambda i, total: total + product(i * rows, rows),
+        zeros(shape),
+    )
+    if rest := words.shape[1] - whole * rows:
+        total = total + product(whole * rows, rest)
+    return total
+
+
+def _superpose_blocks(words, alphas, live_tiles, block_floats):
+    num_tiles, num_words, lanes = words.shape
+    batched = alphas.reshape(-1, num_tiles, lanes)
+
+    def add_tile(tile, w):
+        tile_alphas = lax.dynamic_index_in_dim(batched, tile, 1, keepdims=False)
+
+        def block(start, size):
+            planes = unpack(_rows(words, tile, start, size)).astype(jnp.float32)  # [32, R, lanes]
+            return jnp.einsum("prl,bl->bpr", planes, tile_alphas, precision=lax.Precision.HIGHEST)
+
+        rows, whole = _blocks(words, block_floats)
+        blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
+        joined = jnp.moveaxis(blocks, 0, 2).reshape(len(batched), WORD_BITS, whole * rows)
+        if rest := num_words - whole * rows:
+            joined = jnp.concatenate([joined, block(whole * rows, rest)], axis=2)
+        return w + joined
+
+    w = _zeros(words, alphas, (len(batched), WORD_BITS, num_words))
+    w = lax.fori_loop(0, live_tiles, add_tile, w)
+    return w.reshape(*alphas.shape[:-1], WORD_BITS * num_words)
+
+
+def _reference(words, v, num_tasks, planes=None):
     num_tiles, num_words, lanes = words.shape
     masks = jax.vmap(unpack)(words).astype(jnp.float32)  # [tiles, 32, nw, lanes]
     masks = masks.reshape(num_tiles, WORD_BITS * num_words, lanes)
@@ -189,15 +297,42 @@ def _reference(words, v, num_tasks):
     return jnp.where(jnp.arange(num_tiles * lanes) < num_tasks, s, 0)
 
 
+def _on_platform(on_cpu, elsewhere, words, operand, num_tasks):
+    """form(words, operand, num_tiles, block_floats): the tiles to read, the size of a block."""
+    num_tiles, _, lanes = words.shape
+
+    def cpu(words, operand, num_tasks):
+        return on_cpu(words, operand, (num_tasks + lanes - 1) // lanes, CPU_BLOCK_FLOATS)
+
+    def default(words, operand, num_tasks):
+        del num_tasks  # to read it would stop the device; tiles beyond it hold zeros
+        return elsewhere(words, operand, num_tiles, BLOCK_FLOATS)
+
+    return lax.platform_dependent(words, operand, num_tasks, cpu=cpu, default=default)
+
+
+def _zeros(words, operand, shape):
+    """The start of a sum of both, under shard_map as different between devices as they are."""
+    return varying_like(varying_like(jnp.zeros(shape, jnp.float32), words), operand)
+
+
+def _blocks(words, block_floats):
+    """Word rows of a block whose masks unpack to `block_floats`, and how many whole blocks."""
+    _, num_words, lanes = words.shape
+    rows = min(num_words, max(1, block_floats // (WORD_BITS * lanes)))
+    return rows, num_words // rows
+
+
 def _rows(words, tile, start, size):
     """Words [size, lanes] of a tile, from row `start`."""
-    tile_words = lax.dynamic_index_in_dim(words, tile, 0, keepdims=False)
-    return lax.dynamic_slice_in_dim(tile_words, start, size, 0)
+    place = [jnp.asarray(index, jnp.int32) for index in (tile, start, 0)]
+    return lax.dynamic_slice(words, place, (1, size, words.shape[2]))[0]
 
 
-def _live_tiles(words, num_tasks):
-    lanes = words.shape[2]
-    return (num_tasks + lanes - 1) // lanes
-
-
-_IMPLEMENTATIONS = {"select": _select, "matrix": _matrix, "reference": _reference}
+IMPLEMENTATIONS = {
+    "popcount": _popcount,
+    "select": _select,
+    "matrix": _matrix,
+    "matrix_bf16": _matrix_bf16,
+    "reference": _reference,
+}

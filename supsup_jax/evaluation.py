@@ -171,23 +171,21 @@ def _inferred(net, store, data, *, protocol, objective):
         group = min(protocol.group, index.shape[1])
         deciders = index.reshape(len(index), -1, group)[:, :, : protocol.deciders]
 
-        def scores(index, state):
-            """dF/da [D, K] of the decisions by the examples index [D, m]."""
+        def decide(index, state):
+            """Ids [D] of the decisions by the examples index [D, m]."""
             x, _ = data.batch(index.reshape(-1))
             x = x.reshape(*index.shape, *x.shape[1:])
-            return infer.gradient_scores(net, store, mixture, x, state, objective)
+            return infer.decide_tasks(net, store, mixture, x, state, objective)
 
         if net.state is None:  # no statistics: all decisions are alike, whatever their context
-            gradient = scores(deciders.reshape(-1, deciders.shape[2]), None)
-        else:
+            return decide(deciders.reshape(-1, deciders.shape[2]), None).reshape(deciders.shape[:2])
 
-            def in_context(each):
-                index, deciders = each
-                state = infer.frozen_state(net, mixture, data.batch(index)[0])
-                return scores(deciders, state)
+        def in_context(each):
+            index, deciders = each
+            state = infer.frozen_state(net, mixture, data.batch(index)[0])
+            return decide(deciders, state)
 
-            gradient = lax.map(in_context, (index, deciders)).reshape(-1, store.capacity)
-        return infer.belief(store, -gradient).task.reshape(deciders.shape[:2])
+        return lax.map(in_context, (index, deciders))
 
     def judge(each):
         index, ids = each

@@ -18,21 +18,26 @@ import numpy as np
 import optax
 from jax import lax
 
+from supsup_jax import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
 from supsup_jax.varying import varying_like
 
-# Per-example weight gradients held at once: 128 MiB of float32. Larger batches go in pieces.
-GRADIENT_FLOATS = 32 * 1024 * 1024
-# Examples from which a dense network is probed mask by mask (CPU: at T = 10 the two forms meet
-# below 8 examples, at T = 256 near 24).
+# Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
+# stays in the cache.
+GRADIENT_FLOATS = 128 * 1024 * 1024
+# On CPU a dense network is probed mask by mask for at least so many decisions among at most so many
+# (tasks times deciding examples): 128 decisions take 11 against 105 ms among 10 tasks, and meet
+# near 250 tasks.
 TANGENTS_FROM = 16
+TANGENTS_UPTO = 256
 # Examples whose activations are held at once while masks are probed.
 TANGENT_EXAMPLES = 16 * 1024
 # Rows of one task that `predict` sends through the network together.
 SEGMENT = 32
+CERTIFIED = "certified"
 
 
 def alpha_gradient(
@@ -66,16 +71,29 @@ def one_shot(
     x: jax.Array,
     objective: Objective = entropy,
     per_example: bool = True,
+    implementation: str | None = None,
 ) -> TaskBelief:
     """The task whose coefficient most lowers the uncertainty: argmax_i -dF/da_i at a = 1/T.
 
     per_example: task [B], scores [B, K], each row of x for itself; otherwise one decision of the
     whole batch, task [] and scores [K]. Statistics and errors as `alpha_gradient`.
+    implementation: how the gradient meets the masks. None: exact (float32), by whatever is fast
+      for the device and the sizes. "certified": twice as fast on CPU; the same task, found from
+      coarse scores with a proven bound on their error (see `certify`), which come back coarse but
+      for those in doubt. Any name of `contraction.contract` forces that form.
     """
     check_pair(net, store)
     check_objective(objective)
+    check_implementation(implementation)
     _check_input(x)
-    return _one_shot(net, store, x, objective=objective, per_example=per_example)
+    return _one_shot(
+        net,
+        store,
+        x,
+        objective=objective,
+        per_example=per_example,
+        implementation=implementation,
+    )
 
 
 def descend(
@@ -171,6 +189,15 @@ def check_objective(objective: Objective) -> None:
         raise TypeError(f"objective must be a hashable function of logits, got {objective!r}")
 
 
+def check_implementation(implementation: str | None) -> None:
+    names = (CERTIFIED, *contraction.IMPLEMENTATIONS)
+    if implementation not in (None, *names):
+        raise ValueError(
+            f"implementation must be None or one of {sorted(names)}, which run on every device, "
+            f"got {implementation!r}"
+        )
+
+
 def _check_input(x):
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -189,6 +216,8 @@ def weight_gradient(
     def value(mixture):
         return uncertainty(net, mixture, x, state, objective).mean()
 
+    # Inside shard_map the gradient in what all devices share would be summed over them.
+    mixture = jax.tree.map(lambda leaf: varying_like(leaf, x), mixture)
     return net.layout.ravel(jax.grad(value)(mixture), "the mixture")
 
 
@@ -205,7 +234,7 @@ def uncertainty(
     return values.astype(jnp.float32)
 
 
-def gradient_scores(
+def decide_tasks(
     net: Network,
     store: MaskStore,
     mixture: PyTree,
@@ -213,33 +242,92 @@ def gradient_scores(
     state: PyTree,
     objective: Objective,
 ) -> jax.Array:
+    """Ids int32 [D] of D one-shot decisions, x [D, m, ...], by the fastest form for the device.
+
+    Never holds the scores of more than a piece of the decisions.
+    """
+
+    def ids(x, implementation):
+        return gradient_scores(
+            net,
+            store,
+            mixture,
+            x,
+            state,
+            objective,
+            implementation,
+            finish=lambda gradient: belief(store, -gradient).task,
+        )
+
+    exact = functools.partial(ids, implementation=None)
+    if _few_tasks(store, x):
+        return exact(x)
+    certified = functools.partial(ids, implementation=CERTIFIED)
+    return lax.platform_dependent(x, cpu=certified, default=exact)
+
+
+def gradient_scores(
+    net: Network,
+    store: MaskStore,
+    mixture: PyTree,
+    x: jax.Array,
+    state: PyTree,
+    objective: Objective,
+    implementation: str | None = None,
+    finish: Callable[[jax.Array], PyTree] = lambda gradient: gradient,
+) -> PyTree:
     """dF/da [D, K] of D decisions, each by the mean objective of m examples, x [D, m, ...].
 
-    Two forms, equal up to rounding. "Gradients": the weight gradient of each decision, [D, n],
-    against all masks. "Tangents": for one mask after another, the derivative of all D outputs
-    along it; nothing of size D n exists, and each mask costs about one forward pass.
+    Two forms, equal up to rounding. "Gradients": the weight gradient of each decision against all
+    masks, one decision after another on CPU, in large pieces elsewhere. "Tangents", on CPU for few
+    tasks: for one mask after another, the derivative of all D outputs along it, about a forward
+    pass each.
+    finish: what to keep of gradients [d, K], with a leading d, before the next piece is computed.
     """
     num_decisions, num_deciders = x.shape[:2]
+
+    def contract(v):
+        if implementation == CERTIFIED:
+            return -store.certified_scores(-v)
+        return store.contract(v, implementation)
+
+    def one(x):
+        gradient = contract(weight_gradient(net, mixture, x, state, objective))
+        return jax.tree.map(lambda row: row[0], finish(gradient[None]))
+
+    def many(x):
+        v = jax.vmap(weight_gradient, (None, None, 0, None, None))(
+            net, mixture, x, state, objective
+        )
+        return finish(lax.map(contract, v) if implementation == CERTIFIED else contract(v))
 
     def values(mixture, x):
         flat = x.reshape(-1, *x.shape[2:])
         return uncertainty(net, mixture, flat, state, objective).reshape(x.shape[:2]).mean(axis=1)
 
+    def tangents(x):
+        return finish(_tangent_scores(store, values, mixture, x))
+
+    if num_decisions == 1:
+        return jax.tree.map(lambda row: row[None], one(x[0]))
+    on_cpu = functools.partial(lax.map, one)
     if (
-        num_decisions * num_deciders >= TANGENTS_FROM
+        implementation is None
+        and _few_tasks(store, x)
         and _is_dense(net)
         and _has_tangents(values, mixture, x)
     ):
         size = max(1, TANGENT_EXAMPLES // num_deciders)
-        return in_pieces(lambda x: _tangent_scores(store, values, mixture, x), x, size)
+        on_cpu = functools.partial(in_pieces, tangents, size=size)
+    floats = max(net.layout.num_weights, store.capacity)
+    elsewhere = functools.partial(in_pieces, many, size=max(1, GRADIENT_FLOATS // floats))
+    return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
-    def gradients(x):
-        v = jax.vmap(weight_gradient, (None, None, 0, None, None))(
-            net, mixture, x, state, objective
-        )
-        return store.contract(v)
 
-    return in_pieces(gradients, x, max(1, GRADIENT_FLOATS // net.layout.num_weights))
+def _few_tasks(store, x):
+    """Whether probing mask by mask is cheaper on CPU than a gradient a decision."""
+    num_decisions, num_deciders = x.shape[:2]
+    return num_decisions >= TANGENTS_FROM and store.capacity * num_deciders <= TANGENTS_UPTO
 
 
 def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
@@ -311,15 +399,19 @@ def frozen_state(net: Network, mixture: PyTree, x: jax.Array) -> PyTree:
 def _alpha_gradient(net, store, x, alphas, *, objective, per_example):
     mixture = store.mixture(alphas)
     state = frozen_state(net, mixture, x)
-    if per_example:
-        return gradient_scores(net, store, mixture, x[:, None], state, objective)
-    return store.contract(weight_gradient(net, mixture, x, state, objective))
+    decisions = x[:, None] if per_example else x[None]
+    gradient = gradient_scores(net, store, mixture, decisions, state, objective)
+    return gradient if per_example else gradient[0]
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
-def _one_shot(net, store, x, *, objective, per_example):
-    gradient = _alpha_gradient(net, store, x, None, objective=objective, per_example=per_example)
-    return belief(store, -gradient)
+@functools.partial(jax.jit, static_argnames=("objective", "per_example", "implementation"))
+def _one_shot(net, store, x, *, objective, per_example, implementation):
+    mixture = store.mixture()
+    state = frozen_state(net, mixture, x)
+    decisions = x[:, None] if per_example else x[None]
+    gradient = gradient_scores(net, store, mixture, decisions, state, objective, implementation)
+    found = belief(store, -gradient)
+    return found if per_example else jax.tree.map(lambda rows: rows[0], found)
 
 
 def belief(store: MaskStore, scores: jax.Array) -> TaskBelief:

@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from supsup_jax.types import PyTree
 
 WORD_BITS = 32
-# Wide enough that a loop over words costs little beside its body. Beyond some 640 lanes XLA's CPU
-# backend splits each step of that loop over threads: 2,560 tasks took 40 ms in tiles of 256, 70 to
-# 100 ms in tiles of 1,024.
-MAX_LANES = 256
+# Lanes come in whole vectors of AVX-512, the widest there are; narrower tiles are not vectorised.
+VECTOR_LANES = 16
+MAX_LANES = 1024
 
 
 def leaf_name(path: tuple) -> str:
@@ -138,6 +138,19 @@ def unpack(words: jax.Array) -> jax.Array:
     """uint32 words [nw, ...] -> uint32 0 or 1, [32, nw, ...]: the planes in weight order."""
     index = bit_index().reshape(WORD_BITS, *[1] * words.ndim)
     return (words[None] >> index) & 1
+
+
+def column(words: jax.Array, i: jax.Array) -> jax.Array:
+    """Words [nw] of task i of tiles [num_tiles, nw, lanes]."""
+    found = lax.dynamic_slice(words, place(words, i), (1, words.shape[1], 1))
+    # Without the barrier XLA fuses this strided read into each of the 32 planes unpacked from it.
+    return lax.optimization_barrier(found.reshape(-1))
+
+
+def place(words: jax.Array, i: jax.Array) -> tuple:
+    """Where task i's words start in tiles."""
+    lanes = words.shape[2]
+    return i // lanes, jnp.zeros_like(i), i % lanes
 
 
 def bit_index() -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, contraction, store_file
+from supsup_jax import bank, certify, contraction, store_file
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
@@ -165,11 +165,19 @@ class MaskStore:
         return jnp.where(self.slots, jnp.pad(alphas.astype(jnp.float32), spare), 0)
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
-        """<v, M_i> for every task: [..., K] of v [..., n] in the layout's order; 0 if no task."""
+        """<v, M_i> for every task: [..., K] of v [..., n] in the layout's order; 0 if no task.
+
+        implementation: as in `contraction.contract`; None chooses.
+        """
         s = contraction.contract(
             self._usable()._bank.words, self.layout.pad(v), self.num_tasks, implementation
         )
         return s[..., : self.capacity]
+
+    def certified_scores(self, v: jax.Array) -> jax.Array:
+        """[K] of v [n], whose argmax is that of `contract`: see `certify`. -inf if no task."""
+        words = self._usable()._bank.words
+        return certify.best_scores(words, self.layout.pad(v), self.num_tasks)[: self.capacity]
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty, consumed or overfull."""

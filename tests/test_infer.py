@@ -315,6 +315,9 @@ def test_inside_shard_map(problem):
     ids = jnp.arange(40) % 5
     for function in (
         lambda x: ss.one_shot(net, store, x).scores,
+        lambda x: ss.one_shot(net, store, x[:3]).scores,  # by gradients, not to be summed over all
+        lambda x: ss.one_shot(net, store, x[:3], implementation="certified").scores,
+        lambda x: ss.one_shot(net, store, x, per_example=False).scores[None],
         lambda x: ss.oracle(net, store, x).scores,
         lambda x: ss.predict(net, store, x, 2),
         lambda x: jax.vmap(lambda row: ss.topk_mask(row, 3))(x),
@@ -393,17 +396,39 @@ def test_one_compilation_serves_any_number_of_tasks_within_capacity(small_net):
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.mark.parametrize("batch", [1, 8, 128])
-@pytest.mark.parametrize("per_example", [True, False])
-def test_no_buffer_of_unpacked_masks(batch, per_example):
+@pytest.mark.parametrize(
+    "batch, per_example, implementation",
+    [(1, True, None), (128, True, None), (128, True, "certified"), (128, False, None)],
+)
+def test_no_buffer_of_unpacked_masks(batch, per_example, implementation):
     net = relu_net((784, 300, 100, 100))
-    store = ss.MaskStore.create(net, capacity=256)
-    x = jnp.zeros((batch, 784))
-    lowered = infer._one_shot.lower(net, store, x, objective=ss.entropy, per_example=per_example)
+    store = jax.eval_shape(lambda net: ss.MaskStore.create(net, 2500), net)
+    lowered = infer._one_shot.lower(
+        net,
+        store,
+        jax.ShapeDtypeStruct((batch, 784), jnp.float32),
+        objective=ss.entropy,
+        per_example=per_example,
+        implementation=implementation,
+    )
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    unpacked = net.layout.num_weights * 256  # at one byte each
-    # Eight examples hold their own weight gradients besides, n floats each, a few times over.
-    assert temporary < unpacked // 2 + (batch == 8) * 5 * 8 * 4 * net.layout.num_weights
+    # The accumulators of a block, some vectors of n floats, and the scores: nothing that n K
+    # masks at a bit each would fit in.
+    assert temporary < 20 * 2**20
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+@pytest.mark.parametrize("objective", [ss.entropy, ss.Superfluous(3)])
+@pytest.mark.parametrize(
+    "implementation", ["certified", "popcount", "select", "matrix", "reference"]
+)
+def test_every_implementation_names_the_same_task(problem, implementation, objective, per_example):
+    net, store, x = problem
+    want = ss.one_shot(net, store, x, objective, per_example)
+    got = ss.one_shot(net, store, x, objective, per_example, implementation)
+    np.testing.assert_array_equal(got.task, want.task)
+    if implementation != "certified":
+        np.testing.assert_allclose(got.scores, want.scores, rtol=RTOL, atol=ATOL)
 
 
 def test_bad_input(problem, norm_net):
@@ -433,6 +458,8 @@ def test_bad_input(problem, norm_net):
         ss.one_shot(net, store, x, jax.nn.softmax)
     with pytest.raises(ValueError, match=r"Superfluous.*needs more than 5 outputs"):
         ss.one_shot(net, store, x, ss.Superfluous(5))
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        ss.one_shot(net, store, x, implementation="pallas")
     with pytest.raises(ValueError, match="alphas must end in 8"):
         ss.alpha_gradient(net, store, x, alphas=jnp.ones(6))
     with pytest.raises(ValueError, match="steps must be a positive int"):
