@@ -1,145 +1,210 @@
-"""Time and memory of one decision against the number of tasks K.
+"""Time and memory of one decision against the number of tasks K, 10 to 100,000.
 
     python -m experiments.benchmark_inference
+    python -m experiments.benchmark_inference --network fc-500
 
-For each K, on masks drawn from a key (synthetic: time does not depend on what was learned):
+Task 0 is learned (1,000 steps on scikit-learn's digits, enlarged and permuted), so that there is
+something to find; the other masks are synthetic, independent fair bits. For each K:
 
-    read         the packed masks read once by NumPy, the floor of any rule that looks at all
-    gradient     forward and backward pass of a shared batch of 128 under the mixture
-    contraction  the product of that gradient with all masks
-    one_shot     the whole decision: both of these and the argmax, a shared batch of 128
-    one_shot/B   B decisions, each example for itself
-    dense        the product with masks kept as float32, as a direct port does, while they fit
-    oracle       K forward passes of the batch, one under each mask
+    read           the packed masks read once by NumPy on one core: the floor of any rule
+    gradient       forward and backward pass of a shared batch of 128 under the mixture
+    contraction    the product of that gradient with all masks, float32-class
+    certified      the same, for the task only: coarse planes, a proven bound, doubts settled
+    shared         the whole decision of a batch of 128: gradient, contraction, argmax
+    shared/cert    the same, certified
+    1, 8, 128      that many decisions in one call, each example for itself
+    128/cert       the same, certified
+    oracle         K forward passes of the batch, one under each mask
+    dense          the product with masks kept as float32, as a direct port does, while they fit
 
-Writes benchmark_inference.json and .png to --out, and ends with a table. Two minutes on 2 CPU
+Each K has a process of its own, so that its peak of resident memory (without "dense") is its own.
+Writes benchmark_inference.json and .png to --out, and ends with a table. 10 minutes on 2 CPU
 cores. Times are milliseconds, medians of side-by-side rounds.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import resource
+import time
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 import supsup_jax as ss
-from experiments import plots, runs, timing
-from supsup_jax import infer, models
+from experiments import networks, plots, runs, synthetic, timing
+from supsup_jax import data, infer, memory
 
 DENSE_BYTES = 3 * 2**30
+# Of the device's memory; the store is held once, and made tile by tile.
+FRACTION = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Times one-shot decisions of LeNet-300-100 with 100 outputs."""
+    """Times one-shot decisions among K tasks."""
 
-    tasks: tuple[int, ...] = (10, 50, 250, 1000, 2500)
+    network: Literal[networks.NAMES] = "lenet-100"
+    tasks: tuple[int, ...] = (10, 50, 250, 1000, 2500, 10_000, 100_000)
     rounds: int = 9
+    oracle_tasks: int = 2500
+    """The most tasks for which the oracle is timed."""
+    seed: int = 0
     out: Path = Path("runs/benchmark_inference")
     tiny: bool = False
-    """K = 2 and 5, 2 rounds: seconds, to see that it runs."""
+    """K = 5, 2 rounds, a task of 20 steps: to see that it runs."""
 
 
-def random_store(net: ss.Network, num_tasks: int) -> ss.MaskStore:
-    """A store of `num_tasks` masks of independent fair bits."""
-
-    @jax.jit
-    def draw(key):
-        keys = jax.random.split(key, len(net.layout.shapes))
-        shapes = net.layout.shapes.values()
-        return net.layout.tree(
-            [jax.random.bernoulli(k, 0.5, s) for k, s in zip(keys, shapes, strict=True)]
-        )
-
-    store = ss.MaskStore.create(net, capacity=num_tasks)
-    for key in jax.random.split(jax.random.key(0), num_tasks):
-        store = store.append(draw(key), donate=True)
-    return store
+def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
+    """A permuted task of digits, enlarged by nearest neighbour to as many pixels: train, test."""
+    dataset = data.load_dataset("digits", seed=seed)
+    side, small = round(num_pixels**0.5), round(dataset.num_pixels**0.5)
+    near = np.arange(side) * small // side
+    view = (near[:, None] * small + near[None]).reshape(-1)[data.permutation(0, num_pixels, seed)]
+    view = jnp.asarray(view, jnp.int32)
+    return tuple(dataclasses.replace(task, view=view) for task in (dataset.train, dataset.test))
 
 
-def measure(net: ss.Network, store: ss.MaskStore, rounds: int) -> dict[str, float]:
-    """Median seconds of each quantity at this store's number of tasks."""
-    x = jax.random.normal(jax.random.key(1), (128, 784))
+def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool, seed: int) -> dict:
+    """One row: everything at this number of tasks."""
+    net = networks.build(network, seed)
+    train, test = digits_task(784, seed)
+    config = ss.TrainConfig(steps=steps)
+    learned = ss.train_task(jax.random.key(seed), net, train, config)
+    store = ss.MaskStore.create(net, 1).append(learned.task)
+    store = synthetic.random_store(net, num_tasks, store)
+    x, _ = test.batch(jnp.arange(128))
 
     @jax.jit
     def gradient(net, store, x):
-        return infer.weight_gradient(net, store.mixture(), x, None, ss.entropy)
+        return -infer.weight_gradient(net, store.mixture(), x, None, ss.entropy)
 
     contract = jax.jit(lambda store, v: store.contract(v))
+    certified = jax.jit(lambda store, v: store.certified_scores(v))
+    one_shot = functools.partial(ss.one_shot, net, store)
     v = gradient(net, store, x)
     packed = np.asarray(store._bank.words)
+    start = time.perf_counter()
+    shared = jax.block_until_ready(one_shot(x, per_example=False))
+    compile_seconds = time.perf_counter() - start
     measures = {
         "read": lambda: np.bitwise_or.reduce(packed, axis=None),
         "gradient": lambda: gradient(net, store, x),
         "contraction": lambda: contract(store, v),
-        "one_shot": lambda: ss.one_shot(net, store, x, per_example=False),
-        "one_shot/1": lambda: ss.one_shot(net, store, x[:1]),
-        "one_shot/8": lambda: ss.one_shot(net, store, x[:8]),
-        "one_shot/128": lambda: ss.one_shot(net, store, x),
-        "oracle": lambda: ss.oracle(net, store, x, per_example=False),
+        "certified": lambda: certified(store, v),
+        "shared": lambda: one_shot(x, per_example=False),
+        "shared/cert": lambda: one_shot(x, per_example=False, implementation="certified"),
+        "1": lambda: one_shot(x[:1]),
+        "8": lambda: one_shot(x[:8]),
+        "128": lambda: one_shot(x),
+        "128/cert": lambda: one_shot(x, implementation="certified"),
     }
-    if store.capacity * net.layout.num_weights * 4 <= DENSE_BYTES:
-        masks = [
-            net.layout.ravel(store.mask(i), "the mask").astype(jnp.float32)
-            for i in range(store.capacity)
-        ]
-        dense = jnp.stack(masks)
-        del masks
+    if oracle:
+        measures["oracle"] = lambda: ss.oracle(net, store, x, per_example=False)
+    seconds = timing.medians(measures, rounds)
+    row = {
+        "network": network,
+        "tasks": num_tasks,
+        "right_of_128": int((one_shot(x).task == 0).sum()),
+        "shared_right": bool(shared.task == 0),
+        "compile_seconds": compile_seconds,
+        "store_bytes": store.nbytes,
+        "temporary_bytes": temporary_bytes(net, store, x),
+        "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+    if num_tasks * net.layout.num_weights * 4 <= DENSE_BYTES:
+        masks = [net.layout.ravel(store.mask(i), "the mask") for i in range(num_tasks)]
+        dense = jnp.stack(masks).astype(jnp.float32)
         product = jax.jit(jnp.dot)
-        measures["dense"] = lambda: product(dense, v)
-    return timing.medians(measures, rounds)
+        beside = timing.medians(
+            {"contraction": measures["contraction"], "dense": lambda: product(dense, v)}, rounds
+        )
+        # Scaled to the main rounds by what both have, since these rounds come after them.
+        seconds["dense"] = beside["dense"] * seconds["contraction"] / beside["contraction"]
+    row["milliseconds"] = {name: 1e3 * value for name, value in seconds.items()}
+    row["decisions_per_second"] = {
+        name: int(name.split("/")[0]) / seconds[name] for name in ("1", "8", "128", "128/cert")
+    }
+    row["device"] = runs.device()
+    return row
+
+
+def temporary_bytes(net: ss.Network, store: ss.MaskStore, x: jax.Array) -> int:
+    """What a shared decision allocates beside its arguments, read off the compiled program."""
+    program = infer._one_shot.lower(
+        net, store, x, objective=ss.entropy, per_example=False, implementation=None
+    ).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def in_process(function: Any, *args: Any) -> Any:
+    """function(*args) in a new process, whose memory ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def print_table(rows: list[dict], rounds: int) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
+    print(f"{rows[0]['network']}: milliseconds, medians of {rounds} rounds, {rows[0]['device']}")
+    print(
+        "  tasks" + "".join(f"{name:>12}" for name in names) + " resident MB  of 128 right compile"
+    )
+    for row in rows:
+        cells = (row["milliseconds"].get(name) for name in names)
+        shown = "".join("-".rjust(12) if cell is None else f"{cell:12.2f}" for cell in cells)
+        print(
+            f"{row['tasks']:7}{shown}{row['peak_resident_bytes'] / 1e6:13.0f}"
+            f"{row['right_of_128']:14}{row['compile_seconds']:8.1f}s"
+        )
 
 
 def main(args: Args) -> dict:
-    tasks, rounds = ((2, 5), 2) if args.tiny else (args.tasks, args.rounds)
+    tasks, rounds, steps = ((5,), 2, 20) if args.tiny else (args.tasks, args.rounds, 1000)
     with runs.usage_errors():
         if not tasks or min(tasks) < 1 or rounds < 1:
             raise runs.UsageError("--tasks and --rounds must be at least 1")
         runs.writable_folder(args.out)
-    module = models.lenet_300_100(100, rngs=nnx.Rngs(0))
-    net = ss.signed_constant(ss.Network.from_nnx(module), 0)
-    x = jnp.zeros((128, 784))
-    rows = []
-    for num_tasks in sorted(tasks):
-        store = random_store(net, num_tasks)
-        program = infer._one_shot.lower(
-            net, store, x, objective=ss.entropy, per_example=False
-        ).compile()
-        rows.append(
-            {
-                "tasks": num_tasks,
-                "milliseconds": {
-                    name: 1e3 * seconds for name, seconds in measure(net, store, rounds).items()
-                },
-                "store_bytes": store.nbytes,
-                "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-                "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            }
-        )
+    num_weights, memory = in_process(_sizes, args.network, args.seed)
+    rows, left_out = [], []
+    for num_tasks in sorted(set(tasks)):
+        needed = num_tasks * num_weights // 8
+        if needed > FRACTION * memory:
+            left_out.append({"tasks": num_tasks, "bytes": needed})
+            print(f"{num_tasks} tasks left out: {needed:,} bytes of masks, of {memory:,} in all")
+            continue
+        oracle = num_tasks <= args.oracle_tasks
+        rows.append(in_process(measure, args.network, num_tasks, rounds, steps, oracle, args.seed))
+        print(f"{num_tasks} tasks measured", flush=True)
+    with runs.usage_errors():
+        if not rows:
+            raise runs.UsageError("no --tasks fits into memory")
     result = {
         "schema": runs.SCHEMA,
-        "network": "lenet-100",
-        "weights": net.layout.num_weights,
-        "masks": "synthetic, independent fair bits",
+        "network": args.network,
+        "weights": num_weights,
+        "masks": f"task 0 learned ({steps} steps), the others synthetic, independent fair bits",
         "rounds": rounds,
+        "seed": args.seed,
         "versions": runs.versions(),
-        "device": runs.device(),
+        "device": rows[0]["device"],
+        "left_out": left_out,
         "rows": rows,
     }
     runs.write_json(args.out / "benchmark_inference.json", result)
-    plots.time_against_tasks(args.out / "benchmark_inference.png", rows)
-    names = list(rows[0]["milliseconds"])
-    print(f"milliseconds, medians of {rounds} rounds, synthetic masks, {result['device']}")
-    print("tasks" + "".join(f"{name:>14}" for name in names))
-    for row in rows:
-        cells = (row["milliseconds"].get(name) for name in names)
-        shown = ("-".rjust(14) if cell is None else f"{cell:14.2f}" for cell in cells)
-        print(f"{row['tasks']:5}" + "".join(shown))
+    plots.cost_against_tasks(args.out / "benchmark_inference.png", args.network, rows)
+    print_table(rows, rounds)
     return result
+
+
+def _sizes(network, seed):
+    return networks.build(network, seed).layout.num_weights, memory.device_bytes()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -36,6 +37,7 @@ from experiments import paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, metrics, models, prng
 
+TOGETHER = 100
 MODELS = {"lenet_300_100": models.lenet_300_100, "fc_1024_1024": models.fc_1024_1024}
 
 
@@ -151,6 +153,13 @@ class Args:
         return self.out or Path("runs") / "permuted" / name
 
 
+def saved_config(out: Path) -> Config:
+    """The config of the run in `out`. Raises UsageError where there is none."""
+    fields = Run.saved(out)["config"]
+    tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Config(**{**fields, **tuples, "train": ss.TrainConfig(**fields["train"])})
+
+
 def main(args: Args) -> dict:
     """Runs, or resumes, or shows a run; returns its result."""
     with usage_errors():
@@ -204,25 +213,45 @@ def learn(
 ) -> ss.MaskStore:
     """Learns what is left to learn, evaluates what is left to evaluate, and saves on the way."""
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
+    # A CPU gains nothing from several tasks at once; a GPU is idle with one.
+    together = 1 if jax.default_backend() == "cpu" else TOGETHER
     evaluated = {row["tasks_learned"] for row in run.rows}
     done = int(store.num_tasks)
     if done in config.checkpoints and done not in evaluated:
         checkpoint(run, config, net, store, stream)
-    with tqdm(range(done, config.tasks), initial=done, total=config.tasks, unit="task") as bar:
-        for i in bar:
+    stops = {*config.checkpoints, *range(0, config.tasks, config.save_every)}
+    with tqdm(initial=done, total=config.tasks, unit="task") as bar:
+        while done < config.tasks:
+            group = range(done, min(done + together, *(stop for stop in stops if stop > done)))
             with run.phase("train"):
-                result = ss.train_task(
-                    jax.random.fold_in(key, i), net, stream.train[i], config.train
-                )
-                store = store.append(result.task, donate=True)
+                store = learn_group(net, store, stream, group, key, config.train)
+            done = group.stop
             with run.phase("evaluate"):
-                (row,) = ss.evaluate(net, store, stream.test, tasks=[i])
-            bar.set_postfix(task=i, accuracy=f"{row.accuracy:.4f}", refresh=False)
-            if i + 1 in config.checkpoints:
+                (row,) = ss.evaluate(net, store, stream.test, tasks=[done - 1])
+            bar.set_postfix(task=done - 1, accuracy=f"{row.accuracy:.4f}", refresh=False)
+            bar.update(len(group))
+            if done in stops:
                 run.save(store)
+            if done in config.checkpoints:
                 checkpoint(run, config, net, store, stream)
-            elif (i + 1) % config.save_every == 0:
-                run.save(store)
+    return store
+
+
+def learn_group(
+    net: ss.Network,
+    store: ss.MaskStore,
+    stream: data.PermutedStream,
+    group: range,
+    key: jax.Array,
+    config: ss.TrainConfig,
+) -> ss.MaskStore:
+    """The store with the tasks of `group` learned at once."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(group.start, group.stop))
+    views = jnp.stack([stream.view(i) for i in group])
+    many = dataclasses.replace(stream.train[group.start], view=views)
+    learned = ss.train_tasks(keys, net, many, config).task
+    for i in range(len(group)):
+        store = store.append(jax.tree.map(lambda leaf: leaf[i], learned), donate=True)  # noqa: B023
     return store
 
 

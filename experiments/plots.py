@@ -63,15 +63,43 @@ def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
     _save(fig, path)
 
 
-def time_against_tasks(path: Path, rows: list[dict]) -> None:
-    """Milliseconds against the number of tasks, log-log, a line a quantity."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for i, name in enumerate(rows[0]["milliseconds"]):
+def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
+    """Milliseconds, and memory beside it, against the number of tasks; log-log."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    names = dict.fromkeys(name for row in rows for name in row["milliseconds"])
+    for i, name in enumerate(names):
         points = [
             (row["tasks"], row["milliseconds"][name]) for row in rows if name in row["milliseconds"]
         ]
-        ax.loglog(*zip(*points, strict=True), "o-", label=name, color=f"C{i}", markersize=4)
-    ax.set(xlabel="tasks K", ylabel="milliseconds", title="One decision, LeNet-300-100")
+        left.loglog(*zip(*points, strict=True), "o-", label=name, color=f"C{i}", markersize=4)
+    left.set(xlabel="tasks K", ylabel="milliseconds", title=f"One call, {network}")
+    tasks = [row["tasks"] for row in rows]
+    for name, label in (
+        ("peak_resident_bytes", "process, peak"),
+        ("peak_device_bytes", "device, peak"),
+        ("store_bytes", "store"),
+        ("temporary_bytes", "temporaries of a shared decision"),
+    ):
+        if rows[0][name] is not None:
+            right.loglog(tasks, [row[name] / 1e6 for row in rows], "o-", label=label, markersize=4)
+    right.set(xlabel="tasks K", ylabel="MB", title="Memory")
+    for ax in (left, right):
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize=8)
+    _save(fig, path)
+
+
+def rate_against_tasks(path: Path, title: str, rows: list[dict], bound: float) -> None:
+    """Tasks a minute against the number learned at once, log-log; bound: a rate drawn level."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    tasks = [row["tasks"] for row in rows]
+    for i, name in enumerate(rows[0]["tasks_per_minute"]):
+        rates = [row["tasks_per_minute"][name] for row in rows]
+        ax.loglog(tasks, rates, "o-", label=name, color=f"C{i}", markersize=4)
+    ax.axhline(bound, color=BOUND, linestyle="--", label="matrix products alone, one by one")
+    ax.set(xlabel="tasks at once", ylabel="tasks a minute", title=title)
+    ax.set_xticks(tasks, [str(number) for number in tasks])
+    ax.set_xticks([], minor=True)
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8)
     _save(fig, path)

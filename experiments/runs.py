@@ -60,23 +60,31 @@ class Run:
         # A write cut short leaves a hidden partial file, which means nothing.
         if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
             return cls(out, config, None)
-        path = out / "progress.json"
-        if not path.is_file():
+        if not (out / "progress.json").is_file():
             raise UsageError(f"--out {out} holds files of something else; name an empty folder")
         if not resume:
             raise UsageError(
                 f"--out {out} holds a run; pass --resume to continue it, or another --out"
             )
-        try:
-            progress = json.loads(path.read_text())
-            saved = progress["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is damaged ({error!r}); pass another --out") from error
-        if progress.get("schema") != SCHEMA:
-            raise UsageError(f"{path} has schema {progress.get('schema')}, this release {SCHEMA}")
-        if differing := _differences(saved, config):
+        progress = cls.saved(out)
+        if differing := _differences(progress["config"], config):
             raise UsageError(f"--out {out} holds a run with another config: {'; '.join(differing)}")
         return cls(out, config, progress)
+
+    @staticmethod
+    def saved(out: Path) -> dict[str, Any]:
+        """progress.json of the run in `out`. Raises UsageError where there is none to be read."""
+        path = out / "progress.json"
+        if not path.is_file():
+            raise UsageError(f"{out} holds no run: there is no {path.name}")
+        try:
+            progress = json.loads(path.read_text())
+            dict(progress["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error!r}); take another folder") from error
+        if progress.get("schema") != SCHEMA:
+            raise UsageError(f"{path} has schema {progress.get('schema')}, this release {SCHEMA}")
+        return progress
 
     @property
     def store_path(self) -> Path:

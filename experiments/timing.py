@@ -8,16 +8,21 @@ from typing import Any
 import jax
 
 
-def medians(measures: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def medians(
+    measures: dict[str, Callable[[], Any]], rounds: int, budget: float = 20.0
+) -> dict[str, float]:
     """Median seconds of each function over `rounds`, all of them once a round, in turn.
 
-    The first call of each, which may compile, is not counted.
+    The first call of each, which may compile, is not counted. A function that has taken `budget`
+    seconds sits out the rounds that are left.
     """
     for function in measures.values():
         jax.block_until_ready(function())
     seconds = {name: [] for name in measures}
     for _ in range(rounds):
         for name, function in measures.items():
+            if sum(seconds[name]) > budget:
+                continue
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)

@@ -10,12 +10,22 @@ from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
 from supsup_jax.store import MaskStore
-from supsup_jax.train import TrainConfig, train_task
-from supsup_jax.types import Normalize, StoreError, Task, TaskBelief, TaskData, TrainResult
+from supsup_jax.streamed import one_shot_streamed
+from supsup_jax.train import TrainConfig, train_task, train_tasks
+from supsup_jax.types import (
+    CapacityError,
+    Normalize,
+    StoreError,
+    Task,
+    TaskBelief,
+    TaskData,
+    TrainResult,
+)
 from supsup_jax.version import __version__
 
 __all__ = [
     "__version__",
+    "CapacityError",
     "MaskStore",
     "Network",
     "Normalize",
@@ -34,6 +44,7 @@ __all__ = [
     "max_confidence",
     "max_logit",
     "one_shot",
+    "one_shot_streamed",
     "oracle",
     "predict",
     "signed_constant",
@@ -41,4 +52,5 @@ __all__ = [
     "threshold_mask",
     "topk_mask",
     "train_task",
+    "train_tasks",
 ]

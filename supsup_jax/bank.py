@@ -4,6 +4,7 @@ Ids are int32 arrays and nothing here reads a value on the host; `store` wraps t
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from supsup_jax import contraction
 from supsup_jax.packing import (
     MAX_LANES,
     VECTOR_LANES,
@@ -42,6 +44,12 @@ class Bank(NamedTuple):
     dropped: jax.Array
 
 
+def nbytes(layout: Layout, state: PyTree, capacity: int) -> int:
+    """Bytes of a bank, before it is made."""
+    arrays = jax.eval_shape(lambda: empty(layout, state, capacity))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
     """A bank without tasks, for networks of this layout and state."""
     return Bank(
@@ -50,6 +58,15 @@ def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
         states=jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), state),
         num_tasks=jnp.zeros((), jnp.int32),
         dropped=jnp.zeros((), jnp.int32),
+    )
+
+
+def holding(bank: Bank, words: jax.Array, num_tasks: int) -> Bank:
+    """The bank with the masks `words`, laid out like its own and 0 beyond `num_tasks`."""
+    ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
+    counts = contraction.superpose(words, ones, jnp.int32(num_tasks))
+    return bank._replace(
+        words=words, counts=counts.astype(bank.counts.dtype), num_tasks=jnp.int32(num_tasks)
     )
 
 

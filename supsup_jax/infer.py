@@ -57,7 +57,7 @@ def alpha_gradient(
     """
     check_pair(net, store)
     check_objective(objective)
-    _check_input(x)
+    check_input(x)
     if alphas is not None:
         alphas = store.per_slot(alphas)
         if alphas.ndim != 1:
@@ -85,7 +85,7 @@ def one_shot(
     check_pair(net, store)
     check_objective(objective)
     check_implementation(implementation)
-    _check_input(x)
+    check_input(x)
     return _one_shot(
         net,
         store,
@@ -117,7 +117,7 @@ def descend(
     """
     check_pair(net, store)
     check_objective(objective)
-    _check_input(x)
+    check_input(x)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
     if not isinstance(steps, int) or steps < 1:
@@ -147,7 +147,7 @@ def oracle(
     """
     check_pair(net, store)
     check_objective(objective)
-    _check_input(x)
+    check_input(x)
     return _oracle(net, store, x, objective=objective, per_example=per_example)
 
 
@@ -160,7 +160,7 @@ def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int)
     range, where values are known; inside jit an id is clipped to the tasks held.
     """
     check_pair(net, store)
-    _check_input(x)
+    check_input(x)
     task = jnp.asarray(task)
     if not jnp.issubdtype(task.dtype, jnp.integer):
         raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
@@ -198,7 +198,7 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
-def _check_input(x):
+def check_input(x):
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             "x must be a float array as the network takes it (a TaskData's batch(index)[0] applies "

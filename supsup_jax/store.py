@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, certify, contraction, store_file
+from supsup_jax import bank, certify, contraction, memory, store_file
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
@@ -46,6 +46,8 @@ class MaskStore:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
+        if not traced:
+            memory.check_room(bank.nbytes(net.layout, net.state, int(capacity)), int(capacity))
         digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
         return cls(
             bank.empty(net.layout, net.state, int(capacity)),
@@ -94,6 +96,9 @@ class MaskStore:
         store = self
         if not self._traced and int(self.num_tasks) == self.capacity:
             larger = 2 * self.capacity
+            memory.check_room(
+                self.nbytes + bank.nbytes(self.layout, self._like_state, larger), larger
+            )
             store = self._with(bank.resize(self._bank, self.layout, larger), larger)
         in_place = not self._traced and (donate or store is not self)
         write = bank.append_in_place if in_place else bank.append
@@ -146,6 +151,10 @@ class MaskStore:
         return self.layout.unravel(
             contraction.superpose(self._bank.words, self._pad_slots(alphas), self.num_tasks)
         )
+
+    def counts(self) -> jax.Array:
+        """How many tasks keep each weight: unsigned [32 nw], in the layout's order."""
+        return self._usable()._bank.counts
 
     def per_slot(self, alphas: jax.Array) -> jax.Array:
         """Coefficients [..., K] of [..., K] or [..., T], 0 where there is no task."""
@@ -283,9 +292,7 @@ class MaskStore:
         for name, leaf in zip(self.layout.shapes, leaves, strict=True):
             if not isinstance(leaf, jax.core.Tracer):
                 _check_binary(name, leaf)
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._bank.states
-        )
+        like = self._like_state
         if jax.tree.structure(state) != jax.tree.structure(like):
             if self._bank.states is None:
                 raise ValueError("the network has no state, but the task brings one")
@@ -302,6 +309,13 @@ class MaskStore:
                     f"got {jnp.result_type(got)} {jnp.shape(got)}"
                 )
         return leaves, state
+
+    @property
+    def _like_state(self):
+        """Shapes and dtypes of one task's statistics."""
+        return jax.tree.map(
+            lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), self._bank.states
+        )
 
     def _index(self, i):
         self._usable()

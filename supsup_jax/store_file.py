@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, contraction
+from supsup_jax import bank
 from supsup_jax.bank import Bank
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
@@ -118,19 +118,13 @@ def _restore(net, arrays, num_tasks, capacity):
     rows = np.zeros((capacity, net.layout.num_words), np.uint32)
     rows[:num_tasks] = arrays["masks"]
     words = bank.tile_words(jnp.asarray(rows), net.layout)
-    ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
-    counts = contraction.superpose(words, ones, jnp.int32(num_tasks))
     states, treedef = jax.tree.flatten(tasks.states)
     states = [
         leaf.at[:num_tasks].set(arrays[f"state.{i}"].view(leaf.dtype))
         for i, leaf in enumerate(states)
     ]
-    return tasks._replace(
-        words=words,
-        counts=counts.astype(tasks.counts.dtype),
-        states=jax.tree.unflatten(treedef, states),
-        num_tasks=jnp.int32(num_tasks),
-    )
+    tasks = tasks._replace(states=jax.tree.unflatten(treedef, states))
+    return bank.holding(tasks, words, num_tasks)
 
 
 def _read(path, file):

@@ -20,6 +20,10 @@ from supsup_jax.types import PyTree, Task, TaskData, TrainResult
 RULES = ("threshold", "topk")
 OPTIMIZERS = ("rmsprop", "adam", "sgd")
 SCHEDULES = ("constant", "cosine")
+# Working memory of the tasks that `train_tasks` batches, as `working_bytes` estimates it: 88 tasks
+# of LeNet-300-100 with 100 outputs, or 13 of FC-1024-1024 with 500. Chosen by counting, to keep
+# launches few beside work and the whole within a small GPU; not tuned on one.
+CHUNK_BYTES = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +141,7 @@ def train_task(
     """
     if not hasattr(key, "dtype"):
         raise TypeError(f"key must be a JAX random key, got {key!r}")
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
-    if not isinstance(data, TaskData):
-        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    _check_types(net, data, config)
     if init_scores is not None:
         _check_scores(net.layout, init_scores)
     data.check()
@@ -150,10 +149,51 @@ def train_task(
     result = _train(key, net, data, init_scores, config)
     traced = isinstance(result.loss, jax.core.Tracer)
     if not traced and not bool(_all_finite((result.scores, result.loss))):
+        raise _diverged(config)
+    return result
+
+
+def train_tasks(
+    keys: jax.Array,
+    net: Network,
+    data: TaskData,
+    config: TrainConfig = TrainConfig(),
+    init_scores: PyTree | None = None,
+) -> TrainResult:
+    """Learns T tasks in one program: what `train_task` learns of each key and view, to rounding.
+
+    keys: random keys [T], one a task.
+    data: images [N, ...] and labels [N] that all tasks share, never copied; its view is
+      [T, ...], one a task, or None where the tasks differ in their keys only.
+    init_scores: where scores start, each leaf [T, ...]; drawn when None. It is not consumed.
+    Every leaf of the result has a leading T: scores and masks take 5 bytes a weight and task, so
+    thousands of tasks are better learned in several calls (of equal T, which compile once).
+
+    On a CPU, whose cores one task keeps busy, tasks follow one another. Elsewhere they are
+    batched in even chunks, as many as `CHUNK_BYTES` hold, one chunk after another; there rounding
+    may put a score near 0 on its other side, and after 1,000 steps some .4% of mask bits differ.
+    Raises as `train_task` does, and for keys, view and init_scores that do not agree on T; tasks
+    that diverged are named.
+    """
+    num_tasks = _num_tasks(keys)
+    _check_types(net, data, config)
+    if init_scores is not None:
+        shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
+        _check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
+    data.check()
+    if data.view is not None and (data.view.ndim < 2 or data.view.shape[0] != num_tasks):
         raise ValueError(
-            "training diverged: scores or losses are not finite; "
-            f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
+            f"view must have a leading axis of {num_tasks} tasks, as many as keys has, "
+            f"got shape {data.view.shape}"
         )
+    data.check_labels(num_outputs(net, _one_view(data)))
+    result = _train_tasks(keys, net, data, init_scores, config)
+    if not isinstance(result.loss, jax.core.Tracer):
+        finite = np.asarray(jax.vmap(_all_finite)((result.scores, result.loss)))
+        if not finite.all():
+            diverged = np.flatnonzero(~finite)
+            some = ", ".join(map(str, diverged[:8])) + (", ..." if len(diverged) > 8 else "")
+            raise _diverged(config, f" in {len(diverged)} of {num_tasks} tasks ({some})")
     return result
 
 
@@ -194,22 +234,56 @@ def _train(key, net, data, init_scores, config):
     if init_scores is None:
         init_scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
     augment_key = prng.purpose_key(key, "augment")
-
-    def step(before, batch):
-        i, index = batch
-        x, y = data.batch(index)
-        if config.augment is not None:
-            x = config.augment(jax.random.fold_in(augment_key, i), x)
-        return train_step(net, config, before, x, y)
-
     batches = batch_indices(key, data.num_examples, config)
     after, loss = lax.scan(
-        step,
+        functools.partial(_step, augment_key, net, data, config),
         init_train_state(net, config, init_scores),
         (jnp.arange(config.steps), batches),
     )
     mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
     return TrainResult(Task(mask, after.state), after.scores, loss)
+
+
+def _step(augment_key, net, data, config, before, batch):
+    """train_step on the examples of one batch (i [], index [B])."""
+    i, index = batch
+    x, y = data.batch(index)
+    if config.augment is not None:
+        x = config.augment(jax.random.fold_in(augment_key, i), x)
+    return train_step(net, config, before, x, y)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "together"))
+def _train_tasks(keys, net, data, init_scores, config, together=None):
+    """Tasks one by one or `together` at a time; None leaves the choice to the platform."""
+
+    def one(task):
+        key, view, scores = task
+        return _train(key, net, dataclasses.replace(data, view=view), scores, config)
+
+    tasks = (keys, data.view, init_scores)
+    if together is not None:
+        return _in_chunks(one, tasks, together)
+    size = max(1, CHUNK_BYTES // working_bytes(net, _one_view(data), config))
+    return lax.platform_dependent(
+        tasks,
+        cpu=lambda tasks: lax.map(one, tasks),
+        default=lambda tasks: _in_chunks(one, tasks, size),
+    )
+
+
+def _in_chunks(one, tasks, size):
+    """`one` of each of `tasks`, batched: at most `size` at once, in chunks of equal size.
+
+    Equal chunks need one program; the last repeats the last task, fewer times than there are
+    chunks.
+    """
+    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
+    chunks = -(-num_tasks // size)
+    size = -(-num_tasks // chunks)
+    index = jnp.minimum(jnp.arange(chunks * size), num_tasks - 1).reshape(chunks, size)
+    results = lax.map(lambda i: jax.vmap(one)(jax.tree.map(lambda leaf: leaf[i], tasks)), index)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_tasks], results)
 
 
 def batch_indices(key: jax.Array, num_examples: int, config: TrainConfig) -> jax.Array:
@@ -227,9 +301,66 @@ def batch_indices(key: jax.Array, num_examples: int, config: TrainConfig) -> jax
     return orders.reshape(-1)[:total].reshape(config.steps, config.batch_size)
 
 
+def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
+    """Bytes that learning one task takes beside what tasks share, estimated from above.
+
+    All values of one step, as if each had memory of its own (XLA fuses most of them), and the
+    order of the examples. Traces the step, computes nothing.
+    """
+
+    def step(key, net, data, scores, batch):
+        return _step(key, net, data, config, init_train_state(net, config, scores), batch)
+
+    array = jax.ShapeDtypeStruct
+    scores = net.layout.tree([array(shape, jnp.float32) for shape in net.layout.shapes.values()])
+    batch = (array((), jnp.int32), array((config.batch_size,), jnp.int32))
+    jaxpr = jax.make_jaxpr(step)(jax.random.key(0), net, data, scores, batch)
+    values = [var.aval for equation in jaxpr.eqns for var in equation.outvars]
+    epochs = -(-config.steps * config.batch_size // data.num_examples)
+    # A shuffle sorts pairs of a random number and an index from one buffer to another.
+    order = 16 * epochs * data.num_examples
+    return order + sum(value.size * value.dtype.itemsize for value in values)
+
+
 @jax.jit
 def _all_finite(tree):
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _one_view(data):
+    """The data of one of many tasks."""
+    return data if data.view is None else dataclasses.replace(data, view=data.view[0])
+
+
+def _diverged(config, where=""):
+    return ValueError(
+        f"training diverged{where}: scores or losses are not finite; "
+        f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
+    )
+
+
+def _num_tasks(keys):
+    if not hasattr(keys, "dtype"):
+        raise TypeError(f"keys must be an array of JAX random keys, got {keys!r}")
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not typed and keys.dtype != jnp.uint32:
+        raise TypeError(f"keys must be JAX random keys, got dtype {keys.dtype}")
+    if keys.ndim != (1 if typed else 2):
+        raise ValueError(
+            f"keys must be random keys [T], one a task (jax.random.split), got shape {keys.shape}"
+        )
+    if not keys.shape[0]:
+        raise ValueError("keys must hold at least one key, got 0")
+    return keys.shape[0]
+
+
+def _check_types(net, data, config):
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, got {type(net).__name__}")
+    if not isinstance(data, TaskData):
+        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
 
 
 def _check_scores(layout, scores):

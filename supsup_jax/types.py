@@ -21,6 +21,10 @@ class StoreError(ValueError):
     """A store that cannot be used as asked; the message says what to do."""
 
 
+class CapacityError(StoreError, MemoryError):
+    """A store larger than memory."""
+
+
 class TaskIdError(StoreError, IndexError):
     """No task of that number."""
 

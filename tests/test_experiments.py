@@ -60,15 +60,15 @@ def test_the_csv_means_what_the_result_says(finished):
 def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monkeypatch):
     want, finished_out = finished
     args = Args(tiny=True, out=tmp_path / "run")
-    train_task, calls = permuted.ss.train_task, []
+    train_tasks, calls = permuted.ss.train_tasks, []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return train_task(*arguments)
+        return train_tasks(*arguments)
 
-    monkeypatch.setattr(permuted.ss, "train_task", interrupted)
+    monkeypatch.setattr(permuted.ss, "train_tasks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         permuted.main(args)
     assert not (args.out / "result.json").exists()
@@ -81,7 +81,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys, monkeypatch):
     want, out = finished
-    monkeypatch.setattr(permuted.ss, "train_task", None)
+    monkeypatch.setattr(permuted.ss, "train_tasks", None)
     assert permuted.main(Args(tiny=True, out=out, resume=True)) == want
     assert "is finished" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import pytest
 
 import supsup_jax as ss
 from supsup_jax import train
+from supsup_jax.data import PermutedStream, load_dataset
 from tests.conftest import golden, relu_apply, relu_net
 
 FAST = ss.TrainConfig(steps=20, batch_size=8, learning_rate=1e-2)
@@ -260,3 +261,205 @@ def test_divergence_is_reported(small_net):
     data = ss.TaskData(images, jnp.zeros(8, jnp.int32))
     with pytest.raises(ValueError, match="training diverged"):
         ss.train_task(jax.random.key(0), small_net, data, FAST)
+
+
+def many_data(num_tasks=5, **fields):
+    """Toy data under `num_tasks` views, and the keys to learn them by.
+
+    Of float images: sums of a few bytes under weights of one magnitude may cancel, and rounding
+    would then decide on which side of a ReLU's kink they lie.
+    """
+    rng = np.random.default_rng(1)
+    views = np.stack([rng.permutation(6) for _ in range(num_tasks)])
+    views[1:, 0] = -1
+    data = toy_data(view=jnp.asarray(views), **fields)
+    images = jnp.asarray(rng.normal(size=(data.num_examples, 6)), jnp.float32)
+    data = dataclasses.replace(data, images=images)
+    return jax.random.split(jax.random.key(3), num_tasks), data
+
+
+def one_by_one(keys, net, data, config=FAST, init_scores=None):
+    """What train_tasks promises, by train_task."""
+    results = [
+        ss.train_task(
+            key,
+            net,
+            data if data.view is None else dataclasses.replace(data, view=data.view[i]),
+            config,
+            jax.tree.map(lambda leaf, i=i: leaf[i], init_scores),
+        )
+        for i, key in enumerate(keys)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+# The platform's form (on a CPU one by one), and batches: of one, with a remainder, of all.
+@pytest.mark.parametrize("together", [None, 1, 2, 8])
+@pytest.mark.parametrize(
+    "change", [{}, {"rule": "topk", "density": 0.5, "optimizer": "sgd", "shuffle": False}]
+)
+def test_many_tasks_equal_each_alone(small_net, together, change):
+    keys, data = many_data()
+    config = dataclasses.replace(FAST, **change)
+    got = train._train_tasks(keys, small_net, data, None, config, together=together)
+    chex.assert_trees_all_close(
+        got, one_by_one(keys, small_net, data, config), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("together", [None, 2])
+def test_many_tasks_each_keep_their_own_statistics(norm_net, together):
+    keys, data = many_data(3)
+    got = train._train_tasks(keys, norm_net, data, None, FAST, together=together)
+    want = one_by_one(keys, norm_net, data)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+    mean = got.task.state["norm"]["mean"]
+    assert mean.shape == (3, 8)
+    assert not np.allclose(mean[0], mean[1])
+
+
+@pytest.mark.parametrize("together", [None, 2])
+def test_many_tasks_from_given_scores_without_a_view(small_net, together):
+    keys, data = many_data(3)
+    data = dataclasses.replace(data, view=None)
+    start = {
+        name: jnp.stack([jnp.linspace(-1, i, s[0] * s[1]).reshape(s) for i in range(3)])
+        for name, s in small_net.layout.shapes.items()
+    }
+    got = train._train_tasks(keys, small_net, data, start, FAST, together=together)
+    want = one_by_one(keys, small_net, data, init_scores=start)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_many_tasks_in_a_store(small_net):
+    keys, data = many_data(3)
+    result = ss.train_tasks(keys, small_net, data, FAST)
+    store = ss.MaskStore.create(small_net, capacity=3)
+    for i in range(3):
+        store = store.append(jax.tree.map(lambda leaf, i=i: leaf[i], result.task))
+    np.testing.assert_array_equal(store.mask(2)["kernel0"], result.task.mask["kernel0"][2])
+    assert result.loss.shape == (3, FAST.steps)
+
+
+def test_many_tasks_trace_once(small_net):
+    train._train_tasks.clear_cache()
+    train._train.clear_cache()
+    for seed in range(3):
+        keys, data = many_data(3, seed=seed)
+        ss.train_tasks(keys, relu_net((6, 6, 5), seed), data, FAST)
+    assert train._train_tasks._cache_size() == 1
+    assert train._train._cache_size() <= 1
+
+
+def test_many_tasks_under_jit_and_by_raw_keys(small_net):
+    keys, data = many_data(3)
+    raw = jax.random.key_data(keys)
+    got = jax.jit(lambda keys, data: ss.train_tasks(keys, small_net, data, FAST))(raw, data)
+    chex.assert_trees_all_close(got, one_by_one(keys, small_net, data), rtol=1e-4, atol=1e-6)
+
+
+def test_many_tasks_are_batched_where_there_is_no_cpu(small_net, monkeypatch):
+    """On a GPU a chunk is one batch: the loops are those of one task and one over the chunks."""
+    keys, data = many_data(5)
+    one = train._one_view(data)
+    monkeypatch.setattr(train, "CHUNK_BYTES", 2 * train.working_bytes(small_net, one, FAST))
+
+    def lowered(platform, function, key, data):
+        exported = jax.export.export(jax.jit(function), platforms=[platform])
+        return exported(jax.random.key_data(key), data).mlir_module()
+
+    def train_all(keys, data):
+        return ss.train_tasks(keys, small_net, data, FAST)
+
+    cuda = lowered("cuda", train_all, keys, data)
+    alone = lowered(
+        "cuda", lambda key, data: ss.train_task(key, small_net, data, FAST), *(keys[0], one)
+    )
+    assert cuda.count("stablehlo.while") == alone.count("stablehlo.while") + 1
+    # Five tasks, two at once: three chunks of two.
+    assert "tensor<2x8x6xf32>, tensor<2x6x5xf32>" in cuda
+    assert "tensor<3x2x6x6xf32>" in cuda
+    cpu = lowered("cpu", train_all, keys, data)
+    assert "tensor<8x6xf32>, tensor<6x5xf32>" in cpu
+    assert "tensor<2x8x6xf32>" not in cpu
+
+
+def test_working_bytes_bound_what_a_task_takes():
+    net = relu_net((6, 300, 200, 5))
+    keys, data = many_data(8)
+    config = ss.TrainConfig(steps=40, batch_size=64)
+
+    def temporaries(together):
+        program = train._train_tasks.lower(keys, net, data, None, config, together=together)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    each = (temporaries(8) - temporaries(2)) / 6
+    bound = train.working_bytes(net, train._one_view(data), config)
+    assert bound / 20 < each < bound
+
+
+def test_bad_input_of_many_tasks(small_net):
+    keys, good = many_data(3)
+
+    def refuses(error, match, keys=keys, data=good, **options):
+        with pytest.raises(error, match=match):
+            ss.train_tasks(keys, small_net, data, FAST, **options)
+
+    refuses(TypeError, "keys must be an array", keys=list(keys))
+    refuses(TypeError, "keys must be JAX random keys, got dtype float32", keys=jnp.ones((3, 2)))
+    refuses(ValueError, r"keys must be random keys \[T\], .* got shape \(\)", keys=keys[0])
+    refuses(ValueError, r"keys must be random keys .* got shape \(2,\)", keys=jax.random.PRNGKey(0))
+    refuses(ValueError, "keys must hold at least one key", keys=keys[:0])
+    refuses(ValueError, r"view .* of 2 tasks, .* got shape \(3, 6\)", keys=keys[:2])
+    flat = dataclasses.replace(good, view=good.view[0])
+    refuses(ValueError, r"view .* of 3 tasks, .* got shape \(6,\)", data=flat)
+    refuses(ValueError, "view must index 6 pixels", data=toy_data(view=good.view + 1))
+    refuses(ValueError, r"labels must lie in \[0, 5\)", data=toy_data(labels=6, view=good.view))
+    labels = jnp.broadcast_to(good.labels, (3, 40))
+    refuses(ValueError, r"labels \[N\]", data=dataclasses.replace(good, labels=labels))
+    refuses(TypeError, "data must be a TaskData", data=good.images)
+    scores = {name: jnp.ones(shape) for name, shape in small_net.layout.shapes.items()}
+    refuses(ValueError, r"shape \(3, 6, 6\) at 'kernel0', got \(6, 6\)", init_scores=scores)
+    scores = {
+        name: jnp.full((3, *shape), jnp.nan) for name, shape in small_net.layout.shapes.items()
+    }
+    refuses(ValueError, "finite, got NaN or infinity at 'kernel0'", init_scores=scores)
+
+
+def test_the_tasks_that_diverged_are_named(small_net):
+    keys, _ = many_data(12)
+    images = jnp.ones((8, 6)).at[:, 0].set(jnp.nan)
+    data = ss.TaskData(images, jnp.zeros(8, jnp.int32), jnp.ones((12, 6), jnp.int32))
+    one = dataclasses.replace(data, view=data.view.at[3].set(0))
+    with pytest.raises(ValueError, match=r"diverged in 1 of 12 tasks \(3\): scores or losses"):
+        ss.train_tasks(keys, small_net, one, FAST)
+    most = dataclasses.replace(data, view=data.view.at[2:].set(0))
+    with pytest.raises(ValueError, match=r"in 10 of 12 tasks \(2, 3, 4, 5, 6, 7, 8, 9, ...\)"):
+        ss.train_tasks(keys, small_net, most, FAST)
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_at_once_learn_as_well_as_alone():
+    """Rounding moves scores near 0 to either side; what was learned stays the same."""
+    dataset = load_dataset("digits", None, 0)
+    stream = PermutedStream(dataset, 16)
+    net = relu_net((64, 300, 100, 100))
+    config = ss.TrainConfig()
+    keys = jax.random.split(jax.random.key(0), 16)
+    views = jnp.stack([stream.view(i) for i in range(16)])
+    data = dataclasses.replace(dataset.train, view=views)
+    together = train._train_tasks(keys, net, data, None, config, together=16)
+    alone = one_by_one(keys, net, data, config)
+    agree, weights = 0, 0
+    for name, mask in alone.task.mask.items():
+        agree += int((mask == together.task.mask[name]).sum())
+        weights += mask.size
+    assert agree / weights > 0.995
+
+    def accuracy(tasks):
+        store = ss.MaskStore.create(net, capacity=16)
+        for i in range(16):
+            store = store.append(jax.tree.map(lambda leaf, i=i: leaf[i], tasks))
+        return np.mean([row.accuracy for row in ss.evaluate(net, store, stream.test)])
+
+    assert accuracy(together.task) == pytest.approx(accuracy(alone.task), abs=0.002)
