@@ -14,10 +14,13 @@ something to find; the other masks are synthetic, independent fair bits. For eac
     shared/cert    the same, certified
     1, 8, 128      that many decisions in one call, each example for itself
     128/cert       the same, certified
+    predict        logits of 128 examples under the masks of 128 different tasks
     oracle         K forward passes of the batch, one under each mask
     dense          the product with masks kept as float32, as a direct port does, while they fit
 
 Each K has a process of its own, so that its peak of resident memory (without "dense") is its own.
+Last, the contraction among 1,000 tasks and more, all numbers in the same rounds of one process:
+whether time is linear in K shows there, free of the machine's faster and slower minutes.
 Writes benchmark_inference.json and .png to --out, and ends with a table. 10 minutes on 2 CPU
 cores. Times are milliseconds, medians of side-by-side rounds.
 """
@@ -103,6 +106,7 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         "8": lambda: one_shot(x[:8]),
         "128": lambda: one_shot(x),
         "128/cert": lambda: one_shot(x, implementation="certified"),
+        "predict": lambda: ss.predict(net, store, x, jnp.arange(128) % num_tasks),
     }
     if oracle:
         measures["oracle"] = lambda: ss.oracle(net, store, x, per_example=False)
@@ -133,6 +137,24 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
     }
     row["device"] = runs.device()
     return row
+
+
+def measure_side_by_side(network: str, tasks: list[int], rounds: int, seed: int) -> list[dict]:
+    """Contraction and read of each number of tasks, microseconds a task, in the same rounds."""
+    net = networks.build(network, seed)
+    v = jax.random.normal(jax.random.key(seed), (net.layout.num_weights,))
+    contract = jax.jit(lambda store, v: store.contract(v))
+    measures = {}
+    for num_tasks in tasks:
+        store = synthetic.random_store(net, num_tasks)
+        packed = np.asarray(store._bank.words)
+        measures["read", num_tasks] = functools.partial(np.bitwise_or.reduce, packed, axis=None)
+        measures["contraction", num_tasks] = functools.partial(contract, store, v)
+    seconds = timing.medians(measures, rounds, again=True)
+    return [
+        {"tasks": n, **{name: 1e6 * seconds[name, n] / n for name in ("read", "contraction")}}
+        for n in tasks
+    ]
 
 
 def temporary_bytes(net: ss.Network, store: ss.MaskStore, x: jax.Array) -> int:
@@ -171,13 +193,15 @@ def main(args: Args) -> dict:
         if not tasks or min(tasks) < 1 or rounds < 1:
             raise runs.UsageError("--tasks and --rounds must be at least 1")
         runs.writable_folder(args.out)
-    num_weights, memory = in_process(_sizes, args.network, args.seed)
+    num_weights, memory_there = in_process(_sizes, args.network, args.seed)
     rows, left_out = [], []
     for num_tasks in sorted(set(tasks)):
         needed = num_tasks * num_weights // 8
-        if needed > FRACTION * memory:
+        if needed > FRACTION * memory_there:
             left_out.append({"tasks": num_tasks, "bytes": needed})
-            print(f"{num_tasks} tasks left out: {needed:,} bytes of masks, of {memory:,} in all")
+            print(
+                f"{num_tasks} tasks left out: {needed:,} bytes of masks, of {memory_there:,} there"
+            )
             continue
         oracle = num_tasks <= args.oracle_tasks
         rows.append(in_process(measure, args.network, num_tasks, rounds, steps, oracle, args.seed))
@@ -185,6 +209,10 @@ def main(args: Args) -> dict:
     with runs.usage_errors():
         if not rows:
             raise runs.UsageError("no --tasks fits into memory")
+    large = [row["tasks"] for row in rows if row["tasks"] >= (1 if args.tiny else 1000)]
+    while sum(large) * num_weights // 8 > FRACTION * memory_there:
+        large.pop()
+    side_by_side = in_process(measure_side_by_side, args.network, large, rounds, args.seed)
     result = {
         "schema": runs.SCHEMA,
         "network": args.network,
@@ -196,10 +224,14 @@ def main(args: Args) -> dict:
         "device": rows[0]["device"],
         "left_out": left_out,
         "rows": rows,
+        "microseconds_a_task": side_by_side,
     }
     runs.write_json(args.out / "benchmark_inference.json", result)
     plots.cost_against_tasks(args.out / "benchmark_inference.png", args.network, rows)
     print_table(rows, rounds)
+    print("side by side, microseconds a task:")
+    for row in side_by_side:
+        print(f"{row['tasks']:7}  read {row['read']:6.2f}  contraction {row['contraction']:6.2f}")
     return result
 
 

@@ -13,6 +13,7 @@ checkpoint asks how well they are recognised: with the id given (GG), and inferr
     mnist-250-lenet    LeNet-300-100, s=100     250  .9363           half an hour
     mnist-250-fc       FC-1024-1024, s=500      250  .9566 H .9591 G hours; made for a GPU
     mnist-2500-lenet   LeNet-300-100, s=500    2500  .9345           hours; made for a GPU
+    mnist-2500-lenet-per-example    the same, each of 25 million test images routed on its own
 
 s is the paper's name for the number of outputs in all, of which the first 10 are labels.
 Writes result.json, accuracy.csv (the accuracy matrix), store.npz, inferred.npz (which task was
@@ -54,6 +55,8 @@ class Config:
     objectives: tuple[str, ...] = ("entropy", "superfluous")
     # Test images of each task that per_example and batch-m look at; paper looks at all.
     images_per_task: int | None = None
+    # After the last task the first of protocols and of objectives looks at all test images too.
+    every_image_at_the_end: bool = False
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
     save_every: int = 100
     seed: int = 0
@@ -93,6 +96,15 @@ PRESETS = {
         checkpoints=(10, 500, 1000, 1500, 2000, 2500),
         protocols=("paper",),
     ),
+    "mnist-2500-lenet-per-example": dataclasses.replace(
+        PAPER,
+        outputs=500,
+        tasks=2500,
+        checkpoints=(10, 500, 1000, 1500, 2000, 2500),
+        protocols=("per_example",),
+        images_per_task=1000,
+        every_image_at_the_end=True,
+    ),
 }
 
 
@@ -100,9 +112,7 @@ PRESETS = {
 class Args:
     """Learns permuted tasks in one network and finds the right one by one gradient."""
 
-    preset: Literal["digits", "mnist-10", "mnist-250-lenet", "mnist-250-fc", "mnist-2500-lenet"] = (
-        "digits"
-    )
+    preset: Literal[tuple(PRESETS)] = "digits"
     data_dir: Path | None = None
     """Folder in which tensorflow-datasets has prepared the dataset."""
     out: Path | None = None
@@ -273,6 +283,8 @@ def checkpoint(
         for protocol in config.protocols
         for name in config.objectives
     ]
+    if config.every_image_at_the_end and num_tasks == config.tasks:
+        plan.append((config.protocols[0], config.objectives[0], None))
     with run.phase("evaluate"):
         for protocol, name, images in plan:
             label = f"  {num_tasks} tasks, {protocol} {name or ''}"

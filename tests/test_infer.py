@@ -417,6 +417,23 @@ def test_no_buffer_of_unpacked_masks(batch, per_example, implementation):
     assert temporary < 20 * 2**20
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("per_example", [True, False])
+def test_no_loop_over_words_on_an_accelerator(platform, per_example):
+    """A shared decision has no loop at all; many have those over tiles and blocks of masks."""
+    net = relu_net((784, 300, 100, 100))
+    store = jax.eval_shape(lambda net: ss.MaskStore.create(net, 2500), net)
+    exported = jax.export.export(infer._one_shot, platforms=[platform])(
+        net,
+        store,
+        jax.ShapeDtypeStruct((128, 784), jnp.float32),
+        objective=ss.entropy,
+        per_example=per_example,
+        implementation=None,
+    )
+    assert exported.mlir_module().count("stablehlo.while") == (2 if per_example else 0)
+
+
 @pytest.mark.parametrize("per_example", [True, False])
 @pytest.mark.parametrize("objective", [ss.entropy, ss.Superfluous(3)])
 @pytest.mark.parametrize(
