@@ -66,12 +66,20 @@ def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
 def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
     """Milliseconds, and memory beside it, against the number of tasks; log-log."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    names = dict.fromkeys(name for row in rows for name in row["milliseconds"])
-    for i, name in enumerate(names):
-        points = [
-            (row["tasks"], row["milliseconds"][name]) for row in rows if name in row["milliseconds"]
-        ]
-        left.loglog(*zip(*points, strict=True), "o-", label=name, color=f"C{i}", markersize=4)
+    for name, label, style in (
+        ("oracle", "oracle, a batch of 128", "C3o-"),
+        ("dense", "dense float32 masks, one product", "C1o-"),
+        ("128", "128 decisions", "C4o-"),
+        ("128/cert", "128 decisions, certified", "C4s--"),
+        ("shared", "one decision of a batch of 128", "C0o-"),
+        ("shared/cert", "the same, certified", "C0s--"),
+        ("gradient", "of that, forward and backward", "C2o-"),
+        ("read", "packed masks read by NumPy", "k:"),
+    ):
+        times = {row["tasks"]: row["milliseconds"].get(name) for row in rows}
+        points = [(tasks, time) for tasks, time in times.items() if time is not None]
+        if points:
+            left.loglog(*zip(*points, strict=True), style, label=label, markersize=4)
     left.set(xlabel="tasks K", ylabel="milliseconds", title=f"One call, {network}")
     tasks = [row["tasks"] for row in rows]
     for name, label in (
