@@ -27,6 +27,7 @@ def best_scores(words: jax.Array, v: jax.Array, num_tasks: jax.Array) -> jax.Arr
 
     Those in doubt are exact (float32), the others within the bound; beyond T they are -inf.
     """
+    v = v.astype(jnp.float32)
     live = jnp.arange(words.shape[0] * words.shape[2]) < num_tasks
 
     def scores(planes):

@@ -68,7 +68,7 @@ def contract(
         )
     if v.shape[-1] != WORD_BITS * words.shape[1]:
         raise ValueError(f"v must end in {WORD_BITS * words.shape[1]}, got shape {v.shape}")
-    return _contract(implementation, planes, words, v, num_tasks)
+    return _contract(implementation, planes, words, v.astype(jnp.float32), num_tasks)
 
 
 def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.Array:

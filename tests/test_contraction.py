@@ -78,6 +78,15 @@ def test_popcount_errs_by_half_a_step_a_weight_at_most(planes):
         assert error.max() > 1e-2  # fewer planes are another computation, not another name
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_vectors_are_not_rounded_again(implementation):
+    words, masks, v, num_tasks = problem(7, 2, 5, 7)
+    v = jnp.asarray(v, jnp.bfloat16)
+    got = contraction.contract(words, v, num_tasks, implementation)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-4)
+
+
 def test_bfloat16_rounds_the_vectors_only(platform):
     words, masks, v, num_tasks = problem(7, 2, 5, 7, batch=3)
     got = contraction.contract(words, jnp.asarray(v), num_tasks, "matrix_bf16")
