@@ -19,10 +19,16 @@ import supsup_jax as ss
 from experiments import paper
 from supsup_jax import metrics
 
-SERIES = ("scenario", "objective", "protocol", "images_per_task")
+SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
 
 
-def rows_of(protocol: str, objective: str | None, images: int | None, measured: list) -> list[dict]:
+def rows_of(
+    protocol: str,
+    objective: str | None,
+    images: int | None,
+    measured: list,
+    method: str = "supsup",
+) -> list[dict]:
     """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu."""
     inferred = protocol != "given"
     decisions = [row.inferred for row in measured]
@@ -31,7 +37,7 @@ def rows_of(protocol: str, objective: str | None, images: int | None, measured: 
         accuracies = {"gns": [row.shared_accuracy for row in measured], "gnu": accuracies["gg"]}
     return [
         {
-            "method": "supsup",
+            "method": method,
             "scenario": scenario,
             "objective": objective,
             "protocol": protocol,
@@ -60,7 +66,7 @@ def find(rows: list[dict], **fields: Any) -> list[dict]:
 
 
 def series(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows of one scenario, objective, protocol and set of images, by those four."""
+    """Rows of one method, scenario, objective, protocol and set of images, by those five."""
     keys = dict.fromkeys(tuple(row[name] for name in SERIES) for row in rows)
     return {key: find(rows, **dict(zip(SERIES, key, strict=True))) for key in keys}
 
