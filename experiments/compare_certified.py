@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import permuted, runs, synthetic
+from experiments import continual, permuted, runs, synthetic
 from supsup_jax import data
 
 BATCH = 128
@@ -40,17 +40,17 @@ class Args:
     """3 tasks of digits learned in 50 steps each, 300 in all, 256 decisions."""
 
 
-def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, data.PermutedStream]:
+def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, data.ViewStream]:
     """A run's network, masks and stream."""
     if args.tiny:
         config = permuted.Args(tiny=True).config()
     else:
         if args.run is None:
             raise runs.UsageError("--run must name a run of experiments.permuted (or pass --tiny)")
-        config = permuted.saved_config(args.run)
-    dataset = permuted.load(config, args.data_dir)
-    net = permuted.build(config, dataset)
-    stream = data.PermutedStream(dataset, config.tasks, config.seed, config.independent_seeds)
+        config = continual.saved_config(args.run)
+    dataset = continual.load(config, args.data_dir)
+    net = continual.build(config, dataset)
+    stream = continual.make_stream(config, dataset)
     if not args.tiny:
         return net, ss.MaskStore.load(args.run / "store.npz", net), stream
     store = ss.MaskStore.create(net, config.tasks)

@@ -9,11 +9,56 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-# One colour a method, validated for colour-blind readers (Okabe and Ito).
+# Names of rows as pictures show them.
+METHODS = {
+    "supsup": "SupSup",
+    "upper_bound": "a network a task",
+    "lower_bound": "one network",
+    "separate_heads": "separate heads",
+    "separate_heads_random": "separate heads, random weights",
+    "batche": "BatchE",
+    "batche_random": "BatchE, random weights",
+    "abatche": "ABatchE",
+    "batche_one_shot": "BatchE, one-shot",
+    "psp": "PSP",
+    "hopsupsup": "HopSupSup",
+}
+OBJECTIVES = {None: "", "entropy": "H", "superfluous": "G", "max_confidence": "confidence"}
+# One colour a method, for colour-blind readers too (Okabe and Ito); SupSup's by how it is judged.
 OURS = {"gg": "#009E73", "entropy": "#0072B2", "superfluous": "#CC79A7"}
+COLORS = {
+    "upper_bound": "#000000",
+    "lower_bound": "#888888",
+    "separate_heads": "#8C564B",
+    "separate_heads_random": "#C49C94",
+    "batche": "#D55E00",
+    "batche_random": "#F0A060",
+    "abatche": "#E69F00",
+    "batche_one_shot": "#7F3F98",
+    "psp": "#56B4E9",
+}
 # Of an accuracy axis: less would draw a tenth of a point as a cliff.
 MIN_SPAN = 0.02
-PAPER, BOUND = "#D55E00", "#888888"
+BOUND = "#888888"
+
+
+def color(row: dict) -> str:
+    """Of a row's series."""
+    if row["method"] in COLORS:
+        return COLORS[row["method"]]
+    return OURS.get(row["scenario"], OURS.get(row["objective"], "#009E73"))
+
+
+def curve(label: str, points: dict[int, float], row: dict, style: str = "o-") -> dict:
+    """One of ours, coloured as `row`'s series."""
+    return {"label": label, "points": points, "color": color(row), "style": style}
+
+
+def paper_curve(method: str, objective: str | None, points: dict[int, float]) -> dict:
+    """One of the paper's, dashed, in the colour of ours."""
+    label = f"paper, {METHODS[method]}" + (f", GNu, {OBJECTIVES[objective]}" if objective else "")
+    row = {"method": method, "scenario": "gnu", "objective": objective}
+    return curve(label, points, row, "s--")
 
 
 def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:

@@ -54,6 +54,27 @@ def rows_of(
     ]
 
 
+def given_row(method: str, per_task: list[float]) -> dict:
+    """The row of a method that is given the id (GG), from the accuracy of each task."""
+    return {
+        "method": method,
+        "scenario": "gg",
+        "objective": None,
+        "protocol": "given",
+        "images_per_task": None,
+        "tasks_learned": len(per_task),
+        "decisions": 0,
+        "accuracy": float(np.mean(per_task)),
+        "task_accuracy": None,
+        "per_task": per_task,
+    }
+
+
+def points(rows: list[dict]) -> dict[int, float]:
+    """Accuracy by tasks learned, as a picture takes it."""
+    return {row["tasks_learned"]: row["accuracy"] for row in rows}
+
+
 def public(row: dict) -> dict:
     """A row as result.json holds it."""
     return {name: value for name, value in row.items() if name != "per_task"}
@@ -124,28 +145,41 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def figure(config: dict) -> str | None:
-    """The paper's figure that a run repeats, as `paper.CURVES` names it."""
-    return f"{config['model']}/{config['outputs']}" if config["dataset"] == "mnist" else None
+    """The paper's figure that a run repeats, as `paper.CURVES` names it.
+
+    Baselines have as many outputs as there are labels, and belong to their network's figure.
+    """
+    if config["dataset"] != "mnist" or config["stream"] != "permuted":
+        return None
+    network = config["model"]
+    outputs = config["outputs"]
+    if config["method"] not in ("supsup", "abatche"):
+        outputs = {"lenet_300_100": 100, "fc_1024_1024": 500}.get(network, outputs)
+    return f"{network}/{outputs}"
 
 
 def theirs(config: dict, row: dict) -> float | None:
-    """The paper's number for a row, where it has one: GNu on all test images."""
-    if row["scenario"] != "gnu" or row["images_per_task"] is not None:
+    """The paper's number for a row, where it has one, on all test images: SupSup's GNu, and GG of
+    what it compares with.
+    """
+    scenario = "gnu" if row["method"] == "supsup" else "gg"
+    if row["scenario"] != scenario or row["images_per_task"] is not None:
         return None
-    curve = paper.CURVES.get((figure(config), "supsup", row["objective"]), {})
+    curve = paper.CURVES.get((figure(config), row["method"], row["objective"]), {})
     return curve.get(row["tasks_learned"])
 
 
 def print_table(result: dict) -> None:
     """Ours beside the paper's, a line a row; then seconds and bytes."""
     print(
-        "\ntasks  scenario  objective    protocol     images    ours   paper     diff  "
-        "task acc  decisions"
+        "\ntasks  method           scenario  objective       protocol     images    ours   paper"
+        "     diff  task acc  decisions"
     )
     for row in result["rows"]:
         known = theirs(result["config"], row)
         print(
-            f"{row['tasks_learned']:5}  {row['scenario']:8}  {row['objective'] or '-':11}  "
+            f"{row['tasks_learned']:5}  {row['method']:15}  {row['scenario']:8}  "
+            f"{row['objective'] or '-':14}  "
             f"{row['protocol']:11}  {row['images_per_task'] or 'all':>6}  {row['accuracy']:.4f}  "
             f"{_number(known, '6.4f')}  {_number(known and row['accuracy'] - known, '+7.4f')}  "
             f"{_number(row['task_accuracy'], '8.4f')}  {row['decisions']:9}"

@@ -12,6 +12,7 @@ from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logi
 from supsup_jax.store import MaskStore
 from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
+from supsup_jax.transfer import ScoreMean
 from supsup_jax.types import (
     CapacityError,
     Normalize,
@@ -29,6 +30,7 @@ __all__ = [
     "MaskStore",
     "Network",
     "Normalize",
+    "ScoreMean",
     "StoreError",
     "Superfluous",
     "Task",

@@ -21,7 +21,7 @@ from jax import lax
 from supsup_jax import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore
+from supsup_jax.store import MaskStore, TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
 from supsup_jax.varying import varying_like
 
@@ -178,7 +178,7 @@ def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int)
 
 def check_pair(net: Network, store: MaskStore) -> None:
     """Raises TypeError or ValueError unless the store holds tasks of this network."""
-    if not isinstance(store, MaskStore):
+    if not isinstance(store, TaskStore):
         raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
     store.check_fits(net)
     store.check_holds_tasks()

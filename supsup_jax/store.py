@@ -13,6 +13,69 @@ from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
+class TaskStore:
+    """What inference asks of the tasks it chooses among: a MaskStore, or a baseline's like it.
+
+    A subclass, a pytree, has `layout`, `capacity` (K, static), `num_tasks` (int32 []), `task(i)`,
+    `mixture(alphas)`, `contract(v, implementation)` and `certified_scores(v)` as MaskStore has;
+    its masks may hold any real numbers.
+    """
+
+    @property
+    def slots(self) -> jax.Array:
+        """bool [K], whether each slot holds a task."""
+        return jnp.arange(self.capacity) < self.num_tasks
+
+    def mask(self, i: int) -> PyTree:
+        """Mask of task i: bool pytree like params, None where not masked.
+
+        Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
+        jit the id is clipped to that range.
+        """
+        return self.task(i).mask
+
+    def per_slot(self, alphas: jax.Array) -> jax.Array:
+        """Coefficients [..., K] of [..., K] or [..., T], 0 where there is no task."""
+        alphas = jnp.asarray(alphas)
+        if not jnp.issubdtype(alphas.dtype, jnp.floating):
+            raise TypeError(f"alphas must be floats, got dtype {alphas.dtype}")
+        length = alphas.shape[-1] if alphas.ndim else 0
+        fits = length == self.capacity or (
+            0 < length < self.capacity and (self._traced or length == int(self.num_tasks))
+        )
+        if not fits:
+            held = "" if self._traced else f", or {int(self.num_tasks)}, the tasks held"
+            raise ValueError(
+                f"alphas must end in {self.capacity}, the capacity{held}; got {alphas.shape}"
+            )
+        spare = [(0, 0)] * (alphas.ndim - 1) + [(0, self.capacity - length)]
+        return jnp.where(self.slots, jnp.pad(alphas.astype(jnp.float32), spare), 0)
+
+    def check_holds_tasks(self) -> None:
+        """Raises StoreError when the store is known to be empty."""
+        if not self._traced and int(self.num_tasks) == 0:
+            raise StoreError("the store is empty: append a task first")
+
+    def check_fits(self, net: Network) -> None:
+        """Raises StoreError unless the masks have the network's leaves and shapes."""
+        if not isinstance(net, Network):
+            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        if self.layout.shapes != net.layout.shapes:
+            raise StoreError(
+                f"the store holds masks of {self.layout.shapes}, "
+                f"but the network masks {net.layout.shapes}"
+            )
+        if self.layout != net.layout:
+            raise StoreError(
+                f"the store's masks have the structure {self.layout.treedef}, "
+                f"but the network's {net.layout.treedef}"
+            )
+
+    @property
+    def _traced(self):
+        return isinstance(self.num_tasks, jax.core.Tracer)
+
+
 class _Static(NamedTuple):
     layout: Layout
     capacity: int
@@ -20,7 +83,7 @@ class _Static(NamedTuple):
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class MaskStore:
+class MaskStore(TaskStore):
     """The masks, and normalisation statistics, of the tasks learned in one network.
 
     A pytree: it goes through jit, vmap and shard_map, and every method returns a new store.
@@ -77,11 +140,6 @@ class MaskStore:
         """Bytes of all leaves: masks, counts, statistics, for the whole capacity."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._usable()))
 
-    @property
-    def slots(self) -> jax.Array:
-        """bool [K], whether each slot holds a task."""
-        return jnp.arange(self.capacity) < self.num_tasks
-
     def append(self, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
         """This store and one more task, behind the others.
 
@@ -123,16 +181,8 @@ class MaskStore:
         """
         return self._with(bank.remove(self._bank, self._index(i), self.layout, self.capacity))
 
-    def mask(self, i: int) -> PyTree:
-        """Mask of task i: bool pytree like params, None where not masked.
-
-        Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
-        jit the id is clipped to that range.
-        """
-        return self.task(i).mask
-
     def task(self, i: int) -> Task:
-        """Task i, with its statistics. Raises as `mask`."""
+        """Task i, with its statistics, its mask bool. Raises as `mask`."""
         return bank.read(self._bank, self._index(i), self.layout)
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:
@@ -156,23 +206,6 @@ class MaskStore:
         """How many tasks keep each weight: unsigned [32 nw], in the layout's order."""
         return self._usable()._bank.counts
 
-    def per_slot(self, alphas: jax.Array) -> jax.Array:
-        """Coefficients [..., K] of [..., K] or [..., T], 0 where there is no task."""
-        alphas = jnp.asarray(alphas)
-        if not jnp.issubdtype(alphas.dtype, jnp.floating):
-            raise TypeError(f"alphas must be floats, got dtype {alphas.dtype}")
-        length = alphas.shape[-1] if alphas.ndim else 0
-        fits = length == self.capacity or (
-            0 < length < self.capacity and (self._traced or length == int(self.num_tasks))
-        )
-        if not fits:
-            held = "" if self._traced else f", or {int(self.num_tasks)}, the tasks held"
-            raise ValueError(
-                f"alphas must end in {self.capacity}, the capacity{held}; got {alphas.shape}"
-            )
-        spare = [(0, 0)] * (alphas.ndim - 1) + [(0, self.capacity - length)]
-        return jnp.where(self.slots, jnp.pad(alphas.astype(jnp.float32), spare), 0)
-
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
         """<v, M_i> for every task: [..., K] of v [..., n] in the layout's order; 0 if no task.
 
@@ -190,8 +223,7 @@ class MaskStore:
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty, consumed or overfull."""
-        if not self._usable()._traced and int(self.num_tasks) == 0:
-            raise StoreError("the store is empty: append a task first")
+        super(MaskStore, self._usable()).check_holds_tasks()
 
     def check_fits(self, net: Network) -> None:
         """Raises StoreError unless the masks have the network's leaves, shapes and weights.
@@ -199,18 +231,7 @@ class MaskStore:
         Weights are compared by seed, where both were drawn, and by fingerprint where both are at
         hand: a network's is computed when a store is created or loaded for it. Neither inside jit.
         """
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
-        if self.layout.shapes != net.layout.shapes:
-            raise StoreError(
-                f"the store holds masks of {self.layout.shapes}, "
-                f"but the network masks {net.layout.shapes}"
-            )
-        if self.layout != net.layout:
-            raise StoreError(
-                f"the store's masks have the structure {self.layout.treedef}, "
-                f"but the network's {net.layout.treedef}"
-            )
+        super().check_fits(net)
         seeds = self._seed, net.seed
         if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
             mine, theirs = map(int, seeds)

@@ -15,6 +15,7 @@ from jax import lax
 from supsup_jax import masks, prng
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
+from supsup_jax.transfer import ScoreMean
 from supsup_jax.types import PyTree, Task, TaskData, TrainResult
 
 RULES = ("threshold", "topk")
@@ -117,11 +118,17 @@ class TrainConfig:
 
 
 class TrainState(NamedTuple):
-    """What one step hands the next: scores, the optimizer's state, the network's state."""
+    """What one step hands the next: what is trained (scores, or a baseline's weights), the
+    optimizer's state, the network's state.
+    """
 
     scores: PyTree
     optimizer: optax.OptState
     state: PyTree
+
+
+# (trained, network state, x [B, ...], y [B]) -> (mean loss [], network state)
+Loss = Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
 
 
 def train_task(
@@ -129,12 +136,13 @@ def train_task(
     net: Network,
     data: TaskData,
     config: TrainConfig = TrainConfig(),
-    init_scores: PyTree | None = None,
+    init_scores: PyTree | ScoreMean | None = None,
 ) -> TrainResult:
     """Learns one task: cross-entropy over all C outputs, with the network's weights fixed.
 
     key: draws the scores and the order of the examples, each from a key of its own.
-    init_scores: where scores start, pytree like a mask; drawn when None. It is not consumed.
+    init_scores: where scores start, pytree like a mask; drawn when None. A ScoreMean starts them
+      at the mean of earlier tasks' scores (the paper's transfer). It is not consumed.
     Equal shapes and an equal config compile once, for any key, weights, data and view.
     Raises TypeError or ValueError before compiling for inputs that do not fit, and ValueError
     when training ends with scores or losses that are not finite.
@@ -142,14 +150,16 @@ def train_task(
     if not hasattr(key, "dtype"):
         raise TypeError(f"key must be a JAX random key, got {key!r}")
     _check_types(net, data, config)
-    if init_scores is not None:
+    if isinstance(init_scores, ScoreMean):
+        _check_scores(net.layout, init_scores.mean)
+    elif init_scores is not None:
         _check_scores(net.layout, init_scores)
     data.check()
     data.check_labels(num_outputs(net, data))
     result = _train(key, net, data, init_scores, config)
     traced = isinstance(result.loss, jax.core.Tracer)
     if not traced and not bool(_all_finite((result.scores, result.loss))):
-        raise _diverged(config)
+        raise diverged(config)
     return result
 
 
@@ -177,6 +187,11 @@ def train_tasks(
     """
     num_tasks = _num_tasks(keys)
     _check_types(net, data, config)
+    if isinstance(init_scores, ScoreMean):
+        raise TypeError(
+            "init_scores must be scores with a leading T: tasks learned at once have no earlier "
+            "ones; call train_task on one after another to start from a ScoreMean"
+        )
     if init_scores is not None:
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         _check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
@@ -191,9 +206,9 @@ def train_tasks(
     if not isinstance(result.loss, jax.core.Tracer):
         finite = np.asarray(jax.vmap(_all_finite)((result.scores, result.loss)))
         if not finite.all():
-            diverged = np.flatnonzero(~finite)
-            some = ", ".join(map(str, diverged[:8])) + (", ..." if len(diverged) > 8 else "")
-            raise _diverged(config, f" in {len(diverged)} of {num_tasks} tasks ({some})")
+            bad = np.flatnonzero(~finite)
+            some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            raise diverged(config, f" in {len(bad)} of {num_tasks} tasks ({some})")
     return result
 
 
@@ -217,40 +232,64 @@ def train_step(
     net: Network, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
 ) -> tuple[TrainState, jax.Array]:
     """One step on network inputs x [B, ...] and labels y [B]; and the loss before it."""
+    return _step(mask_loss(net, config), config, before, x, y)
 
-    def loss(scores):
-        mask = config.mask(net.layout, scores)
-        logits, state = net.train_logits(mask, before.state, x)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y)
-        return losses.mean(), state
 
-    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(before.scores)
+def mask_loss(net: Network, config: TrainConfig) -> Loss:
+    """The loss of scores: cross-entropy under their mask, the weights fixed."""
+
+    def loss(scores, state, x, y):
+        logits, state = net.train_logits(config.mask(net.layout, scores), state, x)
+        return cross_entropy(logits, y), state
+
+    return loss
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean over the batch, in nats, in float32."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def fit(
+    key: jax.Array, loss: Loss, start: PyTree, state: PyTree, data: TaskData, config: TrainConfig
+) -> tuple[TrainState, jax.Array]:
+    """Minimises `loss` from `start` over config.steps batches of `data`, in one scan.
+
+    For use inside jit. Returns where it arrived, and the losses [steps], each before its update.
+    """
+    augment_key = prng.purpose_key(key, "augment")
+    batches = batch_indices(key, data.num_examples, config)
+    step = functools.partial(_data_step, augment_key, loss, data, config)
+    before = TrainState(start, config.transformation().init(start), state)
+    return lax.scan(step, before, (jnp.arange(config.steps), batches))
+
+
+def _data_step(augment_key, loss, data, config, before, batch):
+    """A step on the examples of one batch (i [], index [B])."""
+    i, index = batch
+    x, y = data.batch(index)
+    if config.augment is not None:
+        x = config.augment(jax.random.fold_in(augment_key, i), x)
+    return _step(loss, config, before, x, y)
+
+
+def _step(loss, config, before, x, y):
+    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
+        before.scores, before.state, x, y
+    )
     updates, optimizer = config.transformation().update(grads, before.optimizer, before.scores)
     return TrainState(optax.apply_updates(before.scores, updates), optimizer, state), value
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train(key, net, data, init_scores, config):
-    if init_scores is None:
-        init_scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
-    augment_key = prng.purpose_key(key, "augment")
-    batches = batch_indices(key, data.num_examples, config)
-    after, loss = lax.scan(
-        functools.partial(_step, augment_key, net, data, config),
-        init_train_state(net, config, init_scores),
-        (jnp.arange(config.steps), batches),
-    )
+    if init_scores is None or isinstance(init_scores, ScoreMean):
+        drawn = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+        init_scores = drawn if init_scores is None else init_scores.start(drawn)
+    after, loss = fit(key, mask_loss(net, config), init_scores, net.state, data, config)
     mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
     return TrainResult(Task(mask, after.state), after.scores, loss)
-
-
-def _step(augment_key, net, data, config, before, batch):
-    """train_step on the examples of one batch (i [], index [B])."""
-    i, index = batch
-    x, y = data.batch(index)
-    if config.augment is not None:
-        x = config.augment(jax.random.fold_in(augment_key, i), x)
-    return train_step(net, config, before, x, y)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "together"))
@@ -309,7 +348,8 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
     """
 
     def step(key, net, data, scores, batch):
-        return _step(key, net, data, config, init_train_state(net, config, scores), batch)
+        before = init_train_state(net, config, scores)
+        return _data_step(key, mask_loss(net, config), data, config, before, batch)
 
     array = jax.ShapeDtypeStruct
     scores = net.layout.tree([array(shape, jnp.float32) for shape in net.layout.shapes.values()])
@@ -332,7 +372,8 @@ def _one_view(data):
     return data if data.view is None else dataclasses.replace(data, view=data.view[0])
 
 
-def _diverged(config, where=""):
+def diverged(config: TrainConfig, where: str = "") -> ValueError:
+    """The error of a training that ended without numbers."""
     return ValueError(
         f"training diverged{where}: scores or losses are not finite; "
         f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"

@@ -1,14 +1,17 @@
 """Real data: images read whole into memory, and streams of tasks made of them."""
 
 from supsup_jax.data.sources import Dataset, MissingDataError, load_dataset, synthetic
-from supsup_jax.data.streams import PermutedStream
-from supsup_jax.data.views import permutation
+from supsup_jax.data.streams import PermutedStream, RotatedStream, ViewStream
+from supsup_jax.data.views import permutation, rotation
 
 __all__ = [
     "Dataset",
     "MissingDataError",
     "PermutedStream",
+    "RotatedStream",
+    "ViewStream",
     "load_dataset",
     "permutation",
+    "rotation",
     "synthetic",
 ]

@@ -1,5 +1,5 @@
 """Flax NNX networks of the paper's experiments, built to be masked: no biases anywhere."""
 
-from supsup_jax.models.mlp import MLP, fc_1024_1024, lenet_300_100
+from supsup_jax.models.mlp import MLP, fc_1024_1024, lenet_300_100, notebook_300_300
 
-__all__ = ["MLP", "fc_1024_1024", "lenet_300_100"]
+__all__ = ["MLP", "fc_1024_1024", "lenet_300_100", "notebook_300_300"]

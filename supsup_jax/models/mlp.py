@@ -37,3 +37,8 @@ def lenet_300_100(num_outputs: int, *, num_inputs: int = 784, rngs: nnx.Rngs) ->
 def fc_1024_1024(num_outputs: int, *, num_inputs: int = 784, rngs: nnx.Rngs) -> MLP:
     """Two hidden layers of 1,024; at 500 outputs and 784 inputs, 2,363,392 weights."""
     return MLP((num_inputs, 1024, 1024, num_outputs), rngs=rngs)
+
+
+def notebook_300_300(num_outputs: int, *, num_inputs: int = 784, rngs: nnx.Rngs) -> MLP:
+    """Two hidden layers of 300, the network of the authors' notebook."""
+    return MLP((num_inputs, 300, 300, num_outputs), rngs=rngs)

@@ -1,0 +1,272 @@
+"""What a run learns with: SupSup's masks, or one of the methods that the paper compares with.
+
+A learner knows how many tasks it has learned (`done`), learns some more at once (`together`), gives
+rows of results, and saves and restores itself in a run's folder.
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import supsup_jax as ss
+from experiments import reports
+from experiments.runs import Run
+from supsup_jax import baselines, data, metrics, prng
+
+# Tasks learned at once off the CPU, which gains nothing from several.
+TOGETHER = 100
+XAVIER = jax.nn.initializers.glorot_normal()
+
+
+def objectives(num_labels: int) -> dict[str, Any]:
+    """What inference may minimise, by the names of configs and rows."""
+    return {
+        "entropy": ss.entropy,
+        "superfluous": ss.Superfluous(num_labels),
+        "max_confidence": ss.max_confidence,
+    }
+
+
+class Learner:
+    """What all learners share: the run's settings, and evaluation without ids."""
+
+    def __init__(self, config: Any, net: ss.Network, stream: data.ViewStream):
+        self.config, self.net, self.stream = config, net, stream
+        self.objectives = objectives(stream.dataset.num_labels)
+        self.together = 1
+        self.key = prng.purpose_key(jax.random.key(config.seed), "tasks")
+
+    @classmethod
+    def configure(cls, config: Any, method: str) -> Any:
+        """The config of a preset, made for SupSup, for this method."""
+        return dataclasses.replace(config, method=method)
+
+    def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[dict]:
+        """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
+        stream = self.stream.on(self.stream.dataset.limit_test(images)) if images else self.stream
+        label = f"  {self.done} tasks, {protocol} {name or ''}"
+        measured = ss.evaluate(
+            self.net_to_infer,
+            self.store,
+            stream.test,
+            protocol,
+            objective=self.objectives.get(name, ss.entropy),
+            **({"rule": rule} if rule else {}),
+            progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
+        )
+        if keep is not None:
+            counts = metrics.confusion([row.inferred for row in measured])
+            np.savez_compressed(keep, counts=counts)
+        return reports.rows_of(protocol, name, images, measured, method)
+
+
+class Masks(Learner):
+    """SupSup: a mask a task in one fixed network."""
+
+    def __init__(self, config, net, stream):
+        super().__init__(config, net, stream)
+        self.store = ss.MaskStore.create(net, capacity=min(64, config.tasks))
+        if jax.default_backend() != "cpu":
+            self.together = TOGETHER
+
+    @property
+    def net_to_infer(self) -> ss.Network:
+        return self.net
+
+    @property
+    def done(self) -> int:
+        return int(self.store.num_tasks)
+
+    def learn(self, group: range) -> None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
+        views = jnp.stack([self.stream.view(i) for i in group])
+        many = dataclasses.replace(self.stream.train[group.start], view=views)
+        learned = ss.train_tasks(keys, self.net, many, self.config.train).task
+        for i in range(len(group)):
+            task = jax.tree.map(lambda leaf: leaf[i], learned)  # noqa: B023
+            self.store = self.store.append(task, donate=True)
+
+    def last_accuracy(self) -> float:
+        (row,) = ss.evaluate(self.net, self.store, self.stream.test, tasks=[self.done - 1])
+        return row.accuracy
+
+    def evaluate(self, run: Run) -> list[dict]:
+        config, few = self.config, self.config.images_per_task
+        plan = [("given", None, None)] + ([("given", None, few)] if few else [])
+        plan += [
+            (protocol, name, None if protocol == "paper" else few)
+            for protocol in config.protocols
+            for name in config.objectives
+        ]
+        if config.every_image_at_the_end and self.done == config.tasks:
+            plan.append((config.protocols[0], config.objectives[0], None))
+        rule = None if config.rule == "one_shot" else config.rule
+        rows = []
+        for protocol, name, images in plan:
+            first = (protocol, name) == (config.protocols[0], config.objectives[0])
+            keep = run.out / "inferred.npz" if first else None
+            rows += self.measure(protocol, name, images, config.method, rule, keep)
+        return rows
+
+    def save(self, run: Run) -> None:
+        self.store.save(run.store_path, overwrite=True)
+
+    def restore(self, run: Run) -> None:
+        if run.store_path.exists():
+            self.store = ss.MaskStore.load(run.store_path, self.net)
+
+    def bytes(self, run: Run) -> dict[str, float]:
+        return reports.store_bytes(self.store, run.store_path)
+
+
+class Compared(Learner):
+    """A baseline: shared weights, and what each task adds."""
+
+    # By method: how to make it, how shared weights start, and how the first and later tasks train.
+    # RMSprop at 1e-4 for all weights, as SupSup; BatchE and separate heads as the reference: Adam,
+    # at 1e-4 while the weights learn with the first task, at 1e-2 for a task's own alone.
+    WEIGHTS: ClassVar[dict] = {"optimizer": "rmsprop", "learning_rate": 1e-4}
+    FIRST: ClassVar[dict] = {"optimizer": "adam", "learning_rate": 1e-4, "weight_decay": 1e-4}
+    LATER: ClassVar[dict] = {"optimizer": "adam", "learning_rate": 1e-2, "weight_decay": 1e-4}
+
+    def __init__(self, config, net, stream):
+        super().__init__(config, net, stream)
+        self.baseline = BASELINES[config.method](net)
+        initializer = XAVIER if config.method == "psp" else baselines.HE_NORMAL
+        weights = prng.purpose_key(jax.random.key(config.seed), "baseline")
+        self.shared = baselines.shared_weights(net, weights, initializer)
+        self.done = 0
+        # Accuracy of each task right after it was learned, final where nothing is forgotten.
+        self.accuracies = np.full(config.tasks, np.nan)
+        self.store = None
+        if config.method in NEED_SUPERFLUOUS:
+            self.store = baselines.FactorStore.create(net, config.tasks)
+
+    @classmethod
+    def configure(cls, config, method):
+        config = super().configure(config, method)
+        if method in NEED_SUPERFLUOUS:
+            return config
+        return dataclasses.replace(config, outputs=10, images_per_task=None)
+
+    @property
+    def net_to_infer(self) -> ss.Network:
+        return ss.Network(self.net.apply, self.shared)
+
+    def task_key(self, i: int) -> jax.Array:
+        return jax.random.fold_in(self.key, i)
+
+    def train_config(self, first: bool) -> ss.TrainConfig:
+        own_only = self.baseline.shared_learns == "never" or (
+            self.baseline.shared_learns == "first" and not first
+        )
+        chosen = self.WEIGHTS
+        if self.baseline.own_learns and self.config.method not in ("upper_bound", "lower_bound"):
+            chosen = self.LATER if own_only else self.FIRST
+        return dataclasses.replace(self.config.train, **chosen)
+
+    def learn(self, group: range) -> None:
+        (i,) = group
+        first = i == 0
+        learned = baselines.learn(
+            self.task_key(i),
+            self.baseline,
+            self.shared,
+            self.stream.train[i],
+            self.train_config(first),
+            first=first,
+        )
+        self.shared = learned.shared
+        if self.store is not None:
+            self.store = self.store.append(learned.own)
+        self.accuracies[i] = self._accuracy(i, learned.own)
+        self.done = i + 1
+
+    def last_accuracy(self) -> float:
+        return self.accuracies[self.done - 1]
+
+    def _accuracy(self, i, own) -> float:
+        right = baselines.is_right(self.baseline, self.shared, own, self.stream.test[i])
+        return float(right.mean())
+
+    def evaluate(self, run: Run) -> list[dict]:
+        per_task = self.accuracies[: self.done].tolist()
+        if self.baseline.forgets:
+            per_task = [
+                self._accuracy(i, baselines.own_weights(self.baseline, self.task_key(i)))
+                for i in tqdm(range(self.done), desc=f"  {self.done} tasks", leave=False)
+            ]
+        rows = [reports.given_row(self.config.method, per_task)]
+        protocol = self.config.protocols[0]
+        for method, rule, name in INFERENCES if self.store is not None else ():
+            rows += self.measure(protocol, name, None, method, rule)
+        return rows
+
+    def _state(self) -> dict:
+        factors = None if self.store is None else self.store.factors
+        return {
+            "shared": self.shared,
+            "factors": factors,
+            "accuracies": self.accuracies,
+            "done": np.int32(self.done),
+        }
+
+    def save(self, run: Run) -> None:
+        with _checkpoints(run) as manager:
+            manager.save(self.done, args=ocp.args.StandardSave(self._state()))
+
+    def restore(self, run: Run) -> None:
+        if not (run.out / CHECKPOINTS).exists():
+            return
+        with _checkpoints(run) as manager:
+            if (step := manager.latest_step()) is None:
+                return
+            saved = manager.restore(step, args=ocp.args.StandardRestore(self._state()))
+        self.shared, self.accuracies = saved["shared"], np.array(saved["accuracies"])
+        self.done = int(saved["done"])
+        if self.store is not None:
+            self.store = dataclasses.replace(
+                self.store, factors=saved["factors"], num_tasks=jnp.int32(self.done)
+            )
+
+    def bytes(self, run: Run) -> dict[str, float]:
+        """Bytes by kind: what tasks share and what each adds, at 4 bytes a float."""
+        shared = 4 * self.net.layout.num_weights
+        if self.baseline.shared_learns == "never":
+            shared = 4  # a seed
+        own = self.config.tasks * baselines.own_bytes(self.baseline)
+        return {"shared": shared, "own": own, "seed": 4, "total": shared + own + 4}
+
+
+CHECKPOINTS = "checkpoints"
+BASELINES = {
+    "upper_bound": baselines.upper_bound,
+    "lower_bound": baselines.lower_bound,
+    "separate_heads": baselines.separate_heads,
+    "separate_heads_random": functools.partial(baselines.separate_heads, trained=False),
+    "batche": baselines.batche,
+    "batche_random": functools.partial(baselines.batche, trained=False),
+    "abatche": baselines.batche,
+    "psp": baselines.psp,
+}
+METHODS = {"supsup": Masks, **dict.fromkeys(BASELINES, Compared)}
+# Methods that infer a task, and so take as many outputs as SupSup; the others have the labels'.
+NEED_SUPERFLUOUS = ("supsup", "abatche")
+# Of abatche: (method of the row, rule, objective). ABatchE tries each task's factors alone.
+INFERENCES = (
+    ("abatche", "oracle", "entropy"),
+    ("abatche", "oracle", "max_confidence"),
+    ("batche_one_shot", None, "entropy"),
+    ("batche_one_shot", None, "superfluous"),
+)
+
+
+def _checkpoints(run: Run) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((run.out / CHECKPOINTS).resolve(), options=options)

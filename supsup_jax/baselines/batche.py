@@ -1,0 +1,146 @@
+"""BatchE (Wen et al., arXiv 2002.06715): each task scales the inputs and outputs of every layer.
+
+y = ((x * t) W) * s is W under the real-valued mask t s', so a task's factors are a mask of rank
+one, and everything that works on masks works on them: `FactorStore` stands where a MaskStore does.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from supsup_jax import prng
+from supsup_jax.baselines.heads import check_stateless
+from supsup_jax.baselines.sharing import Baseline, put_kernels
+from supsup_jax.network import Network
+from supsup_jax.packing import Layout, named_leaves
+from supsup_jax.store import TaskStore
+from supsup_jax.types import PyTree, StoreError, Task
+
+
+class Factors(NamedTuple):
+    """One kernel [..., in, out] of one task: t [in] scales its inputs, s [out] its outputs."""
+
+    t: jax.Array
+    s: jax.Array
+
+
+def batche(net: Network, trained: bool = True) -> Baseline:
+    """A pair of factors a kernel and task, starting at random signs.
+
+    trained: the shared kernels learn with the first task (the method as published); otherwise
+    they stay random and only factors are learned.
+    """
+    factors = _RankOne(net.apply, check_stateless(net).layout)
+    return Baseline(factors.draw, factors.logits, "first" if trained else "never")
+
+
+def outer(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
+    """The mask t s' of a kernel of this shape, the same for every position of a convolution."""
+    return jnp.broadcast_to(factors.t[:, None] * factors.s[None], shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RankOne:
+    apply: Any
+    layout: Layout
+
+    def draw(self, key: jax.Array) -> dict[str, Factors]:
+        keys = jax.random.split(prng.purpose_key(key, "factors"), (len(self.layout.shapes), 2))
+        return {
+            name: Factors(
+                jax.random.rademacher(k[0], shape[-2:-1], jnp.float32),
+                jax.random.rademacher(k[1], shape[-1:], jnp.float32),
+            )
+            for k, (name, shape) in zip(keys, self.layout.named_shapes, strict=True)
+        }
+
+    def logits(self, shared: PyTree, own: dict[str, Factors], x: jax.Array) -> jax.Array:
+        kernels = named_leaves(shared)
+        scaled = {name: kernels[name] * outer(own[name], kernels[name].shape) for name in own}
+        return self.apply(put_kernels(shared, scaled), x)
+
+
+def mask_of(own: dict[str, Factors], layout: Layout) -> PyTree:
+    """A task's factors as a real-valued mask, pytree like the network's params."""
+    return layout.tree([outer(own[name], shape) for name, shape in layout.named_shapes])
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("factors", "num_tasks"),
+    meta_fields=("layout",),
+)
+@dataclasses.dataclass(frozen=True)
+class FactorStore(TaskStore):
+    """The factors of all tasks, for inference without an id (the paper's Figure 5, right).
+
+    factors: by kernel, t [K, in] and s [K, out]. num_tasks: int32 [], T. layout: the network's.
+    one_shot with it is BatchE with one-shot inference; oracle is ABatchE.
+    """
+
+    factors: dict[str, Factors]
+    num_tasks: jax.Array
+    layout: Layout
+
+    @classmethod
+    def create(cls, net: Network, capacity: int) -> "FactorStore":
+        """Room for `capacity` tasks. Raises ValueError unless it is at least 1."""
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        factors = {
+            name: Factors(jnp.zeros((capacity, shape[-2])), jnp.zeros((capacity, shape[-1])))
+            for name, shape in check_stateless(net).layout.named_shapes
+        }
+        return cls(factors, jnp.int32(0), net.layout)
+
+    def append(self, own: dict[str, Factors]) -> "FactorStore":
+        """With one more task. Raises StoreError when full."""
+        if (held := int(self.num_tasks)) == self.capacity:
+            raise StoreError(f"the store is full: its capacity is {self.capacity}")
+        factors = jax.tree.map(lambda rows, row: rows.at[held].set(row), self.factors, own)
+        return dataclasses.replace(self, factors=factors, num_tasks=self.num_tasks + 1)
+
+    @property
+    def capacity(self) -> int:
+        return jax.tree.leaves(self.factors)[0].shape[0]
+
+    def task(self, i: jax.Array | int) -> Task:
+        """Task i; an id out of range is clipped to the tasks held."""
+        i = jnp.clip(i, 0, jnp.maximum(self.num_tasks - 1, 0))
+        return Task(mask_of(jax.tree.map(lambda rows: rows[i], self.factors), self.layout))
+
+    def mixture(self, alphas: jax.Array | None = None) -> PyTree:
+        """sum_i alphas_i t_i s_i' as `MaskStore.mixture`."""
+        self.check_holds_tasks()
+        if alphas is None:
+            alphas = self.slots / self.num_tasks.astype(jnp.float32)
+        alphas = self.per_slot(alphas)
+        return self.layout.tree(
+            [
+                jnp.broadcast_to(jnp.einsum("k,ki,ko->io", alphas, *self.factors[name]), shape)
+                for name, shape in self.layout.named_shapes
+            ]
+        )
+
+    def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
+        """<v, t_i s_i'> for every task: [..., K] of v [..., n]; one form, so any name does."""
+        del implementation
+        if v.ndim > 1:
+            return jax.vmap(self.contract)(v)
+        kernels = dict(
+            zip(self.layout.shapes, self.layout.leaves(self.layout.unravel(v), "v"), strict=True)
+        )
+        scores = [
+            jnp.einsum(
+                "io,ki,ko->k", kernel.reshape(-1, *kernel.shape[-2:]).sum(0), *self.factors[name]
+            )
+            for name, kernel in kernels.items()
+        ]
+        return jnp.where(self.slots, sum(scores), 0)
+
+    def certified_scores(self, v: jax.Array) -> jax.Array:
+        """As `contract`, -inf where there is no task: nothing here is coarse."""
+        return jnp.where(self.slots, self.contract(v), -jnp.inf)
