@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import supsup_jax as ss
 from supsup_jax import data
 from tests.conftest import golden
 
@@ -21,6 +22,36 @@ def test_independent_seeds_share_no_task():
     two = [data.permutation(t, 784, seed=1, independent=True) for t in range(5)]
     assert not any(np.array_equal(a, b) for a in one for b in two)
     np.testing.assert_array_equal(np.sort(one[3]), np.arange(784))
+
+
+def test_rotations_match_the_reference_inside_jit():
+    images = golden("rotated")["images"]  # [4, 36, 28, 28], 10 degrees apart
+    put = ss.TaskData(jnp.asarray(images[:, 0]), jnp.zeros(4, jnp.int32), transform=as_they_are)
+    dataset = data.Dataset("digits", put, put, 10)
+    stream = data.RotatedStream(dataset, 36)
+    turn = jax.jit(lambda task: task.batch(jnp.arange(4))[0])
+    for i in range(36):
+        np.testing.assert_array_equal(turn(stream.test[i]), images[:, i])
+    assert turn._cache_size() == 1
+
+
+def as_they_are(images):
+    return images
+
+
+def test_a_rotation_of_an_even_and_an_odd_image_by_hand():
+    np.testing.assert_array_equal(data.rotation(90, (2, 2)), [[1, 3], [0, 2]])
+    np.testing.assert_array_equal(data.rotation(0, (2, 3)), [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(data.rotation(180, (1, 3)), [[2, 1, 0]])
+
+
+def test_rotated_streams_that_cannot_be():
+    with pytest.raises(ValueError, match=r"rotation needs images \[N, H, W\]"):
+        data.RotatedStream(data.load_dataset("digits"), 4)
+    dataset = data.synthetic(jax.random.key(0), (4, 4), 3, 6, 3)
+    with pytest.raises(ValueError, match="at most 360"):
+        data.RotatedStream(dataset, 361)
+    assert len(data.RotatedStream(dataset)) == 36
 
 
 def test_digits_are_the_real_ones_split_once():

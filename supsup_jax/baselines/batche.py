@@ -6,7 +6,8 @@ one, and everything that works on masks works on them: `FactorStore` stands wher
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,8 @@ def batche(net: Network, trained: bool = True) -> Baseline:
     trained: the shared kernels learn with the first task (the method as published); otherwise
     they stay random and only factors are learned.
     """
-    factors = _RankOne(net.apply, check_stateless(net).layout)
-    return Baseline(factors.draw, factors.logits, "first" if trained else "never")
+    layout = check_stateless(net).layout
+    return RankOne("first" if trained else "never", True, net.apply, layout)
 
 
 def outer(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
@@ -43,11 +44,13 @@ def outer(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _RankOne:
-    apply: Any
+class RankOne(Baseline):
+    """A task scales the inputs and outputs of every kernel."""
+
+    apply: Callable
     layout: Layout
 
-    def draw(self, key: jax.Array) -> dict[str, Factors]:
+    def draw_own(self, key: jax.Array) -> dict[str, Factors]:
         keys = jax.random.split(prng.purpose_key(key, "factors"), (len(self.layout.shapes), 2))
         return {
             name: Factors(

@@ -3,6 +3,7 @@ baseline.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 
@@ -14,14 +15,14 @@ from supsup_jax.types import PyTree
 
 def upper_bound(net: Network) -> Baseline:
     """A network of its own for every task, trained from its own draw: n floats a task."""
-    kernels = _Kernels(net.apply, check_stateless(net).layout, tuple(net.layout.shapes))
-    return Baseline(kernels.draw, kernels.logits, "never")
+    names = check_stateless(net).layout.shapes
+    return OwnKernels("never", True, net.apply, net.layout, tuple(names))
 
 
 def lower_bound(net: Network) -> Baseline:
     """One network for all tasks, trained on one after another, with nothing against forgetting."""
-    none = _Kernels(net.apply, check_stateless(net).layout, ())
-    return Baseline(none.draw, none.logits, "always")
+    check_stateless(net)
+    return OwnKernels("always", True, net.apply, net.layout, ())
 
 
 def separate_heads(net: Network, trained: bool = True) -> Baseline:
@@ -33,8 +34,8 @@ def separate_heads(net: Network, trained: bool = True) -> Baseline:
     names = tuple(check_stateless(net).layout.shapes)
     if len(names) < 2:
         raise ValueError(f"separate heads need a kernel before the last, the network has {names}")
-    head = _Kernels(net.apply, net.layout, names[-1:])
-    return Baseline(head.draw, head.logits, "first" if trained else "never")
+    when = "first" if trained else "never"
+    return OwnKernels(when, True, net.apply, net.layout, names[-1:])
 
 
 def check_stateless(net: Network) -> Network:
@@ -47,14 +48,14 @@ def check_stateless(net: Network) -> Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernels:
-    """A task's own kernels `names`; a method of an equal instance hashes alike."""
+class OwnKernels(Baseline):
+    """A task has kernels of its own, `names`, in place of the shared ones."""
 
-    apply: object
+    apply: Callable
     layout: Layout
     names: tuple[str, ...]
 
-    def draw(self, key: jax.Array) -> dict[str, jax.Array]:
+    def draw_own(self, key: jax.Array) -> dict[str, jax.Array]:
         drawn = draw_kernels(key, self.layout)
         return {name: drawn[name] for name in self.names}
 

@@ -22,12 +22,12 @@ def psp(net: Network) -> Baseline:
     net: dense layers in the order of its masked leaves, ReLU between them, as `models.MLP`.
     Raises ValueError for kernels that do not form such a chain.
     """
-    shapes = tuple(check_stateless(net).layout.shapes.values())
+    net = check_stateless(net)
+    shapes = tuple(net.layout.shapes.values())
     dense = all(len(shape) == 2 for shape in shapes)
     if not dense or any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
         raise ValueError(f"psp needs dense kernels [in, out] that form a chain, got {shapes}")
-    turns = _Rotations(tuple(net.layout.shapes), tuple(shape[0] for shape in shapes))
-    return Baseline(turns.draw, turns.logits, "always", own_learns=False)
+    return Rotations("always", False, tuple(net.layout.shapes), tuple(s[0] for s in shapes))
 
 
 def rotate_dense(x: jax.Array, kernel: jax.Array, rotation: jax.Array) -> jax.Array:
@@ -36,13 +36,13 @@ def rotate_dense(x: jax.Array, kernel: jax.Array, rotation: jax.Array) -> jax.Ar
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rotations:
-    """Of the inputs of the kernels `names`, of these widths."""
+class Rotations(Baseline):
+    """A task turns the inputs of the kernels `names`, of these widths."""
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
 
-    def draw(self, key: jax.Array) -> list[jax.Array]:
+    def draw_own(self, key: jax.Array) -> list[jax.Array]:
         """Uniform over the orthogonal group, each [in, in]."""
         keys = jax.random.split(prng.purpose_key(key, "rotations"), len(self.widths))
         return [jax.random.orthogonal(k, n) for k, n in zip(keys, self.widths, strict=True)]

@@ -1,7 +1,7 @@
 """Weights that tasks share and weights of their own: the frame of every baseline.
 
 A network a task, one network for all, separate heads, BatchE and PSP differ only in what is shared,
-when the shared part is trained, and what each task adds. So a baseline is two functions and two
+when the shared part is trained, and what each task adds. So a baseline is two methods and two
 choices, and `learn` is the library's one training loop on them. All stand on a `Network`: its
 masked leaves are the kernels, and leaves that it does not mask are shared.
 """
@@ -29,24 +29,28 @@ HE_NORMAL = jax.nn.initializers.he_normal()
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """How tasks share a network; hashable by value where its functions are.
+    """How tasks share a network; a subclass says what a task adds. Hashable by value.
 
-    draw_own: key -> what a task adds, before its training; a pytree without leaves for nothing.
-    logits: (shared, own, x [B, ...]) -> [B, C]; shared is a pytree like the network's params.
     shared_learns: when the shared weights are trained: with no task, the first or every one.
       "always" is where earlier tasks can be forgotten.
     own_learns: whether what a task adds is trained, or stays as drawn (PSP's rotations).
     Raises ValueError on construction for another choice.
     """
 
-    draw_own: Callable[[jax.Array], PyTree]
-    logits: Callable[[PyTree, PyTree, jax.Array], jax.Array]
     shared_learns: str
-    own_learns: bool = True
+    own_learns: bool
 
     def __post_init__(self):
         if self.shared_learns not in WHEN:
             raise ValueError(f"shared_learns must be one of {WHEN}, got {self.shared_learns!r}")
+
+    def draw_own(self, key: jax.Array) -> PyTree:
+        """What a task adds, before its training; a pytree without leaves for nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must say what a task adds")
+
+    def logits(self, shared: PyTree, own: PyTree, x: jax.Array) -> jax.Array:
+        """[B, C] of x [B, ...]; shared is a pytree like the network's params."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it computes")
 
     @property
     def forgets(self) -> bool:
