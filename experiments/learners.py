@@ -214,7 +214,7 @@ class Compared(Learner):
             "shared": self.shared,
             "factors": factors,
             "accuracies": self.accuracies,
-            "done": np.int32(self.done),
+            "done": np.asarray(self.done),
         }
 
     def save(self, run: Run) -> None:

@@ -158,6 +158,31 @@ def rate_against_tasks(path: Path, title: str, rows: list[dict], bound: float) -
     _save(fig, path)
 
 
+def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -> None:
+    """entries: {outputs: {objective: an entry with accuracy and deviation (None of one seed)}}."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    outputs = sorted(entries)
+    for objective in ("entropy", "superfluous"):
+        found = [(n, entries[n][objective]) for n in outputs if objective in entries[n]]
+        ax.errorbar(
+            [n for n, _ in found],
+            [entry.accuracy for _, entry in found],
+            [entry.deviation or 0 for _, entry in found],
+            fmt="o-",
+            color=OURS[objective],
+            label=f"GNu, {OBJECTIVES[objective]}",
+            capsize=3,
+        )
+    some = next(iter(entries[outputs[0]].values()))
+    ax.set(title=title, xlabel="outputs", ylabel=f"accuracy, mean over {some.series.tasks} tasks")
+    ax.set_xscale("log")
+    ax.set_xticks(outputs, [str(n) for n in outputs])
+    ax.set_xticks([], minor=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
 def _save(fig, path):
     fig.savefig(path, dpi=120)
     plt.close(fig)

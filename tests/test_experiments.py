@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from experiments import permuted, reports, runs
+import supsup_jax as ss
+from experiments import continual, learners, permuted, plots, report, reports, rotated, runs
 from experiments.permuted import Args
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    return permuted.main(Args(tiny=True, out=out)), out
+    return continual.main(Args(tiny=True, out=out)), out
 
 
 def test_a_run_writes_what_it_promises(finished):
@@ -60,7 +61,7 @@ def test_the_csv_means_what_the_result_says(finished):
 def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monkeypatch):
     want, finished_out = finished
     args = Args(tiny=True, out=tmp_path / "run")
-    train_tasks, calls = permuted.ss.train_tasks, []
+    train_tasks, calls = ss.train_tasks, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -68,11 +69,11 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
             raise KeyboardInterrupt
         return train_tasks(*arguments)
 
-    monkeypatch.setattr(permuted.ss, "train_tasks", interrupted)
+    monkeypatch.setattr(ss, "train_tasks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        permuted.main(args)
+        continual.main(args)
     assert not (args.out / "result.json").exists()
-    got = permuted.main(dataclasses.replace(args, resume=True))
+    got = continual.main(dataclasses.replace(args, resume=True))
     assert len(calls) == 4  # the two tasks saved were not learned again
     assert got["rows"] == want["rows"]
     with np.load(args.out / "store.npz") as a, np.load(finished_out / "store.npz") as b:
@@ -81,8 +82,8 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys, monkeypatch):
     want, out = finished
-    monkeypatch.setattr(permuted.ss, "train_tasks", None)
-    assert permuted.main(Args(tiny=True, out=out, resume=True)) == want
+    monkeypatch.setattr(ss, "train_tasks", None)
+    assert continual.main(Args(tiny=True, out=out, resume=True)) == want
     assert "is finished" in capsys.readouterr().out
 
 
@@ -149,8 +150,8 @@ def test_a_damaged_progress_file(tmp_path, capsys):
 
 def test_a_damaged_store_stops_a_resume(tmp_path, capsys, monkeypatch):
     args = Args(tiny=True, out=tmp_path / "run")
-    monkeypatch.setattr(permuted, "finish", lambda *_: {})
-    permuted.main(args)
+    monkeypatch.setattr(continual, "finish", lambda *_: {})
+    continual.main(args)
     store = args.out / "store.npz"
     store.write_bytes(store.read_bytes()[:-100])
     capsys.readouterr()
@@ -165,3 +166,134 @@ def test_compile_seconds_are_counted_once(tmp_path):
         jax.block_until_ready(jax.jit(lambda x: x * 3 + 1.2345)(1.0))
     assert set(run.seconds) == {"work", "compile"}
     assert run.seconds["work"] >= 0
+
+
+@pytest.mark.parametrize("method", ["psp", "abatche"])
+def test_an_interrupted_baseline_resumes_to_the_same_result(tmp_path, monkeypatch, method):
+    args = Args(tiny=True, method=method, out=tmp_path / "whole")
+    want = continual.main(args)
+    assert [row["method"] for row in want["rows"]][:1] == [method]
+    assert max(row["accuracy"] for row in want["rows"]) > 0.5
+    learn, calls = learners.baselines.learn, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(*arguments, **options)
+
+    monkeypatch.setattr(learners.baselines, "learn", interrupted)
+    args = dataclasses.replace(args, out=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        continual.main(args)
+    got = continual.main(dataclasses.replace(args, resume=True))
+    assert len(calls) == 4  # the two tasks saved were not learned again
+    assert got["rows"] == want["rows"]
+
+
+def test_abatche_is_judged_by_every_rule(tmp_path):
+    result = continual.main(Args(tiny=True, method="abatche", out=tmp_path / "run"))
+    found = {(row["method"], row["scenario"], row["objective"]) for row in result["rows"]}
+    inferred = {
+        (method, scenario, name)
+        for method, _, name in learners.INFERENCES
+        for scenario in ("gns", "gnu")
+    }
+    assert found == {("abatche", "gg", None), *inferred}
+    assert set(plots.METHODS) >= {method for method, _, _ in found}
+
+
+def test_rotated_runs_by_the_binary_rule(tmp_path):
+    args = rotated.Args(tiny=True, out=tmp_path / "run")
+    assert args.config().rule == "binary_search"
+    result = continual.main(args)
+    assert result["experiment"] == "rotated"
+    (gnu,) = reports.find(result["rows"], scenario="gnu", tasks_learned=3)
+    assert (gnu["protocol"], gnu["decisions"]) == ("batch-128", 6)
+
+
+def test_mistakes_of_methods_and_widths(capsys, tmp_path):
+    new = ["--out", str(tmp_path / "new"), "--tiny"]
+    assert "--method must be one of supsup, upper_bound" in error_of(
+        [*new, "--method", "ewc"], capsys
+    )
+    assert "outputs must be at least 11" in error_of([*new, "--outputs", "10"], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def fake_run(folder, seed, accuracy, method="supsup", outputs=100, tasks=50, **config):
+    """A result.json as a run of permuted MNIST would leave it."""
+    folder.mkdir(parents=True)
+    scenario = "gnu" if method == "supsup" else "gg"
+    row = {
+        "method": method,
+        "scenario": scenario,
+        "objective": "entropy" if scenario == "gnu" else None,
+        "protocol": "paper" if scenario == "gnu" else "given",
+        "images_per_task": None,
+        "tasks_learned": tasks,
+        "decisions": 79 * tasks,
+        "accuracy": accuracy,
+        "task_accuracy": 1.0 if scenario == "gnu" else None,
+    }
+    result = {
+        "schema": runs.SCHEMA,
+        "experiment": "permuted",
+        "seed": seed,
+        "seconds": {"train": 2.0, "evaluate": 1.0, "compile": 0.5},
+        "device": "1 x cpu, 2 cores",
+        "config": {
+            "dataset": "mnist",
+            "model": "lenet_300_100",
+            "outputs": outputs,
+            "tasks": tasks,
+            "stream": "permuted",
+            "method": method,
+            **config,
+        },
+        "rows": [row, {**row, "tasks_learned": 7, "accuracy": 0.5}],
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys):
+    for seed, accuracy in enumerate((0.93, 0.94, 0.95)):
+        fake_run(tmp_path / f"runs/a/{seed}", seed, accuracy)
+    fake_run(tmp_path / "runs/b", 0, 0.88, method="batche", outputs=10)
+    fake_run(tmp_path / "runs/c", 0, 0.90, outputs=25)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    made = report.main(report.Args(tmp_path / "runs", tmp_path / "out", readme))
+    assert made["figures"] == ["figure_3_left.png", "figure_6_lenet.png"]
+    assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in made["figures"])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n5 runs, gathered at commit ")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    supsup = next(line for line in text.splitlines() if "100 outputs | SupSup" in line)
+    cells = [cell.strip() for cell in supsup.split("|")]
+    # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
+    assert cells[7:11] == ["50", "0.9400 ± 0.0100", "0.9368", "+0.0032"]
+    assert cells[-3:-1] == ["3", "4"]
+    batche = next(line for line in text.splitlines() if "BatchE" in line)
+    assert "| 0.8800 | 0.8833 | -0.0033 |" in batche
+    assert "| 7 |" not in text  # neither the end of a run nor a number of the paper's
+
+
+def test_mistakes_of_the_report(tmp_path, capsys):
+    def error(*args):
+        with pytest.raises(SystemExit) as exit_:
+            report.main(report.Args(*args))
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert "is no folder" in error(tmp_path / "none", out)
+    (tmp_path / "runs").mkdir()
+    assert "holds no finished run" in error(tmp_path / "runs", out)
+    fake_run(tmp_path / "runs/a", 0, 0.9)
+    (tmp_path / "README.md").write_text("no markers")
+    assert "must hold <!-- results -->" in error(tmp_path / "runs", out, tmp_path / "README.md")
+    (tmp_path / "runs/a/result.json").write_text("{")
+    assert "result.json is damaged" in error(tmp_path / "runs", out)
+    assert not out.exists()

@@ -1,0 +1,368 @@
+"""All finished runs under a folder as one table and one picture a figure, beside the paper.
+
+    python -m experiments.report --runs runs --out docs/results --readme README.md
+
+Reads every result.json below --runs, averages over seeds, and writes results.md and the figures to
+--out; with --readme also puts the table between that file's two result markers. Each line names
+what it stands on: network, method, scenario, objective, protocol, tasks, seeds, seconds, device.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from experiments import paper, permuted, plots, reports, runs
+
+MARKERS = "<!-- results -->", "<!-- /results -->"
+NETWORKS = {
+    "lenet_300_100": "LeNet-300-100",
+    "fc_1024_1024": "FC-1024-1024",
+    "notebook_300_300": "784-300-300",
+    "bnnet": "BNNet-2048-2048",
+}
+EXPERIMENTS = {
+    "permuted": "permuted",
+    "rotated": "rotated",
+    "nns": "permuted, no ids",
+    "split_mnist": "split",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Gathers result.json files into a table and the paper's figures."""
+
+    runs: Path = Path("runs")
+    """Folder below which every result.json is read."""
+    out: Path = Path("runs/report")
+    readme: Path | None = None
+    """Markdown file whose results section is replaced by the table."""
+    tiny: bool = False
+    """A report of one tiny run, made first."""
+
+
+class Series(NamedTuple):
+    """What must agree for results to differ in their seed only."""
+
+    experiment: str
+    dataset: str
+    model: str
+    outputs: int
+    method: str
+    scenario: str
+    objective: str | None
+    protocol: str
+    images: int | None
+    tasks: int
+
+    @property
+    def network(self) -> str:
+        return f"{NETWORKS.get(self.model, self.model)}, {self.outputs} outputs"
+
+
+class Mean(NamedTuple):
+    """One line: mean and deviation over seeds, and what the paper has."""
+
+    series: Series
+    accuracy: float
+    deviation: float | None  # of the sample; None of one seed
+    task_accuracy: float | None
+    decisions: int
+    seeds: int
+    paper: float | None
+    seconds: float  # training and evaluation, mean over the seeds' whole runs
+    device: str
+    last: bool  # of its run
+
+
+def read(folder: Path) -> list[dict]:
+    """Every finished run below `folder`. Raises UsageError for none, or a damaged one."""
+    if not folder.is_dir():
+        raise runs.UsageError(f"--runs {folder} is no folder")
+    found = []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            result = json.loads(path.read_text())
+            if result["schema"] != runs.SCHEMA:
+                raise runs.UsageError(
+                    f"{path} has schema {result['schema']}, this release {runs.SCHEMA}"
+                )
+            if isinstance(result.get("rows"), list) and "config" in result:
+                found.append(result)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, runs.UsageError):
+                raise
+            raise runs.UsageError(f"{path} is damaged: {error!r}") from error
+    if not found:
+        raise runs.UsageError(f"--runs {folder} holds no finished run (no result.json below it)")
+    return found
+
+
+def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
+    """(series, row, result) of every row of every run."""
+    for result in results:
+        config = result["config"]
+        for row in result["rows"]:
+            yield (
+                Series(
+                    result["experiment"],
+                    config["dataset"],
+                    config["model"],
+                    config["outputs"],
+                    row["method"],
+                    row["scenario"],
+                    row["objective"],
+                    row["protocol"],
+                    row.get("images_per_task"),
+                    row["tasks_learned"],
+                ),
+                row,
+                result,
+            )
+
+
+def means(results: list[dict]) -> list[Mean]:
+    """One entry a series, over seeds; a seed seen twice counts once, in its longest run."""
+    groups: dict[Series, dict[int, tuple[dict, dict]]] = {}
+    for series, row, result in lines(results):
+        seeds = groups.setdefault(series, {})
+        old = seeds.get(result["seed"])
+        if old is None or result["config"]["tasks"] >= old[1]["config"]["tasks"]:
+            seeds[result["seed"]] = (row, result)
+    return [
+        _mean(series, list(seeds.values())) for series, seeds in sorted(groups.items(), key=_order)
+    ]
+
+
+def _order(item):
+    series = item[0]
+    return tuple("" if value is None else str(value).zfill(6) for value in series)
+
+
+def _mean(series, found):
+    accuracies = [row["accuracy"] for row, _ in found]
+    task_accuracies = [row["task_accuracy"] for row, _ in found]
+    row, result = found[0]
+    return Mean(
+        series,
+        float(np.mean(accuracies)),
+        float(np.std(accuracies, ddof=1)) if len(found) > 1 else None,
+        None if None in task_accuracies else float(np.mean(task_accuracies)),
+        sum(row["decisions"] for row, _ in found),
+        len(found),
+        reports.theirs(result["config"], row),
+        float(np.mean([_seconds(result) for _, result in found])),
+        result["device"],
+        all(row["tasks_learned"] == result["config"]["tasks"] for row, result in found),
+    )
+
+
+def _seconds(result):
+    return sum(result["seconds"].get(phase, 0) for phase in ("train", "evaluate", "compile"))
+
+
+def table(entries: list[Mean]) -> str:
+    """Markdown: every series at the end of its runs, and wherever the paper has a number."""
+    text = [
+        "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
+        "| difference | task accuracy | decisions | seeds | seconds a run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        if not (entry.last or entry.paper is not None):
+            continue
+        series = entry.series
+        ours = f"{entry.accuracy:.4f}"
+        if entry.deviation is not None:
+            ours += f" ± {entry.deviation:.4f}"
+        cells = [
+            f"{EXPERIMENTS.get(series.experiment, series.experiment)} {series.dataset}",
+            series.network,
+            plots.METHODS.get(series.method, series.method),
+            series.scenario.upper() if series.scenario == "gg" else _scenario(series.scenario),
+            plots.OBJECTIVES[series.objective] or "-",
+            series.protocol + (f", first {series.images} images" if series.images else ""),
+            f"{series.tasks:,}",
+            ours,
+            _number(entry.paper, ".4f"),
+            _number(entry.paper and entry.accuracy - entry.paper, "+.4f"),
+            _number(entry.task_accuracy, ".4f"),
+            f"{entry.decisions:,}",
+            str(entry.seeds),
+            f"{entry.seconds:,.0f}",
+        ]
+        text.append("| " + " | ".join(cells) + " |")
+    devices = sorted({entry.device for entry in entries})
+    text += ["", f"Devices: {'; '.join(devices)}."]
+    return "\n".join(text) + "\n"
+
+
+def _scenario(name):
+    return {"gns": "GNs", "gnu": "GNu", "nns": "NNs"}[name]
+
+
+def _number(value, form):
+    return "-" if value is None else f"{value:{form}}"
+
+
+def draw(out: Path, entries: list[Mean]) -> list[str]:
+    """The paper's figures that the runs have something for; the names of the files."""
+    named = []
+
+    def tasks(name, title, keep, figure=None):
+        curves = _curves([entry for entry in entries if keep(entry.series)])
+        if not curves:
+            return
+        for (of, method, objective), points in paper.CURVES.items():
+            if of == figure and objective != "superfluous":
+                curves.append(plots.paper_curve(method, objective, points))
+        plots.accuracy_against_tasks(out / name, title, curves)
+        named.append(name)
+
+    def permuted_mnist(model, outputs):
+        def keep(series):
+            return (
+                (series.experiment, series.dataset, series.model) == ("permuted", "mnist", model)
+                and series.outputs == (outputs if series.method == "supsup" else 10)
+                and series.images is None
+                and (series.scenario == "gnu") == (series.method == "supsup")
+                and series.protocol in ("paper", "given")
+            )
+
+        return keep
+
+    for model, outputs, side in (("lenet_300_100", 100, "left"), ("fc_1024_1024", 500, "right")):
+        tasks(
+            f"figure_3_{side}.png",
+            f"Figure 3, {side}: permuted MNIST, {NETWORKS[model]}, {outputs} outputs",
+            permuted_mnist(model, outputs),
+            f"{model}/{outputs}",
+        )
+    tasks(
+        "figure_4.png",
+        "Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
+        lambda s: (
+            (s.model, s.outputs, s.dataset) == ("lenet_300_100", 500, "mnist")
+            and s.scenario in ("gnu", "nns")
+            and s.protocol == "paper"
+            and s.images is None
+        ),
+        "lenet_300_100/500",
+    )
+    tasks(
+        "figure_5_left.png",
+        "Figure 5, left: rotated MNIST, FC-1024-1024",
+        lambda s: (
+            (s.experiment, s.dataset) == ("rotated", "mnist")
+            and (s.scenario == "gnu") == (s.method == "supsup")
+        ),
+    )
+    tasks(
+        "figure_5_right.png",
+        "Figure 5, right: permuted MNIST, FC-1024-1024, 500 outputs, one-shot",
+        lambda s: (
+            (s.experiment, s.dataset, s.model, s.outputs)
+            == ("permuted", "mnist", "fc_1024_1024", 500)
+            and s.scenario == "gnu"
+            and s.protocol == "paper"
+        ),
+    )
+    for model in ("lenet_300_100", "fc_1024_1024"):
+        by_outputs = _by_outputs(entries, model)
+        if len(by_outputs) > 1:
+            name = f"figure_6_{model.split('_')[0]}.png"
+            plots.accuracy_against_outputs(
+                out / name, f"Figure 6: permuted MNIST, {NETWORKS[model]}", by_outputs
+            )
+            named.append(name)
+    return named
+
+
+def _curves(entries):
+    grouped: dict[Series, list[Mean]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.series._replace(tasks=0), []).append(entry)
+    curves = []
+    for series, found in grouped.items():
+        label = plots.METHODS.get(series.method, series.method)
+        label += f", {_scenario(series.scenario)}" if series.scenario != "gg" else ", GG"
+        if series.objective:
+            label += f", {plots.OBJECTIVES[series.objective]}"
+        curves.append(
+            plots.curve(label, {e.series.tasks: e.accuracy for e in found}, series._asdict())
+        )
+    return curves
+
+
+def _by_outputs(entries, model):
+    """{outputs: {objective: Mean}} at the largest number of tasks that several widths share."""
+    at: dict[int, dict[int, dict]] = {}
+    for entry in entries:
+        s = entry.series
+        if (
+            (s.experiment, s.dataset, s.model, s.method) == ("permuted", "mnist", model, "supsup")
+            and s.scenario == "gnu"
+            and s.protocol == "paper"
+            and s.images is None
+        ):
+            at.setdefault(s.tasks, {}).setdefault(s.outputs, {})[s.objective] = entry
+    shared = [tasks for tasks, widths in at.items() if len(widths) > 1]
+    best = max(shared, key=lambda tasks: (len(at[tasks]), tasks), default=None)
+    return at.get(best, {})
+
+
+def commit() -> str:
+    """The commit that this report is made at, with a star where files differ from it."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("*" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def put_between_markers(text: str, section: str) -> str:
+    """`text` with what stands between the markers exchanged. Raises UsageError without them."""
+    start, end = MARKERS
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise runs.UsageError(f"--readme must hold {start} and then {end}, once each")
+    pattern = f"({re.escape(start)}\n).*?({re.escape(end)})"
+    return re.sub(pattern, lambda found: found[1] + section + found[2], text, flags=re.DOTALL)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Writes the report; returns its lines and the figures' names."""
+    if args.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            permuted.cli(["--tiny", "--out", f"{folder}/tiny"])
+            return main(dataclasses.replace(args, runs=Path(folder), tiny=False))
+    with runs.usage_errors():
+        results = read(args.runs)
+        readme = args.readme and args.readme.read_text()
+        entries = means(results)
+        section = f"{len(results)} runs, gathered at commit {commit()}.\n\n{table(entries)}"
+        new_readme = readme and put_between_markers(readme, section)
+        runs.writable_folder(args.out)
+    (args.out / "results.md").write_text(section)
+    figures = draw(args.out, entries)
+    if new_readme:
+        args.readme.write_text(new_readme)
+    print(section)
+    print("figures: " + (", ".join(str(args.out / name) for name in figures) or "none"))
+    return {"entries": entries, "figures": figures}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
