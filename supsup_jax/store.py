@@ -258,11 +258,13 @@ class MaskStore(TaskStore):
         store_file.save(
             path,
             self._usable()._bank,
-            self.layout,
+            store_file.Origin(
+                self.layout,
+                self._static.initializer,
+                self._seed,
+                np.asarray(self._fingerprint).tobytes(),
+            ),
             capacity=self.capacity,
-            initializer=self._static.initializer,
-            seed=self._seed,
-            fingerprint=np.asarray(self._fingerprint).tobytes(),
             overwrite=overwrite,
         )
 

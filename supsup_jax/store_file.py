@@ -10,13 +10,17 @@
 
 Reading needs NumPy only, never pickle. The file is written beside its final name, flushed to
 disk, then renamed, so that a reader sees the old store or the new one and nothing between.
+`write` and `read` know no masks: a HopfieldStore goes through them in a format of its own.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +36,66 @@ FORMAT = "supsup_jax.MaskStore"
 VERSION = 1
 
 
+class Origin(NamedTuple):
+    """What the fixed weights of a store were drawn from, and which of them it masks."""
+
+    layout: Layout
+    initializer: str | None
+    seed: jax.Array | None
+    fingerprint: bytes  # sha256 of the weights; zeros where the store was made inside jit
+
+
 def save(
     path: str | os.PathLike,
     tasks: Bank,
-    layout: Layout,
+    origin: Origin,
     *,
     capacity: int,
-    initializer: str | None,
-    seed: jax.Array | None,
-    fingerprint: bytes,
     overwrite: bool,
 ) -> None:
     """Writes a bank and what its weights were drawn from; errors as `MaskStore.save`."""
+    path = target(path, origin, overwrite)
+    num_tasks = int(tasks.num_tasks)
+    rows = bank.untile_words(tasks.words, capacity)[:num_tasks]
+    arrays = {"masks": np.asarray(rows)}
+    for i, leaf in enumerate(jax.tree.leaves(tasks.states)):
+        arrays[f"state.{i}"] = _as_bytes(np.asarray(leaf[:num_tasks]))
+    fields = {
+        "num_tasks": num_tasks,
+        "capacity": capacity,
+        "states": {
+            name: [str(leaf.dtype), list(leaf.shape[1:])]
+            for name, leaf in named_leaves(tasks.states).items()
+        },
+    }
+    write(path, FORMAT, VERSION, origin, fields, arrays)
+
+
+def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
+    """The bank at `path`, for tasks of `net`, and its capacity; errors as `MaskStore.load`."""
+    manifest, arrays = read(path, FORMAT, VERSION, net)
+    with sensible(path):
+        num_tasks, capacity = int(manifest["num_tasks"]), int(manifest["capacity"])
+        if not 0 <= num_tasks <= capacity:
+            raise ValueError(f"{num_tasks} tasks in a capacity of {capacity}")
+        stored = manifest["states"]
+    have = {
+        name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(net.state).items()
+    }
+    if stored != have:
+        raise StoreError(f"{path} holds statistics {stored}, the network has {have}")
+    want = {"masks": ((num_tasks, net.layout.num_words), "uint32")} | {
+        f"state.{i}": ((num_tasks, *leaf.shape), str(_as_bytes(np.zeros(0, leaf.dtype)).dtype))
+        for i, leaf in enumerate(jax.tree.leaves(net.state))
+    }
+    check_arrays(path, manifest, arrays, want)
+    return _restore(net, arrays, num_tasks, capacity), capacity
+
+
+def target(path: str | os.PathLike, origin: Origin, overwrite: bool) -> Path:
+    """The path to write to, once nothing stands in the way. Errors as `MaskStore.save`."""
     path = Path(path)
-    if not any(fingerprint):
+    if not any(origin.fingerprint):
         raise StoreError("this store was created inside jit and knows no fingerprint to save")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the file to save the store to")
@@ -53,24 +103,29 @@ def save(
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in; create it first")
-    num_tasks = int(tasks.num_tasks)
-    rows = bank.untile_words(tasks.words, capacity)[:num_tasks]
-    arrays = {"masks": np.asarray(rows)}
-    for i, leaf in enumerate(jax.tree.leaves(tasks.states)):
-        arrays[f"state.{i}"] = _as_bytes(np.asarray(leaf[:num_tasks]))
+    return path
+
+
+def write(
+    path: Path,
+    format: str,
+    version: int,
+    origin: Origin,
+    fields: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """A store's file: arrays of NumPy's own dtypes under a manifest of `fields` and the origin.
+
+    Whatever happens, `path` holds what it held or the whole new file.
+    """
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "num_tasks": num_tasks,
-        "capacity": capacity,
-        "initializer": initializer,
-        "seed": None if seed is None else int(seed),
-        "fingerprint": fingerprint.hex(),
-        "layout": [[name, list(shape)] for name, shape in layout.named_shapes],
-        "states": {
-            name: [str(leaf.dtype), list(leaf.shape[1:])]
-            for name, leaf in named_leaves(tasks.states).items()
-        },
+        "format": format,
+        "version": version,
+        "initializer": origin.initializer,
+        "seed": None if origin.seed is None else int(origin.seed),
+        "fingerprint": origin.fingerprint.hex(),
+        "layout": [[name, list(shape)] for name, shape in origin.layout.named_shapes],
+        **fields,
         "sha256": {name: _digest(array) for name, array in arrays.items()},
     }
     text = json.dumps(manifest).encode()
@@ -78,28 +133,44 @@ def save(
     _write_then_rename(path, {"manifest": head, **arrays})
 
 
-def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
-    """The bank at `path`, for tasks of `net`, and its capacity; errors as `MaskStore.load`."""
+def read(
+    path: str | os.PathLike, format: str, version: int, net: Network
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest and the arrays, unchecked as yet, of a store file of `net`'s weights.
+
+    Errors as `MaskStore.load`.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}")
     with open(path, "rb") as file:
         arrays = _read(path, file)
-    manifest = _manifest(path, arrays)
-    try:
+    manifest = _manifest(path, arrays, format, version)
+    with sensible(path):
         _check_network(path, manifest, net)
-        num_tasks, capacity = int(manifest["num_tasks"]), int(manifest["capacity"])
-        if not 0 <= num_tasks <= capacity:
-            raise ValueError(f"{num_tasks} tasks in a capacity of {capacity}")
-        sums = dict(manifest["sha256"])
+    return manifest, arrays
+
+
+@contextlib.contextmanager
+def sensible(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what goes wrong while a manifest's fields are read into a StoreError."""
+    try:
+        yield
     except StoreError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} has a manifest that makes no sense: {error!r}") from error
-    want = {"masks": ((num_tasks, net.layout.num_words), "uint32")} | {
-        f"state.{i}": ((num_tasks, *leaf.shape), str(_as_bytes(np.zeros(0, leaf.dtype)).dtype))
-        for i, leaf in enumerate(jax.tree.leaves(net.state))
-    }
+
+
+def check_arrays(
+    path: str | os.PathLike,
+    manifest: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    want: dict[str, tuple[tuple[int, ...], str]],
+) -> None:
+    """Raises StoreError unless the arrays of `want`, (shape, dtype) by name, are there unharmed."""
+    with sensible(path):
+        sums = dict(manifest["sha256"])
     for name, (shape, dtype) in want.items():
         if name not in arrays:
             raise StoreError(f"{path} lacks the array {name!r} that its manifest lists")
@@ -110,7 +181,6 @@ def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
             )
         if _digest(array) != sums.get(name):
             raise StoreError(f"{path}: {name!r} does not match its checksum; the file is damaged")
-    return _restore(net, arrays, num_tasks, capacity), capacity
 
 
 def _restore(net, arrays, num_tasks, capacity):
@@ -138,7 +208,7 @@ def _read(path, file):
         raise StoreError(f"{path} is not a whole store file: {error!r}") from error
 
 
-def _manifest(path, arrays):
+def _manifest(path, arrays, format, version):
     head = arrays.get("manifest")
     if head is None or head.dtype != np.uint8 or head.ndim != 1:
         raise StoreError(f"{path} is not a store file: it has no manifest")
@@ -146,11 +216,12 @@ def _manifest(path, arrays):
     if hashlib.sha256(text).digest() != digest:
         raise StoreError(f"{path}: the manifest does not match its checksum; the file is damaged")
     manifest = json.loads(text)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} is not a store file: its manifest is not of {FORMAT}")
-    if manifest.get("version") != VERSION:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != format:
+        raise StoreError(f"{path} is not a store file of {format}: its manifest names {found!r}")
+    if manifest.get("version") != version:
         raise StoreError(
-            f"{path} has format version {manifest.get('version')}, this release reads {VERSION}: "
+            f"{path} has format version {manifest.get('version')}, this release reads {version}: "
             "upgrade supsup_jax to read it"
         )
     return manifest
@@ -162,11 +233,6 @@ def _check_network(path, manifest, net):
         raise StoreError(
             f"{path} holds masks of {stored}, but the network masks {net.layout.shapes}"
         )
-    have = {
-        name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(net.state).items()
-    }
-    if manifest["states"] != have:
-        raise StoreError(f"{path} holds statistics {manifest['states']}, the network has {have}")
     if manifest["fingerprint"] != net.fingerprint:
         origin = (
             f"drawn by {manifest['initializer']} from seed {manifest['seed']}"
