@@ -1,5 +1,14 @@
 """Flax NNX networks of the paper's experiments, built to be masked: no biases anywhere."""
 
+from supsup_jax.models.bnnet import BNNet, bnnet, is_norm_scale
 from supsup_jax.models.mlp import MLP, fc_1024_1024, lenet_300_100, notebook_300_300
 
-__all__ = ["MLP", "fc_1024_1024", "lenet_300_100", "notebook_300_300"]
+__all__ = [
+    "MLP",
+    "BNNet",
+    "bnnet",
+    "fc_1024_1024",
+    "is_norm_scale",
+    "lenet_300_100",
+    "notebook_300_300",
+]
