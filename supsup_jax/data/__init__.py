@@ -1,7 +1,7 @@
 """Real data: images read whole into memory, and streams of tasks made of them."""
 
 from supsup_jax.data.sources import Dataset, MissingDataError, load_dataset, synthetic
-from supsup_jax.data.streams import PermutedStream, RotatedStream, ViewStream
+from supsup_jax.data.streams import PermutedStream, RotatedStream, SplitStream, ViewStream
 from supsup_jax.data.views import permutation, rotation
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "MissingDataError",
     "PermutedStream",
     "RotatedStream",
+    "SplitStream",
     "ViewStream",
     "load_dataset",
     "permutation",

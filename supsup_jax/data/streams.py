@@ -2,23 +2,25 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
+from supsup_jax.types import TaskData
 
 
 class _Split(Sequence):
     """One split of a stream as a sequence of TaskData, one a task."""
 
-    def __init__(self, stream, base):
-        self._stream, self._base = stream, base
+    def __init__(self, num_tasks: int, data_of: Callable[[int], TaskData]):
+        self._num_tasks, self._data_of = num_tasks, data_of
 
     def __len__(self):
-        return len(self._stream)
+        return self._num_tasks
 
     def __getitem__(self, task):
         if isinstance(task, slice):
@@ -26,7 +28,7 @@ class _Split(Sequence):
         task = task + len(self) if task < 0 else task
         if not 0 <= task < len(self):
             raise IndexError(f"task {task} is not in the stream of {len(self)}")
-        return dataclasses.replace(self._base, view=self._stream.view(task))
+        return self._data_of(task)
 
 
 class ViewStream:
@@ -40,8 +42,8 @@ class ViewStream:
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
         self.dataset, self._num_tasks = dataset, num_tasks
-        self.train = _Split(self, dataset.train)
-        self.test = _Split(self, dataset.test)
+        self.train = self._split(dataset.train)
+        self.test = self._split(dataset.test)
 
     def __len__(self) -> int:
         return self._num_tasks
@@ -55,6 +57,9 @@ class ViewStream:
     def view(self, task: int) -> jax.Array:
         """Task `task`'s gather index over the pixels, as TaskData takes it."""
         raise NotImplementedError(f"{type(self).__name__} must say what task {task} sees")
+
+    def _split(self, base):
+        return _Split(len(self), lambda i: dataclasses.replace(base, view=self.view(i)))
 
 
 class PermutedStream(ViewStream):
@@ -91,3 +96,73 @@ class RotatedStream(ViewStream):
     def view(self, task: int) -> jax.Array:
         shape = self.dataset.train.images.shape[1:]
         return jnp.asarray(rotation(task * (360 // self._num_tasks), shape))
+
+
+class SplitStream:
+    """Classes dealt to tasks (SplitMNIST, SplitCIFAR): each task has the images of its own.
+
+    `train[i]` and `test[i]` are task i's TaskData; len() is the number of tasks. `classes[i]` are
+    its labels in the dataset: the next `classes_per_task` of `order`, by default 0, 1, 2, ...
+    Labels stay the dataset's, or with `relabel` are 0, 1, ... within each task, in that order.
+
+    Tasks hold as many images as their classes have, so whatever is compiled for one is compiled
+    anew for another: equal numbers would need images left out or shown twice. A TaskData is
+    gathered from the dataset when asked for, in the dataset's order; no task holds another's.
+    Raises TypeError or ValueError for classes that do not divide into tasks of two or more, that
+    repeat, or that the dataset lacks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        classes_per_task: int,
+        order: Sequence[int] | None = None,
+        relabel: bool = False,
+    ):
+        if isinstance(classes_per_task, bool) or not isinstance(classes_per_task, int | np.integer):
+            raise TypeError(f"classes_per_task must be an int, got {classes_per_task!r}")
+        if classes_per_task < 2:
+            raise ValueError(
+                f"classes_per_task must be at least 2, to tell apart, got {classes_per_task}"
+            )
+        order = np.asarray(range(dataset.num_labels) if order is None else order)
+        if order.ndim != 1 or not np.issubdtype(order.dtype, np.integer):
+            raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
+        if len(order) == 0 or len(order) % classes_per_task:
+            raise ValueError(
+                f"{len(order)} classes do not divide into tasks of {classes_per_task}; "
+                "pass an order that does"
+            )
+        if len(set(order.tolist())) != len(order):
+            raise ValueError(f"order must name each class once, got {order.tolist()}")
+        for split, data in (("training", dataset.train), ("test", dataset.test)):
+            if absent := sorted(set(order.tolist()) - set(np.asarray(data.labels).tolist())):
+                raise ValueError(f"{dataset.name} has no {split} images of class {absent[0]}")
+        self.dataset = dataset
+        self.classes = [tuple(row) for row in order.reshape(-1, classes_per_task).tolist()]
+        self._classes_per_task, self._relabel = int(classes_per_task), relabel
+        self.train = self._split(dataset.train)
+        self.test = self._split(dataset.test)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def on(self, dataset: Dataset) -> "SplitStream":
+        """The same tasks over other images of the same classes."""
+        order = [label for task in self.classes for label in task]
+        return SplitStream(dataset, self._classes_per_task, order, self._relabel)
+
+    def _split(self, base):
+        labels = np.asarray(base.labels)
+
+        def data_of(task):
+            classes = np.asarray(self.classes[task])
+            own = np.flatnonzero(np.isin(labels, classes))
+            mine = labels[own]
+            if self._relabel:
+                mine = np.argmax(mine[:, None] == classes[None], axis=1)
+            return dataclasses.replace(
+                base, images=base.images[own], labels=jnp.asarray(mine, base.labels.dtype)
+            )
+
+        return _Split(len(self), data_of)
