@@ -1,3 +1,4 @@
+import dataclasses
 import time
 import warnings
 
@@ -86,6 +87,72 @@ def test_a_stream_shares_its_images_and_permutes_them():
         stream.train[3]
     with pytest.raises(ValueError, match="num_tasks must be at least 1"):
         data.PermutedStream(dataset, 0)
+
+
+def test_a_split_stream_deals_every_image_to_the_task_of_its_class():
+    dataset = data.load_dataset("digits")
+    stream = data.SplitStream(dataset, 2)
+    assert len(stream) == len(stream.test) == 5
+    assert stream.classes == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    for split, whole in ((stream.train, dataset.train), (stream.test, dataset.test)):
+        images, labels = np.asarray(whole.images), np.asarray(whole.labels)
+        for i, task in enumerate(split):
+            own = [j for j in range(len(labels)) if labels[j] in (2 * i, 2 * i + 1)]
+            np.testing.assert_array_equal(task.images, images[own])
+            np.testing.assert_array_equal(task.labels, labels[own])
+            assert task.labels.dtype == whole.labels.dtype
+            assert task.transform == whole.transform
+        assert sum(task.num_examples for task in split) == len(labels)
+
+
+def test_a_split_stream_in_an_order_of_its_own_relabelled():
+    dataset = data.load_dataset("digits")
+    stream = data.SplitStream(dataset, 3, order=[9, 0, 4, 7, 1, 8], relabel=True)
+    assert stream.classes == [(9, 0, 4), (7, 1, 8)]
+    plain = data.SplitStream(dataset, 3, order=[9, 0, 4, 7, 1, 8])
+    for i, names in enumerate(stream.classes):
+        np.testing.assert_array_equal(stream.test[i].images, plain.test[i].images)
+        want = [names.index(label) for label in np.asarray(plain.test[i].labels)]
+        np.testing.assert_array_equal(stream.test[i].labels, want)
+    few = stream.on(dataset.limit_test(100))
+    assert few.classes == stream.classes
+    assert int(few.test[1].labels.max()) == 2
+    assert few.test[1].num_examples < stream.test[1].num_examples
+
+
+def test_classes_that_make_no_tasks():
+    dataset = data.load_dataset("digits")
+    for error, message, arguments in (
+        (ValueError, "at least 2, to tell apart, got 1", (1,)),
+        (TypeError, "classes_per_task must be an int, got 2.0", (2.0,)),
+        (ValueError, "10 classes do not divide into tasks of 3; pass an order that does", (3,)),
+        (ValueError, "0 classes do not divide", (2, [])),
+        (ValueError, r"name each class once, got \[1, 2, 1, 3\]", (2, [1, 2, 1, 3])),
+        (ValueError, "digits has no training images of class 10", (2, [9, 10])),
+        (TypeError, r"order must be a sequence of labels, got \[0.5, 1.0\]", (2, [0.5, 1.0])),
+    ):
+        with pytest.raises(error, match=message):
+            data.SplitStream(dataset, *arguments)
+    with pytest.raises(ValueError, match="digits has no test images of class"):
+        data.SplitStream(dataset.limit_test(3), 2)
+
+
+def test_one_pass_shows_every_example_once_and_fills_the_last_batch():
+    images = np.arange(14, dtype=np.float32).reshape(7, 2)
+    task = ss.TaskData(images, np.zeros(7, int))
+    np.testing.assert_array_equal(
+        np.asarray(data.one_pass(task, 3))[..., 0] / 2, [[0, 1, 2], [3, 4, 5], [6, 0, 1]]
+    )
+    drawn = np.asarray(data.one_pass(task, 3, jax.random.key(0)))[..., 0].reshape(-1) / 2
+    np.testing.assert_array_equal(np.sort(drawn[:7]), np.arange(7))
+    np.testing.assert_array_equal(drawn[7:], drawn[:2])
+    assert (drawn[:7] != np.arange(7)).any()
+    assert data.one_pass(task, 7).shape == (1, 7, 2)
+    assert data.one_pass(task, 10).shape == (1, 10, 2)
+    view = dataclasses.replace(task, view=jnp.asarray([1, -1]))
+    np.testing.assert_array_equal(data.one_pass(view, 2)[0], [[1, 0], [3, 0]])
+    with pytest.raises(ValueError, match="batch_size must be an int of at least 1, got 0"):
+        data.one_pass(task, 0)
 
 
 def test_synthetic_images_follow_from_the_key():

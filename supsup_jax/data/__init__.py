@@ -1,7 +1,13 @@
 """Real data: images read whole into memory, and streams of tasks made of them."""
 
 from supsup_jax.data.sources import Dataset, MissingDataError, load_dataset, synthetic
-from supsup_jax.data.streams import PermutedStream, RotatedStream, SplitStream, ViewStream
+from supsup_jax.data.streams import (
+    PermutedStream,
+    RotatedStream,
+    SplitStream,
+    ViewStream,
+    one_pass,
+)
 from supsup_jax.data.views import permutation, rotation
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "SplitStream",
     "ViewStream",
     "load_dataset",
+    "one_pass",
     "permutation",
     "rotation",
     "synthetic",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supsup_jax import prng
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
 from supsup_jax.types import TaskData
@@ -126,7 +127,7 @@ class SplitStream:
                 f"classes_per_task must be at least 2, to tell apart, got {classes_per_task}"
             )
         order = np.asarray(range(dataset.num_labels) if order is None else order)
-        if order.ndim != 1 or not np.issubdtype(order.dtype, np.integer):
+        if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
             raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
         if len(order) == 0 or len(order) % classes_per_task:
             raise ValueError(
@@ -166,3 +167,21 @@ class SplitStream:
             )
 
         return _Split(len(self), data_of)
+
+
+def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> jax.Array:
+    """Network inputs [S, batch_size, ...] that show every example of `data` once, for `recover`.
+
+    key: draws their order; None keeps the data's. S = ceil(N / batch_size): what the last batch
+    lacks is filled from the front of the order.
+    Raises ValueError for a batch_size that is not a positive int.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    data.check()
+    order = jnp.arange(data.num_examples)
+    if key is not None:
+        order = jax.random.permutation(prng.purpose_key(key, "one_pass"), order)
+    index = jnp.resize(order, (-(-data.num_examples // batch_size), batch_size))
+    x, _ = data.batch(index.reshape(-1))
+    return x.reshape(*index.shape, *x.shape[1:])
