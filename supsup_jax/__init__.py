@@ -5,6 +5,7 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.evaluation import evaluate
+from supsup_jax.hopfield import HopfieldStore, Recovery, RecoveryConfig, recover
 from supsup_jax.infer import alpha_gradient, descend, one_shot, oracle, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
@@ -27,10 +28,13 @@ from supsup_jax.version import __version__
 __all__ = [
     "__version__",
     "CapacityError",
+    "HopfieldStore",
     "MaskStore",
     "Network",
     "Normalize",
     "ScoreMean",
+    "Recovery",
+    "RecoveryConfig",
     "StoreError",
     "Superfluous",
     "Task",
@@ -49,6 +53,7 @@ __all__ = [
     "one_shot_streamed",
     "oracle",
     "predict",
+    "recover",
     "signed_constant",
     "signed_topk_mask",
     "threshold_mask",

@@ -58,18 +58,7 @@ class TaskStore:
 
     def check_fits(self, net: Network) -> None:
         """Raises StoreError unless the masks have the network's leaves and shapes."""
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
-        if self.layout.shapes != net.layout.shapes:
-            raise StoreError(
-                f"the store holds masks of {self.layout.shapes}, "
-                f"but the network masks {net.layout.shapes}"
-            )
-        if self.layout != net.layout:
-            raise StoreError(
-                f"the store's masks have the structure {self.layout.treedef}, "
-                f"but the network's {net.layout.treedef}"
-            )
+        check_layout(self.layout, net)
 
     @property
     def _traced(self):
@@ -111,10 +100,9 @@ class MaskStore(TaskStore):
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
         if not traced:
             memory.check_room(bank.nbytes(net.layout, net.state, int(capacity)), int(capacity))
-        digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
         return cls(
             bank.empty(net.layout, net.state, int(capacity)),
-            fingerprint=jnp.asarray(np.frombuffer(digest, np.uint8)),
+            fingerprint=digest_of(net),
             # A copy: donating a store must never consume what the network holds.
             seed=None if net.seed is None else jnp.array(net.seed, copy=True),
             static=_Static(net.layout, int(capacity), net.initializer),
@@ -231,22 +219,7 @@ class MaskStore(TaskStore):
         Weights are compared by seed, where both were drawn, and by fingerprint where both are at
         hand: a network's is computed when a store is created or loaded for it. Neither inside jit.
         """
-        super().check_fits(net)
-        seeds = self._seed, net.seed
-        if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
-            mine, theirs = map(int, seeds)
-            if mine != theirs:
-                raise StoreError(
-                    f"the store belongs to other weights: drawn from seed {mine}, this network's "
-                    f"from seed {theirs}"
-                )
-        if net._fingerprint and not isinstance(self._fingerprint, jax.core.Tracer):
-            mine = np.asarray(self._fingerprint).tobytes()
-            if any(mine) and mine != bytes.fromhex(net._fingerprint):
-                raise StoreError(
-                    f"the store belongs to other weights (sha256 {mine.hex()[:12]}...) than this "
-                    f"network's ({net._fingerprint[:12]}...)"
-                )
+        check_same_network(self.layout, self._seed, self._fingerprint, net)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Writes the store to the file `path`, wholly or not at all; the format is `store_file`'s.
@@ -313,8 +286,7 @@ class MaskStore(TaskStore):
         mask, state = task if isinstance(task, Task) else (task, None)
         leaves = self.layout.leaves(mask, "the mask")
         for name, leaf in zip(self.layout.shapes, leaves, strict=True):
-            if not isinstance(leaf, jax.core.Tracer):
-                _check_binary(name, leaf)
+            check_binary(name, leaf)
         like = self._like_state
         if jax.tree.structure(state) != jax.tree.structure(like):
             if self._bank.states is None:
@@ -376,7 +348,55 @@ class MaskStore(TaskStore):
         )
 
 
-def _check_binary(name, leaf):
+def check_layout(layout: Layout, net: Network) -> None:
+    """Raises TypeError or StoreError unless `net` masks the leaves of this layout."""
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, got {type(net).__name__}")
+    if layout.shapes != net.layout.shapes:
+        raise StoreError(
+            f"the store holds masks of {layout.shapes}, but the network masks {net.layout.shapes}"
+        )
+    if layout != net.layout:
+        raise StoreError(
+            f"the store's masks have the structure {layout.treedef}, "
+            f"but the network's {net.layout.treedef}"
+        )
+
+
+def check_same_network(layout: Layout, seed: Any, fingerprint: jax.Array, net: Network) -> None:
+    """Raises StoreError unless a store of this layout, seed and fingerprint belongs to `net`.
+
+    As `MaskStore.check_fits` says.
+    """
+    check_layout(layout, net)
+    seeds = seed, net.seed
+    if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
+        mine, theirs = map(int, seeds)
+        if mine != theirs:
+            raise StoreError(
+                f"the store belongs to other weights: drawn from seed {mine}, this network's "
+                f"from seed {theirs}"
+            )
+    if net._fingerprint and not isinstance(fingerprint, jax.core.Tracer):
+        mine = np.asarray(fingerprint).tobytes()
+        if any(mine) and mine != bytes.fromhex(net._fingerprint):
+            raise StoreError(
+                f"the store belongs to other weights (sha256 {mine.hex()[:12]}...) than this "
+                f"network's ({net._fingerprint[:12]}...)"
+            )
+
+
+def digest_of(net: Network) -> jax.Array:
+    """The fingerprint of the weights as uint8 [32]; zeros inside jit, where they have no values."""
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
+    digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
+    return jnp.asarray(np.frombuffer(digest, np.uint8))
+
+
+def check_binary(name: str, leaf: Any) -> None:
+    """Raises TypeError or ValueError unless a mask's leaf, if concrete, holds 0 and 1 only."""
+    if isinstance(leaf, jax.core.Tracer):
+        return
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.bool_):
         return

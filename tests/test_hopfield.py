@@ -1,0 +1,502 @@
+import json
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import supsup_jax as ss
+from supsup_jax import hopfield, models, store_file
+from supsup_jax.hopfield import energy, hebbian, retrieve, storkey
+from tests.conftest import golden, random_masks
+
+
+def norm_scale_net(width=8, seed=0, outputs=4, inputs=6):
+    module = models.bnnet(outputs, num_inputs=inputs, width=width, rngs=nnx.Rngs(seed))
+    return ss.Network.from_nnx(module, masked=models.is_norm_scale)
+
+
+def holding(net, tasks, rule="storkey"):
+    store = ss.HopfieldStore.create(net, rule)
+    for mask in tasks:
+        store = store.append(mask)
+    return store
+
+
+@pytest.fixture(scope="module")
+def net():
+    return norm_scale_net()
+
+
+@pytest.fixture(scope="module")
+def store(net):
+    return holding(net, random_masks(net, 2))
+
+
+# The rules.
+
+
+def test_storkey_matches_the_reference():
+    saved = golden("storkey")
+    weights = jnp.zeros((64, 64))
+    for scores in saved["scores"]:
+        weights = storkey(weights, jnp.where(scores >= 0, 1.0, -1.0))
+    np.testing.assert_allclose(weights, saved["weights"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_store_learns_what_the_reference_does():
+    saved = golden("storkey")
+    net = ss.Network(
+        lambda p, x: x * p["s"][None], {"s": jnp.ones(64)}, masked=lambda n, leaf: True
+    )
+    store = holding(net, [{"s": scores >= 0} for scores in saved["scores"]])
+    np.testing.assert_allclose(store.weights["s"], saved["weights"], rtol=1e-5, atol=1e-7)
+    mean = np.where(saved["scores"] >= 0, 1, -1).mean(axis=0)
+    np.testing.assert_allclose(store.mean["s"], mean, atol=1e-7)
+
+
+def test_hebbian_by_hand():
+    weights = hebbian(jnp.zeros((3, 3)), jnp.asarray([1, -1, 1]))
+    want = np.asarray([[0, -1, 1], [-1, 0, -1], [1, -1, 0]]) / 3
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    twice = hebbian(weights, jnp.asarray([1.0, 1.0, 1.0]))
+    np.testing.assert_allclose(twice, want + (np.ones((3, 3)) - np.eye(3)) / 3, atol=1e-7)
+
+
+def test_energy_by_hand():
+    weights = jnp.asarray([[0.0, 2.0], [2.0, 1.0]])
+    assert float(energy(weights, jnp.asarray([1, -1]))) == -0.5 * (0 - 2 - 2 + 1)
+    # A pattern stored alone by Hebb's rule is the minimum, -(d - 1) / 2.
+    x = jnp.asarray([1.0, -1.0, -1.0, 1.0])
+    weights = hebbian(jnp.zeros((4, 4)), x)
+    assert float(energy(weights, x)) == pytest.approx(-1.5)
+    grids = jnp.stack(jnp.meshgrid(*[jnp.asarray([-1.0, 1.0])] * 4), -1).reshape(-1, 4)
+    assert float(jax.vmap(energy, (None, 0))(weights, grids).min()) == pytest.approx(-1.5)
+
+
+@pytest.mark.parametrize("rule", [storkey, hebbian])
+def test_a_noisy_pattern_is_retrieved(rule):
+    rng = np.random.default_rng(0)
+    patterns = rng.choice([-1.0, 1.0], (3, 128)).astype(np.float32)
+    weights = jnp.zeros((128, 128))
+    for pattern in patterns:
+        weights = rule(weights, pattern)
+    for pattern in patterns:
+        noisy = np.where(rng.random(128) < 0.1, -pattern, pattern)
+        assert (noisy != pattern).any()
+        np.testing.assert_array_equal(retrieve(weights, noisy), pattern)
+
+
+def test_retrieval_stops_in_a_cycle_of_two():
+    swap = jnp.asarray([[0.0, 1.0], [1.0, 0.0]])
+    start = jnp.asarray([1.0, -1.0])
+    np.testing.assert_array_equal(retrieve(swap, start, sweeps=6), start)
+    np.testing.assert_array_equal(retrieve(swap, start, sweeps=7), -start)
+
+
+def test_bad_patterns():
+    weights = jnp.zeros((4, 4))
+    for rule in (storkey, hebbian, energy, retrieve):
+        with pytest.raises(ValueError, match=r"weights must be \[d, d\], got shape \(4, 3\)"):
+            rule(jnp.zeros((4, 3)), jnp.ones(4))
+        with pytest.raises(ValueError, match=r"must be \[4\], as the weights are, got \(3,\)"):
+            rule(weights, jnp.ones(3))
+        with pytest.raises(
+            TypeError, match=r"must hold -1 and 1 \(2 \* mask - 1\), got dtype bool"
+        ):
+            rule(weights, jnp.ones(4, bool))
+
+
+# The store.
+
+
+def test_a_store_keeps_no_mask_and_its_size(net):
+    store = ss.HopfieldStore.create(net)
+    before = store.nbytes
+    one = store.append(random_masks(net, 1)[0])
+    assert int(store.num_tasks) == 0  # append is pure
+    assert int(one.num_tasks) == 1
+    # Two leaves of 8: weights and sums, T, and the fingerprint.
+    assert one.nbytes == before == 2 * (8 * 8 * 4 + 8 * 4) + 4 + 32
+
+
+def test_append_takes_tasks_and_numbers_alike(net, store):
+    masks = random_masks(net, 2)
+    tasks = [ss.Task(jax.tree.map(lambda leaf: leaf.astype(np.float32), mask)) for mask in masks]
+    chex.assert_trees_all_equal(holding(net, tasks), store)
+
+
+def test_ties_of_the_mean_stay_ties():
+    """A float running mean of 1, 1, 1, -1, -1, -1 ends a rounding away from 0."""
+    net = norm_scale_net(width=2)
+    bits = [1, 1, 1, 0, 0, 0]
+    masks = [net.layout.tree([np.asarray([b, 1 - b])] * 2) for b in bits]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mean = holding(net, masks).mean
+    for leaf in jax.tree.leaves(mean):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_append_inside_jit(net, store):
+    masks = random_masks(net, 2)
+
+    @jax.jit
+    def both(store, one, two):
+        return store.append(one).append(two)
+
+    got = both(ss.HopfieldStore.create(net), *masks)
+    chex.assert_trees_all_close(got, store, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("storkey", r"9 masks .* storkey rule .* d / sqrt\(2 ln d\) = 8\.2 .* d = 20: measure"),
+        ("hebbian", r"4 masks .* hebbian rule .* d / \(2 ln d\) = 3\.3 .* d = 20: measure"),
+    ],
+)
+def test_the_capacity_warns_once(rule, message):
+    net = norm_scale_net(width=20)
+    store = holding(net, random_masks(net, 8 if rule == "storkey" else 3), rule)
+    (mask,) = random_masks(net, 1, seed=9)
+    with pytest.warns(UserWarning, match=message) as caught:
+        store = store.append(mask)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    store.append(mask)  # a warning is an error here: there is no second one
+
+
+def test_what_cannot_be_stored(net, norm_net, monkeypatch):
+    with pytest.raises(TypeError, match="net must be a Network, got str"):
+        ss.HopfieldStore.create("net")
+    with pytest.raises(ValueError, match=r"rule must be one of \['hebbian', 'storkey'\], got 'x'"):
+        ss.HopfieldStore.create(net, "x")
+    with pytest.raises(ValueError, match="keeps no statistics, but the network has state"):
+        ss.HopfieldStore.create(norm_net)
+    store = ss.HopfieldStore.create(net)
+    (mask,) = random_masks(net, 1)
+    with pytest.raises(ValueError, match=r"must hold only 0 and 1 at 'norm0/scale'"):
+        store.append(jax.tree.map(lambda leaf: 2.0 * leaf - 1, mask))
+    with pytest.raises(ValueError, match="lacks the masked leaf 'norm0/scale'"):
+        store.append({})
+    with pytest.raises(ValueError, match="the task brings some"):
+        store.append(ss.Task(mask, {"mean": jnp.zeros(3)}))
+    with pytest.raises(TypeError, match=r"append its \.task"):
+        store.append(ss.TrainResult(ss.Task(mask), mask, jnp.zeros(1)))
+    monkeypatch.setattr(hopfield.memory, "device_bytes", lambda: 511)
+    with pytest.raises(ss.CapacityError, match=r"take 512 bytes, and there are 511: mask leaves"):
+        ss.HopfieldStore.create(net)
+
+
+# Its file.
+
+
+@pytest.fixture
+def saved(store, tmp_path):
+    store.save(tmp_path / "store.npz")
+    return tmp_path / "store.npz"
+
+
+@pytest.mark.parametrize("rule", ["storkey", "hebbian"])
+def test_round_trip(net, tmp_path, rule):
+    store = holding(net, random_masks(net, 1), rule)
+    store.save(tmp_path / "s")
+    loaded = ss.HopfieldStore.load(tmp_path / "s", net)
+    chex.assert_trees_all_equal(loaded, store)
+    assert loaded.rule == rule
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        store.save(tmp_path / "s")
+    store.save(tmp_path / "s", overwrite=True)
+
+
+def test_a_failed_write_leaves_the_old_store(store, saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(store_file.np, "savez", fail)
+    with pytest.raises(OSError, match="no space"):
+        store.save(saved, overwrite=True)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_every_truncation_is_refused(net, saved):
+    whole = saved.read_bytes()
+    for size in [0, 1, 10, *range(50, len(whole), 397), len(whole) - 1]:
+        saved.write_bytes(whole[:size])
+        with pytest.raises(ss.StoreError):
+            ss.HopfieldStore.load(saved, net)
+
+
+def test_flipped_bits_are_refused_or_harmless(net, store, saved):
+    whole = saved.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in rng.choice(len(whole), 100, replace=False):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.integers(8)
+        saved.write_bytes(damaged)
+        try:
+            loaded = ss.HopfieldStore.load(saved, net)
+        except ss.StoreError:
+            refused += 1
+            continue
+        chex.assert_trees_all_equal(loaded, store)
+    assert refused > 50
+
+
+def rewrite(path, change=None, **arrays):
+    """The file with its manifest changed and signed anew, or arrays exchanged."""
+    with np.load(path, allow_pickle=False) as archive:
+        content = {name: archive[name] for name in archive.files}
+    if change is not None:
+        manifest = json.loads(content["manifest"].tobytes()[:-32])
+        change(manifest)
+        text = json.dumps(manifest).encode()
+        digest = store_file.hashlib.sha256(text).digest()
+        content["manifest"] = np.frombuffer(text + digest, np.uint8)
+    content |= arrays
+    np.savez(path, **{name: array for name, array in content.items() if array is not None})
+
+
+def test_what_does_not_fit_is_refused_by_name(net, saved):
+    whole = saved.read_bytes()
+    for change, message in (
+        ({"change": lambda m: m.update(version=2)}, "format version 2, this release reads 1"),
+        ({"change": lambda m: m.update(format="x")}, "its manifest names 'x'"),
+        ({"change": lambda m: m.update(rule="x")}, "makes no sense"),
+        ({"change": lambda m: m.update(rule=[])}, "makes no sense"),
+        ({"change": lambda m: m.update(num_tasks=-1)}, "makes no sense"),
+        ({"change": lambda m: m.pop("num_tasks")}, "makes no sense"),
+        ({"change": lambda m: m.update(sha256=3)}, "makes no sense"),
+        ({"weights.1": np.zeros((8, 8), np.float32)}, r"'weights\.1' does not match its checksum"),
+        ({"weights.0": np.zeros((7, 7), np.float32)}, r"'weights\.0' must be float32 \(8, 8\)"),
+        ({"total.0": np.zeros(8, np.float32)}, r"'total\.0' must be int32 \(8,\), got float32"),
+        ({"total.1": None}, r"lacks the array 'total\.1'"),
+        ({"manifest": None}, "no manifest"),
+    ):
+        saved.write_bytes(whole)
+        rewrite(saved, **change)
+        with pytest.raises(ss.StoreError, match=message):
+            ss.HopfieldStore.load(saved, net)
+
+
+def test_other_networks_and_foreign_files_are_refused(net, saved, tmp_path):
+    with pytest.raises(ss.StoreError, match="belongs to other weights"):
+        ss.HopfieldStore.load(saved, norm_scale_net(seed=1))
+    with pytest.raises(ss.StoreError, match="but the network masks"):
+        ss.HopfieldStore.load(saved, norm_scale_net(width=9))
+    with pytest.raises(ss.StoreError, match=r"names 'supsup_jax\.HopfieldStore'"):
+        ss.MaskStore.load(saved, net)
+    ss.MaskStore.create(net).save(tmp_path / "masks")
+    with pytest.raises(ss.StoreError, match=r"names 'supsup_jax\.MaskStore'"):
+        ss.HopfieldStore.load(tmp_path / "masks", net)
+    with pytest.raises(FileNotFoundError, match="no store at"):
+        ss.HopfieldStore.load(tmp_path / "none", net)
+    with pytest.raises(TypeError, match="net must be a Network, got str"):
+        ss.HopfieldStore.load(saved, "net")
+    np.savez(tmp_path / "p.npz", manifest=np.asarray([{"a": 1}], dtype=object))
+    with pytest.raises(ss.StoreError):
+        ss.HopfieldStore.load(tmp_path / "p.npz", net)
+
+
+def test_a_store_made_inside_jit_cannot_be_saved(net, tmp_path):
+    store = jax.jit(ss.HopfieldStore.create)(net)
+    with pytest.raises(ss.StoreError, match="created inside jit"):
+        store.save(tmp_path / "s")
+
+
+# Recovery.
+
+# A learning rate at which the numbers move without a chaos of flips.
+SLOW = ss.RecoveryConfig(gamma=0.05, learning_rate=2.0, momentum=0.5, weight_decay=0.01)
+
+
+def numpy_entropy_gradient(params, scores, x):
+    """dH/dmask of BNNet, by finite differences of a NumPy forward pass, in double precision."""
+
+    def forward(masks):
+        h = x.astype(np.float64)
+        for i, mask in enumerate(masks):
+            h = h @ params[f"layer{i}"]["kernel"]
+            h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5) * mask
+            h = h / (1 + np.exp(-h))
+        logits = h @ params["layer2"]["kernel"]
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return -(np.exp(log_p) * log_p).sum(1).mean()
+
+    masks = [(z >= 0).astype(np.float64) for z in scores]
+    grads = [np.zeros_like(mask) for mask in masks]
+    for mask, grad in zip(masks, grads, strict=True):
+        for i in range(mask.size):
+            ends = []
+            for step in (1e-5, -1e-5):
+                mask[i] += step
+                ends.append(forward(masks))
+                mask[i] -= step
+            grad[i] = (ends[0] - ends[1]) / 2e-5
+    return forward(masks), grads
+
+
+def test_recovery_is_the_formula_step_by_step(net, store):
+    """PyTorch's SGD, written out: g += decay z; v = momentum v + g; z -= rate v."""
+    x = np.asarray(jax.random.normal(jax.random.key(3), (4, 5, 6)))
+    (target,) = random_masks(net, 1, seed=7)
+    got = ss.recover(net, store, jnp.asarray(x), SLOW, target=target)
+
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net.params)
+    weights = [np.asarray(W, np.float64) for W in jax.tree.leaves(store.weights)]
+    bits = jax.tree.leaves(target)
+    patterns = [jax.tree.leaves(mask) for mask in random_masks(net, 2)]
+    z = [np.mean([2.0 * p[leaf] - 1 for p in patterns], axis=0) for leaf in range(2)]
+    v = [np.zeros(8), np.zeros(8)]
+    assert any((leaf == 0).any() for leaf in z)  # ties at the start, which keep
+    for b in range(1, 5):
+        for leaf, counts in enumerate(jax.tree.leaves(got.distance)):
+            assert counts[b - 1] == np.sum((z[leaf] >= 0) != bits[leaf])
+        value, grads = numpy_entropy_gradient(params, z, x[b - 1])
+        signs = [np.where(leaf >= 0, 1.0, -1.0) for leaf in z]
+        total = sum(-0.5 * s @ W @ s for s, W in zip(signs, weights, strict=True))
+        np.testing.assert_allclose(got.uncertainty[b - 1], value, rtol=1e-4)
+        np.testing.assert_allclose(got.energy[b - 1], total, rtol=1e-4)
+        for leaf in range(2):
+            g = (1 - b / 4) * grads[leaf]
+            g += 0.05 * (b / 4) * 2 * -(weights[leaf] @ signs[leaf])
+            v[leaf] = 0.5 * v[leaf] + g + 0.01 * z[leaf]
+            z[leaf] = z[leaf] - 2.0 * v[leaf]
+    for leaf, (scores, mask, counts) in enumerate(
+        zip(*map(jax.tree.leaves, (got.scores, got.mask, got.distance)), strict=True)
+    ):
+        np.testing.assert_allclose(scores, z[leaf], rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(mask, z[leaf] >= 0)
+        assert counts[4] == np.sum((z[leaf] >= 0) != bits[leaf])
+        assert counts.shape == (5,)
+    assert sum(int(counts[0] != counts[4]) for counts in jax.tree.leaves(got.distance))
+
+
+def test_a_trained_task_is_recovered_from_its_images():
+    """The whole of it in small: three tasks of two labels, known by their images."""
+    net = norm_scale_net(width=128, inputs=20, outputs=6)
+    keys = jax.random.split(jax.random.key(0), 3)
+    config = ss.TrainConfig(
+        steps=60, batch_size=32, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-4
+    )
+    zeros = net.layout.tree([jnp.zeros(shape) for shape in net.layout.shapes.values()])
+    means = 2 * jax.random.normal(jax.random.key(1), (6, 20))
+    store, tasks, streams = ss.HopfieldStore.create(net), [], []
+    for i, key in enumerate(keys):
+        labels = 2 * i + jax.random.randint(key, (960,), 0, 2)
+        images = means[labels] + jax.random.normal(key, (960, 20))
+        data = ss.TaskData(images, labels)
+        tasks.append(ss.train_task(key, net, data, config, init_scores=zeros).task)
+        streams.append(images.reshape(30, 32, 20))
+        store = store.append(tasks[i])
+    # A sixteenth of the paper's width: energies are smaller by as much.
+    recovery = ss.RecoveryConfig(gamma=16 * 1.5e-3, learning_rate=100.0)
+    for task, x in zip(tasks, streams, strict=True):
+        found = ss.recover(net, store, x, recovery, target=task.mask)
+        start, *_, end = sum(np.asarray(leaf) for leaf in jax.tree.leaves(found.distance))
+        assert start > 40
+        assert end == 0
+        chex.assert_trees_all_equal(found.mask, task.mask)
+
+
+def test_batches_come_as_an_array_or_one_by_one(net, store):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    want = ss.recover(net, store, x, SLOW)
+    assert want.distance is None
+    chex.assert_trees_all_equal(ss.recover(net, store, (batch for batch in x), SLOW), want)
+
+
+def test_another_objective(net, store):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    got = ss.recover(net, store, x, SLOW, objective=ss.max_logit)
+    start = jax.tree.map(lambda z: z >= 0, store.mean)
+    want = -net(start, x[0]).max(axis=1).mean()
+    np.testing.assert_allclose(got.uncertainty[0], want, rtol=1e-5)
+
+
+def test_one_compilation_serves_every_number_of_tasks(net):
+    traces, first = [], None
+
+    def counting(logits):
+        traces.append(logits.shape)
+        return ss.entropy(logits)
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    store = ss.HopfieldStore.create(net)
+    for i, mask in enumerate(random_masks(net, 3)):
+        store = store.append(mask)
+        ss.recover(net, store, x + i, ss.RecoveryConfig(gamma=1e-3), objective=counting)
+        first = first if i else len(traces)
+    assert len(traces) == first > 0
+
+
+def test_recovery_inside_jit_and_vmap(net, store):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    got = jax.jit(jax.vmap(lambda x: ss.recover(net, store, x, SLOW).scores))(x)
+    want = [ss.recover(net, store, each, SLOW).scores for each in x]
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *want)
+    chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_bad_configs():
+    for change, message in (
+        ({"learning_rate": 0}, "learning_rate must be positive, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+        ({"gamma": -1.0}, r"gamma must lie in \[0, inf\), got -1.0"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"weight_decay": float("inf")}, r"weight_decay must lie in \[0, inf\), got inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ss.RecoveryConfig(**change)
+    assert hash(ss.RecoveryConfig()) == hash(ss.RecoveryConfig(gamma=1.5e-3))
+
+
+def test_bad_input(net, store):
+    x = jnp.zeros((3, 4, 6))
+    (mask,) = random_masks(net, 1)
+    for error, message, arguments in (
+        (
+            TypeError,
+            "store must be a HopfieldStore, got MaskStore",
+            (net, ss.MaskStore.create(net), x),
+        ),
+        (TypeError, "config must be a RecoveryConfig, got float", (net, store, x, 0.1)),
+        (TypeError, "net must be a Network, got str", ("net", store, x)),
+        (ss.StoreError, "but the network masks", (norm_scale_net(width=9), store, x)),
+        (ss.StoreError, "the store is empty", (net, ss.HopfieldStore.create(net), x)),
+        (
+            TypeError,
+            "x must hold floats .* got dtype int32",
+            (net, store, jnp.zeros((3, 4, 6), int)),
+        ),
+        (
+            ValueError,
+            r"x must be \[S, B, ...\] with S, B >= 1, got shape \(4, 6\)",
+            (net, store, x[0]),
+        ),
+        (ValueError, r"got shape \(0, 4, 6\)", (net, store, x[:0])),
+        (
+            ValueError,
+            r"have one shape, got \[\(3, 6\), \(4, 6\)\]: fill",
+            (net, store, [x[0], x[0, :3]]),
+        ),
+        (ValueError, "at least one batch, got none", (net, store, [])),
+        (TypeError, "x must be an array or an iterable of batches, got 3", (net, store, 3)),
+    ):
+        with pytest.raises(error, match=message):
+            ss.recover(*arguments)
+    with pytest.raises(TypeError, match="objective must be a hashable function"):
+        ss.recover(net, store, x, objective="entropy")
+    with pytest.raises(ValueError, match="target lacks the masked leaf 'norm0/scale'"):
+        ss.recover(net, store, x, target={})
+    with pytest.raises(ValueError, match="must hold only 0 and 1"):
+        ss.recover(net, store, x, target=jax.tree.map(lambda leaf: 2.0 * leaf, mask))
