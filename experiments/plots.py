@@ -183,6 +183,48 @@ def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -
     _save(fig, path)
 
 
+def distance_against_steps(
+    path: Path, title: str, curves: dict[str, dict[int, np.ndarray]]
+) -> None:
+    """Bits that differ from the task's mask, [S + 1] by leaf and task; a panel a leaf."""
+    fig, axes = plt.subplots(
+        1, len(curves), figsize=(4.6 * len(curves), 3.8), layout="constrained", squeeze=False
+    )
+    for ax, (leaf, tasks) in zip(axes[0], curves.items(), strict=True):
+        for task, distance in sorted(tasks.items()):
+            ax.plot(distance, label=f"task {task}", linewidth=1.5)
+        ax.set(title=leaf, xlabel="recovery step", ylabel="bits that differ from the task's mask")
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=8)
+    fig.suptitle(title)
+    _save(fig, path)
+
+
+def retrieved_against_stored(path: Path, title: str, rows: list[dict]) -> None:
+    """rows: dicts of rule, stored, retrieved (share given back whole), known_capacity."""
+    fig, ax = plt.subplots(figsize=(6.0, 3.8), layout="constrained")
+    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
+        mine = [row for row in rows if row["rule"] == rule]
+        stored = [row["stored"] for row in mine]
+        ax.plot(
+            stored,
+            [row["retrieved"] for row in mine],
+            "o-",
+            color=f"C{i}",
+            label=rule,
+            markersize=4,
+        )
+        bound = mine[0]["known_capacity"]
+        ax.axvline(bound, color=f"C{i}", linestyle="--", label=f"{rule}, known: {bound:.0f}")
+    ax.set(title=title, xlabel="masks stored", ylabel="share retrieved without a wrong bit")
+    ax.set_ylim(-0.03, 1.03)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
 def _save(fig, path):
     fig.savefig(path, dpi=120)
     plt.close(fig)

@@ -1,0 +1,441 @@
+"""Split images, masks recovered from a Hopfield network by images alone: HopSupSup (section 4.5).
+
+    python -m experiments.split_mnist                                          # digits, no data
+    python -m experiments.split_mnist --preset mnist-hopsupsup --data-dir DIR  # the paper's
+
+Learns five tasks of two classes each, a mask over hidden units a task, and after each puts its mask
+into one Hopfield network a layer. Then every task learned is sought anew: descent along its test
+images, one step a batch, recovers a mask, under which all its test images are judged (protocol
+"stream"; the masks are kept beside, to measure against and nothing else). "stream-settled" lets the
+Hopfield networks finish what the stream left open, by sign updates without images.
+
+    preset             network            tasks   paper  on 2 CPU cores
+    digits             64-512-512-10          5   -      1 minute
+    mnist-hopsupsup    784-2048-2048-10       5   .9743  4 minutes
+
+Writes result.json, accuracy.csv, store.npz (the Hopfield networks), masks.npz, traces.npz and two
+pictures to --out: distance.png, bits that differ from the task's mask against steps, and
+capacity.png, how many random masks each rule holds.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+import supsup_jax as ss
+from experiments import permuted, plots, reports
+from experiments.runs import Run, UsageError, usage_errors
+from supsup_jax import data, hopfield, models, prng
+
+PAPER = {("mnist", 5): 0.9743}  # mean accuracy of HopSupSup, section 4.5
+METHOD = "hopsupsup"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides a run's numbers; a resumed run must have the same."""
+
+    dataset: str  # "digits", "synthetic", or a name that TFDS has prepared
+    width: int = 2048
+    outputs: int = 10
+    tasks: int = 5
+    classes_per_task: int = 2
+    # Training: sgd at a constant rate, scores from 0, whole epochs of each task's own images; the
+    # last batch of the last epoch is filled from the next order.
+    epochs: int = 1
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    # Recovery: passes over the shuffled test images of a task, one step a batch.
+    recovery: ss.RecoveryConfig = dataclasses.field(default_factory=ss.RecoveryConfig)
+    passes: int = 1
+    test_batch_size: int = 64
+    # The capacity curve: units of a random mask, most stored, share of bits flipped.
+    capacity_units: int = 256
+    capacity_stored: int = 120
+    capacity_noise: float = 0.1
+    seed: int = 0
+
+
+PRESETS = {
+    "digits": Config(
+        "digits",
+        width=512,
+        epochs=10,
+        batch_size=32,
+        # Energies grow as the width: gamma times width is the paper's.
+        recovery=ss.RecoveryConfig(gamma=4 * 1.5e-3),
+        passes=3,
+        test_batch_size=8,
+    ),
+    "mnist-hopsupsup": Config("mnist"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Recovers masks from a Hopfield network by images alone."""
+
+    preset: Literal[tuple(PRESETS)] = "digits"
+    data_dir: Path | None = None
+    """Folder in which tensorflow-datasets has prepared the dataset."""
+    out: Path | None = None
+    """Folder of the run; by default runs/split_mnist/PRESET-seedS."""
+    seed: int = 0
+    """Of weights, batches and the order of test images."""
+    tasks: int | None = None
+    """Learn the first so many tasks only."""
+    resume: bool = False
+    """Continue the run in --out, or show it when it is finished."""
+    tiny: bool = False
+    """A smoke test of seconds that needs no data: 2 tasks, a narrow net, digits or drawn images."""
+
+    def config(self) -> Config:
+        config = dataclasses.replace(PRESETS[self.preset], seed=self.seed)
+        if self.tiny:
+            config = dataclasses.replace(
+                config,
+                dataset="digits" if config.dataset == "digits" else "synthetic",
+                width=64,
+                tasks=2,
+                epochs=4,
+                batch_size=32,
+                recovery=ss.RecoveryConfig(gamma=32 * 1.5e-3, learning_rate=100.0),
+                passes=2,
+                test_batch_size=8,
+                capacity_units=32,
+                capacity_stored=12,
+            )
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative, got {self.seed}")
+        if self.tasks is not None:
+            if not 1 <= self.tasks <= config.tasks:
+                raise UsageError(f"--tasks must lie in [1, {config.tasks}], got {self.tasks}")
+            config = dataclasses.replace(config, tasks=self.tasks)
+        return config
+
+    def folder(self) -> Path:
+        name = f"{self.preset}{'-tiny' if self.tiny else ''}-seed{self.seed}"
+        return self.out or Path("runs") / "split_mnist" / name
+
+
+def main(args: Args) -> dict:
+    """Runs, or resumes, or shows a run; returns its result."""
+    with usage_errors():
+        config = args.config()
+        run = Run.open(args.folder(), config, args.resume)
+        if (result := run.result) is not None:
+            print(f"{run.out} is finished:")
+            print_table(result)
+            return result
+        with run.phase("data"):
+            dataset = permuted.load(config, args.data_dir)
+            labels = range(config.tasks * config.classes_per_task)
+            stream = data.SplitStream(dataset, config.classes_per_task, order=list(labels))
+        net = build(config, dataset)
+        store, masks = opened(run, config, net)
+        run.create()
+    if config.dataset == "synthetic":
+        print("--tiny: images drawn from a key with the dataset's shapes, not real data")
+    print(f"{run.out}: {config.tasks} tasks of {dataset.name}, {net}")
+    store, masks = learn(run, config, net, store, masks, stream)
+    return finish(run, config, store, masks)
+
+
+def build(config: Config, dataset: data.Dataset) -> ss.Network:
+    """The fixed network: signed constant kernels from the run's seed, scales of one to mask."""
+    key = prng.purpose_key(jax.random.key(config.seed), "weights")
+    module = models.bnnet(
+        config.outputs,
+        num_inputs=dataset.num_pixels,
+        width=config.width,
+        rngs=nnx.Rngs(params=key),
+    )
+    return ss.Network.from_nnx(module, masked=models.is_norm_scale)
+
+
+def opened(run: Run, config: Config, net: ss.Network) -> tuple[ss.HopfieldStore, ss.MaskStore]:
+    """The stores of a run, empty or where it stopped. The masks' file is written first."""
+    masks = ss.MaskStore.create(net, capacity=config.tasks)
+    if not run.store_path.exists():
+        return ss.HopfieldStore.create(net), masks
+    store = ss.HopfieldStore.load(run.store_path, net)
+    saved = ss.MaskStore.load(run.out / "masks.npz", net)
+    for i in range(int(store.num_tasks)):
+        masks = masks.append(saved.task(i))
+    return store, masks
+
+
+def learn(
+    run: Run,
+    config: Config,
+    net: ss.Network,
+    store: ss.HopfieldStore,
+    masks: ss.MaskStore,
+    stream: data.SplitStream,
+) -> tuple[ss.HopfieldStore, ss.MaskStore]:
+    """Learns what is left to learn, and after each task recovers all learned so far."""
+    key = prng.purpose_key(jax.random.key(config.seed), "tasks")
+    zeros = net.layout.tree([jnp.zeros(shape) for shape in net.layout.shapes.values()])
+    evaluated = {row["tasks_learned"] for row in run.rows}
+    done = int(store.num_tasks)
+    if done and done not in evaluated:
+        checkpoint(run, config, net, store, masks, stream)
+    with tqdm(initial=done, total=config.tasks, unit="task") as bar:
+        while done < config.tasks:
+            with run.phase("train"):
+                train = stream.train[done]
+                learned = ss.train_task(
+                    jax.random.fold_in(key, done),
+                    net,
+                    train,
+                    train_config(config, train.num_examples),
+                    init_scores=zeros,
+                )
+                masks, store = masks.append(learned.task), store.append(learned.task)
+            done += 1
+            with run.phase("save"):
+                masks.save(run.out / "masks.npz", overwrite=True)
+            run.save(store)
+            row = checkpoint(run, config, net, store, masks, stream)
+            bar.set_postfix(recovered=f"{row['accuracy']:.4f}", refresh=False)
+            bar.update()
+    return store, masks
+
+
+def train_config(config: Config, num_examples: int) -> ss.TrainConfig:
+    return ss.TrainConfig(
+        steps=config.epochs * math.ceil(num_examples / config.batch_size),
+        batch_size=config.batch_size,
+        optimizer="sgd",
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def checkpoint(
+    run: Run,
+    config: Config,
+    net: ss.Network,
+    store: ss.HopfieldStore,
+    masks: ss.MaskStore,
+    stream: data.SplitStream,
+) -> dict:
+    """Recovers and judges every task learned so far; keeps the rows, returns the stream's."""
+    num_tasks = int(store.num_tasks)
+    known = [masks.mask(i) for i in range(num_tasks)]
+
+    def judged(recovered):
+        found = ss.MaskStore.create(net, capacity=config.tasks)
+        for mask in recovered:
+            found = found.append(mask)
+        return ss.evaluate(net, found, stream.test, batch_size=config.test_batch_size)
+
+    with run.phase("recover"):
+        recoveries = [
+            ss.recover(net, store, test_stream(config, stream, i), config.recovery, target=known[i])
+            for i in tqdm(range(num_tasks), desc="  recoveries", leave=False)
+        ]
+        recovered = [recovery.mask for recovery in recoveries]
+        settled = [settle(store, mask) for mask in recovered]
+        distances = [
+            {name: np.asarray(leaf) for name, leaf in zip(net.layout.shapes, leaves, strict=True)}
+            for leaves in (jax.tree.leaves(recovery.distance) for recovery in recoveries)
+        ]
+    with run.phase("evaluate"):
+        run.rows += reports.rows_of("given", None, None, judged(known), METHOD)
+        found = {
+            protocol: row_of(protocol, judged(these), these, known)
+            for protocol, these in (("stream", recovered), ("stream-settled", settled))
+        }
+    totals = [sum(leaves.values()) for leaves in distances]
+    found["stream"] |= {
+        "stream_steps": [len(total) - 1 for total in totals],
+        "recovery_steps": [steps_until_final(total) for total in totals],
+    }
+    run.rows += found.values()
+    np.savez_compressed(
+        run.out / "traces.npz",
+        **{
+            f"{i}/{name}": leaf
+            for i, leaves in enumerate(distances)
+            for name, leaf in leaves.items()
+        },
+    )
+    (gg,) = reports.find(run.rows, scenario="gg", tasks_learned=num_tasks)
+    row = found["stream"]
+    tqdm.write(
+        f"{num_tasks} tasks: GG {gg['accuracy']:.4f}, recovered {row['accuracy']:.4f}, "
+        f"settled {found['stream-settled']['accuracy']:.4f}, bits off {row['bits_off']} "
+        f"after steps {row['recovery_steps']} of {row['stream_steps']}"
+    )
+    run.write_progress()
+    return row
+
+
+def test_stream(config: Config, stream: data.SplitStream, task: int) -> jax.Array:
+    """Test images of a task in batches [S, B, ...], each pass in an order of its own."""
+    key = prng.purpose_key(jax.random.key(config.seed), "test streams")
+    keys = jax.random.split(jax.random.fold_in(key, task), config.passes)
+    return jnp.concatenate(
+        [data.one_pass(stream.test[task], config.test_batch_size, each) for each in keys]
+    )
+
+
+def settle(store: ss.HopfieldStore, mask) -> dict:
+    """The stored pattern that sign updates lead to from `mask`, as a mask."""
+
+    def leaf(weights, bits):
+        return hopfield.retrieve(weights, jnp.where(bits, 1.0, -1.0)) > 0
+
+    return jax.tree.map(leaf, store.weights, mask)
+
+
+def row_of(protocol: str, measured: list, recovered: list, known: list) -> dict:
+    """A row of recoveries, one a task; labels are not shared by tasks, so this is GNu."""
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(m)]) for m in recovered]
+    target = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(m)]) for m in known]
+    distance = np.asarray([[int(np.sum(a != b)) for b in target] for a in flat])
+    nearest = distance.argmin(axis=1)
+    per_task = [row.accuracy for row in measured]
+    return {
+        "method": METHOD,
+        "scenario": "gnu",
+        "objective": "entropy",
+        "protocol": protocol,
+        "images_per_task": None,
+        "tasks_learned": len(measured),
+        "decisions": len(measured),
+        "accuracy": float(np.mean(per_task)),
+        "task_accuracy": float(np.mean(nearest == np.arange(len(measured)))),
+        "per_task": per_task,
+        "bits_off": np.diag(distance).tolist(),
+    }
+
+
+def steps_until_final(distance: np.ndarray) -> int:
+    """Steps after which the distance [S + 1] no longer changes."""
+    changed = np.flatnonzero(distance != distance[-1])
+    return int(changed[-1]) + 1 if len(changed) else 0
+
+
+def finish(run: Run, config: Config, store: ss.HopfieldStore, masks: ss.MaskStore) -> dict:
+    """Writes everything a finished run has, the result last."""
+    with run.phase("capacity"):
+        held = capacity_curves(config)
+    reports.write_csv(run.out / "accuracy.csv", run.rows)
+    draw(run, config, held)
+    result = run.finish(
+        bytes=store_bytes(run, store, masks),
+        metrics=reports.continual_metrics(run.rows),
+        capacity=held,
+    )
+    print_table(result)
+    return result
+
+
+def store_bytes(run: Run, store: ss.HopfieldStore, masks: ss.MaskStore) -> dict[str, int]:
+    """Bytes of what HopSupSup keeps, beside those of keeping the masks."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(store.weights))
+    total = 4 * store.layout.num_weights
+    return {
+        "hopfield_weights": weights,
+        "mask_sum": total,
+        "norm_statistics": 0,
+        "heads": 0,
+        "seed": 4,
+        "total": weights + total + 4,
+        "store_file": run.store_path.stat().st_size,
+        "masks_if_kept": int(masks.num_tasks) * masks.layout.num_words * 4,
+    }
+
+
+def capacity_curves(config: Config) -> list[dict]:
+    """How many of the random masks stored so far each rule gives back from noisy ones."""
+    d, most = config.capacity_units, config.capacity_stored
+    key = prng.purpose_key(jax.random.key(config.seed), "capacity")
+    patterns = jax.random.rademacher(key, (most, d), jnp.float32)
+    flip = jax.random.bernoulli(jax.random.fold_in(key, 1), config.capacity_noise, (most, d))
+    noisy = jnp.where(flip, -patterns, patterns)
+
+    @jax.jit
+    def retrieved(weights):
+        found = jax.vmap(hopfield.retrieve, (None, 0))(weights, noisy)
+        return jnp.all(found == patterns, axis=1), jnp.mean(found == patterns, axis=1)
+
+    rows = []
+    for rule, learn_one in hopfield.RULES.items():
+        weights = jnp.zeros((d, d))
+        for i in range(most):
+            weights = learn_one(weights, patterns[i])
+            if (i + 1) % (most // 12) == 0:
+                whole, bits = (np.asarray(part)[: i + 1] for part in retrieved(weights))
+                rows.append(
+                    {
+                        "rule": rule,
+                        "units": d,
+                        "stored": i + 1,
+                        "retrieved": float(whole.mean()),
+                        "bits_right": float(bits.mean()),
+                        "known_capacity": hopfield.pattern_capacity(rule, d),
+                    }
+                )
+    return rows
+
+
+def draw(run: Run, config: Config, held: list[dict]) -> None:
+    """distance.png and capacity.png."""
+    curves = {}
+    with np.load(run.out / "traces.npz") as traces:
+        for name in traces.files:
+            task, leaf = name.split("/", 1)
+            curves.setdefault(leaf, {})[int(task)] = traces[name]
+    title = f"Split {config.dataset}, {config.tasks} tasks, seed {config.seed}"
+    plots.distance_against_steps(run.out / "distance.png", title, curves)
+    plots.retrieved_against_stored(
+        run.out / "capacity.png",
+        f"{config.capacity_units} units, {config.capacity_noise:.0%} of the bits flipped",
+        held,
+    )
+
+
+def print_table(result: dict) -> None:
+    """Ours beside the paper's, a line a row of the last checkpoint; then seconds and bytes."""
+    config = result["config"]
+    known = PAPER.get((config["dataset"], config["tasks"]))
+    print("\ntasks  scenario  protocol          ours   paper     diff  task acc  steps  bits off")
+    for row in result["rows"]:
+        if row["tasks_learned"] != config["tasks"]:
+            continue
+        recovered = row["scenario"] == "gnu"
+        paper = f"{known:.4f}  {row['accuracy'] - known:+.4f}" if known and recovered else ""
+        right = f"{row['task_accuracy']:8.4f}" if recovered else f"{'-':>8}"
+        steps = max(row["recovery_steps"]) if "recovery_steps" in row else "-"
+        print(
+            f"{row['tasks_learned']:5}  {row['scenario']:8}  {row['protocol']:14}  "
+            f"{row['accuracy']:.4f}  {paper or '     -        -':15}  {right}  {steps:>5}  "
+            f"{max(row['bits_off']) if recovered else '-':>8}"
+        )
+    print("steps, bits off: of the slowest and of the worst recovery")
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
+    print(f"\nseconds: {spent}")
+    print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
+
+
+def cli(argv: list[str]) -> None:
+    main(tyro.cli(Args, args=argv, description=__doc__))
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])
