@@ -108,6 +108,36 @@ def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
     _save(fig, path)
 
 
+def assigned_windows(path: Path, title: str, counts: np.ndarray) -> None:
+    """Which mask learned which task: windows [true task, mask], a share of each task's."""
+    fig, ax = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
+    share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    image = ax.imshow(share, vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=title, xlabel="mask, in order of allocation", ylabel="true task")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    fig.colorbar(image, ax=ax, label="share of the task's windows")
+    _save(fig, path)
+
+
+def novelty_against_windows(
+    path: Path, title: str, height: np.ndarray, first: np.ndarray, threshold: float
+) -> None:
+    """height [windows]: max nu times max(T, floor); first: whether a new task begins there."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    windows = np.arange(len(height))
+    for kind, label, color in (
+        (~first, "a task goes on", OURS["entropy"]),
+        (first, "a task begins", PAPER),
+    ):
+        ax.semilogy(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
+    ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")
+    ax.set(title=title, xlabel="window", ylabel="max nu x masks asked")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
 def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
     """Milliseconds, and memory beside it, against the number of tasks; log-log."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -45,6 +45,8 @@ class Run:
         self.config = config
         self.seconds: dict[str, float] = (progress or {}).get("seconds", {})
         self.rows: list[dict] = (progress or {}).get("rows", [])
+        # What else a script needs to go on, as JSON.
+        self.extra: dict[str, Any] = (progress or {}).get("extra", {})
         self._compiled = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -127,6 +129,7 @@ class Run:
                 "config": self.config,
                 "seconds": self.seconds,
                 "rows": self.rows,
+                "extra": self.extra,
             },
         )
 

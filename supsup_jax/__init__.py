@@ -10,6 +10,14 @@ from supsup_jax.infer import alpha_gradient, descend, one_shot, oracle, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
+from supsup_jax.scenarios import (
+    Decision,
+    StreamConfig,
+    StreamState,
+    init_stream,
+    observe,
+    parse_scenario,
+)
 from supsup_jax.store import MaskStore
 from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
@@ -28,14 +36,17 @@ from supsup_jax.version import __version__
 __all__ = [
     "__version__",
     "CapacityError",
+    "Decision",
     "HopfieldStore",
     "MaskStore",
     "Network",
     "Normalize",
-    "ScoreMean",
     "Recovery",
     "RecoveryConfig",
+    "ScoreMean",
     "StoreError",
+    "StreamConfig",
+    "StreamState",
     "Superfluous",
     "Task",
     "TaskBelief",
@@ -46,12 +57,15 @@ __all__ = [
     "descend",
     "entropy",
     "evaluate",
+    "init_stream",
     "kept_count",
     "max_confidence",
     "max_logit",
+    "observe",
     "one_shot",
     "one_shot_streamed",
     "oracle",
+    "parse_scenario",
     "predict",
     "recover",
     "signed_constant",

@@ -32,7 +32,8 @@ class Protocol(NamedTuple):
 class Row(NamedTuple):
     """One task's result.
 
-    task: its id in the store. decisions: how many inferences were made (0 when ids were given).
+    task: its place in the stream, which is its id in the store unless `ids` said otherwise.
+    decisions: how many inferences were made (0 when ids were given).
     accuracy: fraction of images with the right label and, where the task was inferred, under
       the right task: GG for protocol "given", GNu otherwise.
     shared_accuracy: fraction with the right label under any task (GNs).
@@ -89,6 +90,7 @@ def evaluate(
     objective: Objective = entropy,
     batch_size: int = 128,
     tasks: Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Row]:
     """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.
@@ -97,6 +99,8 @@ def evaluate(
       the batch), "per_example" (every image its own), "batch-m" (m images decide together).
     objective: what the inference minimises.
     tasks: which of the learned tasks; None for all.
+    ids: the store's id of each task of the stream, where masks were found rather than told, and
+      may be more or fewer than tasks; -1 where no mask belongs to it. None: task i has id i.
     progress: wraps the loop over tasks, such as tqdm.tqdm.
     Tasks of equal data shape share one compiled program, whatever the number of tasks learned.
     Raises TypeError or ValueError before compiling for arguments that do not fit, such as an
@@ -113,11 +117,18 @@ def evaluate(
             f"stream must be a sequence of TaskData, such as a stream's .test, "
             f"got {type(stream).__name__}"
         )
-    if len(stream) < num_tasks:
-        raise ValueError(f"stream must hold test data of {num_tasks} tasks, got {len(stream)}")
-    tasks = range(num_tasks) if tasks is None else tasks
-    if outside := [i for i in tasks if not 0 <= i < num_tasks]:
-        raise TaskIdError(f"tasks must lie in [0, {num_tasks}), got {outside[0]}")
+    ids = range(num_tasks) if ids is None else [int(i) for i in ids]
+    if len(stream) < len(ids):
+        raise ValueError(f"stream must hold test data of {len(ids)} tasks, got {len(stream)}")
+    tasks = range(len(ids)) if tasks is None else tasks
+    if outside := [i for i in tasks if not 0 <= i < len(ids)]:
+        raise TaskIdError(f"tasks must lie in [0, {len(ids)}), got {outside[0]}")
+    least = 0 if decide is None else -1
+    if outside := [i for i in tasks if not least <= ids[i] < num_tasks]:
+        raise TaskIdError(
+            f"ids must lie in [{least}, {num_tasks}) under protocol {protocol!r}, "
+            f"got {ids[outside[0]]} for task {outside[0]}"
+        )
     outcomes, outputs = [], None
     for i in progress(tasks):
         data = stream[i]
@@ -127,24 +138,25 @@ def evaluate(
         outputs = outputs or num_outputs(net, data)
         data.check_labels(outputs)
         if decide is None:
-            outcome = _given(net, store, data, i, batch_size=batch_size)
+            outcome = _given(net, store, data, ids[i], batch_size=batch_size)
         else:
             outcome = _inferred(net, store, data, protocol=decide, objective=objective)
         outcomes.append(outcome)
         if len(outcomes) > 1:  # one task ahead of the device, and no further
             outcomes[-2] = jax.device_get(outcomes[-2])
     return [
-        _row(i, jax.device_get(outcome), decide) for i, outcome in zip(tasks, outcomes, strict=True)
+        _row(i, ids[i], jax.device_get(outcome), decide)
+        for i, outcome in zip(tasks, outcomes, strict=True)
     ]
 
 
-def _row(i, outcome, decide):
-    under = outcome.task == i
+def _row(i, mask, outcome, decide):
+    under = outcome.task == mask
     return Row(
         task=i,
         accuracy=float(np.mean(outcome.right & under)),
         shared_accuracy=float(np.mean(outcome.right)),
-        task_accuracy=None if decide is None else float(np.mean(outcome.inferred == i)),
+        task_accuracy=None if decide is None else float(np.mean(outcome.inferred == mask)),
         decisions=len(outcome.inferred),
         inferred=outcome.inferred,
     )

@@ -1,9 +1,15 @@
-"""Continual-learning metrics over an accuracy matrix, in NumPy.
+"""Continual-learning metrics over an accuracy matrix, and over tasks found, in NumPy.
 
 R [T, T]: R[i, j] is the accuracy on task j after learning task i, as a fraction; NaN where it was
 not measured (j > i unless forward transfer is wanted; whole rows between checkpoints). The last
 row must be measured for every task. Conventions follow GEM and Mammoth.
+
+counts [true task, mask]: how many windows of each task were learned by each mask, where masks
+were not told their task (scenario NNs). A mask's task, and a task's mask, is the one with most
+windows, the lower id among equals.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,6 +73,78 @@ def confusion(inferred: list[np.ndarray]) -> np.ndarray:
 def task_accuracy(confusion: np.ndarray) -> float:
     """Fraction of all decisions that named the right task."""
     return float(np.trace(confusion) / np.sum(confusion))
+
+
+class Found(NamedTuple):
+    """How the masks that a stream's learner allocated stand to the true tasks.
+
+    masks: that learned from any window. found: tasks that are the task of some mask.
+    purity: fraction of all windows learned by a mask of their task.
+    split: tasks learned by several masks. merged: masks that learned several tasks.
+    """
+
+    masks: int
+    found: int
+    purity: float
+    split: int
+    merged: int
+
+
+def window_counts(tasks: list[int], masks: list[int], num_tasks: int | None = None) -> np.ndarray:
+    """[true task, mask] counts of windows, given task and mask of each; -1: learned by no mask.
+
+    num_tasks: rows, where the last tasks may have no window.
+    """
+    tasks, masks = np.asarray(tasks, int), np.asarray(masks, int)
+    if tasks.shape != masks.shape or tasks.ndim != 1:
+        raise ValueError(
+            f"tasks and masks must name one of each a window, got {tasks.shape} and {masks.shape}"
+        )
+    rows = tasks.max(initial=-1) + 1 if num_tasks is None else num_tasks
+    counts = np.zeros((rows, masks.max(initial=-1) + 1), int)
+    learned = masks >= 0
+    np.add.at(counts, (tasks[learned], masks[learned]), 1)
+    return counts
+
+
+def task_of_mask(counts: np.ndarray) -> np.ndarray:
+    """The task of each mask, [masks]; -1 where a mask has no window."""
+    return _most(_checked_counts(counts).T)
+
+
+def mask_of_task(counts: np.ndarray) -> np.ndarray:
+    """The mask of each task, [tasks]; -1 where no window of a task was learned."""
+    return _most(_checked_counts(counts))
+
+
+def found(counts: np.ndarray) -> Found:
+    """How well masks and tasks stand for each other."""
+    counts = _checked_counts(counts)
+    if not counts.sum():
+        raise ValueError("counts must hold at least one window")
+    tasks = task_of_mask(counts)
+    return Found(
+        masks=int(np.sum(tasks >= 0)),
+        found=len(set(tasks[tasks >= 0].tolist())),
+        purity=float(counts.max(axis=0).sum() / counts.sum()),
+        split=int(np.sum((counts > 0).sum(axis=1) > 1)),
+        merged=int(np.sum((counts > 0).sum(axis=0) > 1)),
+    )
+
+
+def _most(counts):
+    if not counts.shape[1]:
+        return np.full(len(counts), -1)
+    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+
+
+def _checked_counts(counts):
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
+        raise ValueError(
+            f"counts must be [true task, mask] counts of windows, got {counts.dtype} {counts.shape}"
+        )
+    return counts
 
 
 def _checked(R):

@@ -1,0 +1,383 @@
+"""Who knows the task: the paper's four scenarios, and the learner of NNs, where no one ever does.
+
+Scenario NNs (paper sections 3.4 and 4.3): batches come without a task id, in training as in
+testing. At the first batch of every window the learner asks all its masks at once. With scores
+-dF/da at equal coefficients and nu = softmax(scores), a mask that knows the batch stands out; where
+none does, nu is nearly uniform, and a new mask is allocated. The chosen mask then learns for the
+whole window, whatever comes.
+
+Masks that may be trained again need their real-valued scores and their optimizer's state; those
+stay on the host, an entry a mask, and only the mask in training visits the device.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from supsup_jax import infer, masks, prng, train
+from supsup_jax.network import Network
+from supsup_jax.objectives import entropy
+from supsup_jax.store import MaskStore
+from supsup_jax.train import TrainConfig, TrainState
+from supsup_jax.types import Objective, Task, TaskData
+
+# The paper's names (is the id given in training, in testing; are labels shared) and the field's.
+SCENARIOS = {"GG": "task-il", "GNs": "domain-il", "GNu": "class-il", "NNs": "task-free"}
+BEYOND = ("reuse", "skip")
+# Room of a store without a budget, before it doubles.
+CAPACITY = 64
+
+
+def parse_scenario(name: str) -> str:
+    """ "gg", "gns", "gnu" or "nns" for a scenario's name or alias, in any case.
+
+    Raises ValueError for another name.
+    """
+    wanted = name.lower() if isinstance(name, str) else name
+    for scenario, alias in SCENARIOS.items():
+        if wanted in (scenario.lower(), alias):
+            return scenario.lower()
+    known = ", ".join(f"{scenario} ({alias})" for scenario, alias in SCENARIOS.items())
+    raise ValueError(f"scenario must be one of {known}, got {name!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """How a stream without task ids is learned; hashable by value.
+
+    The defaults are the reference's: see `observe` for what each field decides.
+    Raises TypeError or ValueError on construction for a field out of range.
+    """
+
+    window: int = 100  # batches from one decision to the next
+    eps: float = 1 / 8  # new where max nu < (1 + eps) / max(T, floor)
+    floor: int = 5  # masks asked at least: beside few allocated ones stand random decoys
+    budget: int | None = None  # masks allocated at most; None for no end
+    beyond: str = "reuse"  # once the budget is spent; or "skip", as the reference does
+    objective: Objective = entropy
+    # Of each mask: its steps are the windows it is chosen for. `train.steps` is only read by a
+    # schedule, and by `draw_windows` as the length of a task's stay in the stream.
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        for name, least in (("window", 1), ("floor", 2), ("budget", 1)):
+            value = getattr(self, name)
+            if name == "budget" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        if not 0 < self.eps < self.floor - 1:
+            raise ValueError(
+                f"eps must lie in (0, floor - 1) = (0, {self.floor - 1}), for no nu exceeds 1 and "
+                f"every window would be new; got {self.eps!r}"
+            )
+        if self.beyond not in BEYOND:
+            raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
+        infer.check_objective(self.objective)
+        if not isinstance(self.train, TrainConfig):
+            raise TypeError(f"train must be a TrainConfig, got {type(self.train).__name__}")
+
+    def threshold(self, allocated: int) -> float:
+        """What max nu must reach for T = `allocated` masks to know a batch."""
+        return (1 + self.eps) / max(allocated, self.floor)
+
+
+class StreamState(NamedTuple):
+    """What a learner knows between two windows: a pytree.
+
+    store: max(T, floor) masks; the first T are allocated, the others decoys.
+    slots: of each mask in the store scores, optimizer state and statistics, in NumPy.
+    allocated: T. windows: seen so far. skipped: of these, not learned from (budget, "skip").
+    num_outputs: C, 0 until the first window.
+    key: draws the scores of every slot, and augments.
+    """
+
+    store: MaskStore
+    slots: tuple[TrainState, ...]
+    allocated: int
+    windows: int
+    skipped: int
+    num_outputs: int
+    key: jax.Array
+
+    def __repr__(self) -> str:
+        return (
+            f"StreamState({self.allocated} masks and {len(self.slots) - self.allocated} decoys "
+            f"after {self.windows} windows)"
+        )
+
+
+class Decision(NamedTuple):
+    """What happened at one window.
+
+    mask: id of the mask that learned from it, -1 when it was skipped.
+    allocated: whether that mask is new.
+    max_nu, threshold: new where max_nu < threshold; max_nu is None at the first window, which
+      asks no one.
+    loss: mean cross-entropy of the window's batches in nats, each before its step; None when it
+      was skipped.
+    """
+
+    mask: int
+    allocated: bool
+    max_nu: float | None
+    threshold: float
+    loss: float | None
+
+
+def novelty(scores: jax.Array) -> jax.Array:
+    """max nu [...] of scores -dF/da [..., K], -inf where there is no mask: low is new."""
+    return jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
+
+
+def is_new(scores: jax.Array, eps: jax.Array | float = 1 / 8) -> jax.Array:
+    """Whether no mask stands out, bool [...] of scores [..., K]: max nu < (1 + eps) / T.
+
+    T counts the masks asked, those with scores above -inf (`golden/novelty.npz`).
+    """
+    num_masks = jnp.sum(scores > -jnp.inf, axis=-1)
+    return novelty(scores) < (1 + eps) / num_masks
+
+
+def init_stream(key: jax.Array, net: Network, config: StreamConfig = StreamConfig()) -> StreamState:
+    """A learner that has seen nothing: `floor` decoys.
+
+    key: draws all that is random; equal keys and streams give equal learners.
+    Raises TypeError for the wrong types.
+    """
+    _check_types(key, net, config)
+    slots = [fresh_slot(key, i, net, config) for i in range(config.floor)]
+    return restore_stream(key, net, slots, config)
+
+
+def restore_stream(
+    key: jax.Array,
+    net: Network,
+    slots: list[TrainState],
+    config: StreamConfig = StreamConfig(),
+    *,
+    allocated: int = 0,
+    windows: int = 0,
+    skipped: int = 0,
+) -> StreamState:
+    """The learner that had these `slots` and counters; the store follows from the slots.
+
+    Raises TypeError or ValueError for what no learner of this config can have had.
+    """
+    _check_types(key, net, config)
+    _check_counts(allocated, len(slots), config)
+    capacity = max(config.budget or CAPACITY, config.floor, len(slots))
+    store = MaskStore.create(net, capacity)
+    for slot in slots:
+        net.layout.leaves(slot.scores, "the scores of a slot")
+        store = store.append(_task(net, slot, config=config.train), donate=True)
+    return StreamState(store, tuple(slots), allocated, windows, skipped, 0, key)
+
+
+def fresh_slot(key: jax.Array, i: int, net: Network, config: StreamConfig) -> TrainState:
+    """Slot i as it starts, in NumPy: random scores, no steps behind it."""
+    return jax.device_get(_fresh(key, np.int32(i), net, config=config.train))
+
+
+def draw_windows(key: jax.Array, num_examples: int, config: StreamConfig) -> jax.Array:
+    """Examples of each window of a task's stay in a stream, int32 [windows, window, batch_size].
+
+    `train.steps` batches, sampled as `train_task` samples them.
+    Raises ValueError unless whole windows fit, and for no examples.
+    """
+    if config.train.steps % config.window:
+        raise ValueError(
+            f"train.steps must be a multiple of window ({config.window}), so that whole windows "
+            f"fit into a task's stay, got {config.train.steps}"
+        )
+    if num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+    index = _draw(key, num_examples, config.train)
+    return index.reshape(-1, config.window, config.train.batch_size)
+
+
+def observe(
+    state: StreamState,
+    net: Network,
+    data: TaskData,
+    index: jax.Array,
+    config: StreamConfig = StreamConfig(),
+) -> tuple[StreamState, Decision]:
+    """One window of a stream: which mask it belongs to, and that mask after learning from it.
+
+    data, index [window, B]: the window's batches, data.batch(index[i]); nothing else of `data`
+      is looked at. A view gives every part of a stream its own pixels over one copy of images.
+
+    The rule (paper section 3.4; the numbers are the reference's). The first window is mask 0.
+    Later ones ask, with their first batch, max(T, floor) masks of equal coefficients: the T
+    allocated, and decoys with random scores while T < floor. If max nu is below the threshold
+    a new mask is allocated (slot T, the decoy there where there is one); else argmax nu
+    learns. A decoy that wins is allocated too, exchanged with slot T, so that allocated masks
+    are always the first. The reference instead trains such a decoy uncounted.
+
+    Once T = budget, a window that wants a new mask is learned by the best allocated one
+    ("reuse": under a budget of 1 one mask learns everything), or not at all ("skip"; the
+    reference goes on skipping up to the task's end, which it should not know). Decoys are asked
+    all the same where floor > budget.
+
+    Pure: `state` is as before. Equal shapes compile once, for all masks and windows, and again
+    each time a store without a budget doubles.
+    Raises TypeError or ValueError before computing for what does not fit, such as a stream of one
+    class, and ValueError when training ends with scores or losses that are not finite.
+    """
+    _check_types(state.key, net, config)
+    num_outputs = _check_window(state, net, data, index, config)
+    allocated = state.allocated
+    slot, winner, max_nu = _choose(state, net, data, index, config)
+    threshold = config.threshold(allocated)
+    state = state._replace(windows=state.windows + 1, num_outputs=num_outputs)
+    if slot is None:
+        skipped = state._replace(skipped=state.skipped + 1)
+        return skipped, Decision(-1, False, max_nu, threshold, None)
+
+    store, slots = state.store, list(state.slots)
+    if slot == len(slots):
+        slots.append(fresh_slot(state.key, slot, net, config))
+    if winner != slot:
+        slots[slot], slots[winner] = slots[winner], slots[slot]
+        store = store.replace(winner, _task(net, slots[winner], config=config.train))
+    after, task, loss, finite = _learn(
+        state.key, net, data, index, slots[slot], np.int32(state.windows - 1), config=config.train
+    )
+    after, loss, finite = jax.device_get((after, loss, finite))
+    if not finite:
+        raise ValueError(
+            f"training diverged at window {state.windows - 1}: scores or losses are not finite; "
+            f"lower learning_rate ({config.train.learning_rate:g}) or check the images for NaN"
+        )
+    appended = slot == int(store.num_tasks)
+    store = store.append(task) if appended else store.replace(slot, task)
+    slots[slot] = after
+    state = state._replace(store=store, slots=tuple(slots), allocated=max(allocated, slot + 1))
+    return state, Decision(slot, slot == allocated, max_nu, threshold, float(loss.mean()))
+
+
+def allocated_store(state: StreamState) -> MaskStore:
+    """The T allocated masks, without decoys: what inference and evaluation ask."""
+    store = state.store
+    for decoy in reversed(range(state.allocated, len(state.slots))):
+        store = store.remove(decoy)
+    return store
+
+
+def _choose(state, net, data, index, config):
+    """(slot to train, slot whose scores it takes over, max nu); slot None to skip."""
+    allocated = state.allocated
+    if allocated == 0:
+        return 0, 0, None
+    best, best_allocated, max_nu, new = jax.device_get(
+        _ask(
+            net,
+            state.store,
+            data,
+            index,
+            np.int32(allocated),
+            config.eps,
+            objective=config.objective,
+        )
+    )
+    max_nu = float(max_nu)
+    if not new and best < allocated:
+        return int(best), int(best), max_nu
+    if allocated < (config.budget or math.inf):
+        return allocated, allocated if new else int(best), max_nu
+    if config.beyond == "reuse":
+        return int(best_allocated), int(best_allocated), max_nu
+    return None, None, max_nu
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def _ask(net, store, data, index, allocated, eps, *, objective):
+    x, _ = data.batch(index[0])
+    best, scores = infer.one_shot(net, store, x, objective, per_example=False)
+    own = jnp.where(jnp.arange(store.capacity) < allocated, scores, -jnp.inf)
+    return best, jnp.argmax(own), novelty(scores), is_new(scores, eps)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _learn(key, net, data, index, before, window, *, config):
+    """The slot after a window, its task, losses [window], and whether all of it is finite."""
+    steps = window * len(index) + jnp.arange(len(index))
+    augment_key = prng.purpose_key(key, "augment")
+    after, loss = lax.scan(
+        functools.partial(train._step, augment_key, net, data, config), before, (steps, index)
+    )
+    return after, _task(net, after, config=config), loss, train._all_finite((after.scores, loss))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _fresh(key, i, net, *, config):
+    key = jax.random.fold_in(prng.purpose_key(key, "slots"), i)
+    scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+    return train.init_train_state(net, config, scores)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _task(net, slot, *, config):
+    mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, slot.scores))
+    return Task(mask, slot.state)
+
+
+_draw = functools.partial(jax.jit, static_argnums=(1, 2))(train.batch_indices)
+
+
+def _check_types(key, net, config):
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, got {key!r}")
+    if not isinstance(net, Network):
+        raise TypeError(f"net must be a Network, got {type(net).__name__}")
+    if not isinstance(config, StreamConfig):
+        raise TypeError(f"config must be a StreamConfig, got {type(config).__name__}")
+
+
+def _check_counts(allocated, num_slots, config):
+    if num_slots != max(allocated, config.floor):
+        raise ValueError(
+            f"a learner of {allocated} masks and floor {config.floor} has "
+            f"{max(allocated, config.floor)} slots, got {num_slots}; keep one floor"
+        )
+    if allocated > (config.budget or math.inf):
+        raise ValueError(
+            f"the learner has {allocated} masks already, more than the budget of {config.budget}"
+        )
+
+
+def _check_window(state, net, data, index, config):
+    """Raises unless the window is one of this learner's; returns C."""
+    if not isinstance(data, TaskData):
+        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
+    infer.check_pair(net, state.store)
+    _check_counts(state.allocated, len(state.slots), config)
+    data.check()
+    num_outputs = state.num_outputs or train.num_outputs(net, data)
+    data.check_labels(num_outputs)
+    labels = np.asarray(data.labels)
+    if labels.min() == labels.max():
+        raise ValueError(
+            f"labels must hold at least two classes, got only class {labels.min()}: there is "
+            "nothing to tell apart, and any mask would seem to know it"
+        )
+    want = (config.window, config.train.batch_size)
+    if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):
+        got = getattr(index, "dtype", type(index).__name__)
+        raise TypeError(f"index must be an array of integers, got {got}")
+    if index.shape != want:
+        raise ValueError(
+            f"index must be [window, train.batch_size] = [{want[0]}, {want[1]}], "
+            f"got shape {index.shape}"
+        )
+    low, high = int(np.min(index)), int(np.max(index))
+    if low < 0 or high >= data.num_examples:
+        raise ValueError(f"index must lie in [0, {data.num_examples}), got {low} to {high}")
+    return num_outputs
