@@ -37,12 +37,9 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import permuted, plots, reports
+from experiments import continual, paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, metrics, packing, prng, scenarios, train
-
-# Figure 4, NNs with H, digitised to +-.0003: LeNet-300-100, 500 outputs.
-PAPER = {10: 0.9358, 500: 0.9349, 1000: 0.9346, 1500: 0.9346, 2000: 0.9345, 2500: 0.9254}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +60,10 @@ class Config:
     save_every: int = 10  # tasks
     seed: int = 0
     independent_seeds: bool = False
+    method: str = "supsup"
+    stream: str = "permuted"
 
-    def stream(self) -> ss.StreamConfig:
+    def learner(self) -> ss.StreamConfig:
         names = ("window", "eps", "floor", "budget", "beyond", "train")
         return ss.StreamConfig(**{name: getattr(self, name) for name in names})
 
@@ -158,11 +157,11 @@ class Progress:
         """Where the run in its folder was last saved, or at its start."""
         key = prng.purpose_key(jax.random.key(config.seed), "stream")
         if not run.extra:
-            return cls(run, ss.init_stream(key, net, config.stream()), [])
-        like = scenarios.fresh_slot(key, 0, net, config.stream())
+            return cls(run, ss.init_stream(key, net, config.learner()), [])
+        like = scenarios.fresh_slot(key, 0, net, config.learner())
         slots = [_load_slot(run.out / "masks" / name, like) for name in run.extra["files"]]
         counters = {name: run.extra[name] for name in ("allocated", "windows", "skipped")}
-        state = scenarios.restore_stream(key, net, slots, config.stream(), **counters)
+        state = scenarios.restore_stream(key, net, slots, config.learner(), **counters)
         return cls(run, state, [ss.Decision(*fields) for fields in run.extra["decisions"]])
 
     def save(self) -> None:
@@ -212,11 +211,9 @@ def main(args: Args) -> dict:
             print_result(result)
             return result
         with run.phase("data"):
-            dataset = permuted.load(config, args.data_dir)
-            stream = data.PermutedStream(
-                dataset, config.tasks, config.seed, config.independent_seeds
-            )
-        net = permuted.build(config, dataset)
+            dataset = continual.load(config, args.data_dir)
+            stream = continual.make_stream(config, dataset)
+        net = continual.build(config, dataset)
         progress = Progress.load(run, config, net)
         run.create()
     if config.dataset == "synthetic":
@@ -231,7 +228,7 @@ def learn(
 ) -> None:
     """Streams what is left to stream, judges at the checkpoints, and saves on the way."""
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
-    learner = config.stream()
+    learner = config.learner()
     done = progress.state.windows // (config.train.steps // config.window)
     if done in config.checkpoints and done not in {row["tasks_learned"] for row in run.rows}:
         checkpoint(run, config, net, stream, progress)
@@ -334,6 +331,7 @@ def finish(run: Run, config: Config, progress: Progress) -> dict:
     draw(run, config, windows, progress.counts(config))
     store = scenarios.allocated_store(progress.state)
     result = run.finish(
+        experiment="nns",
         bytes=reports.store_bytes(store, run.store_path),
         metrics=reports.continual_metrics(run.rows),
         novelty=margins(config, windows),
@@ -380,18 +378,12 @@ def draw(run: Run, config: Config, windows: dict[str, np.ndarray], counts: np.nd
         f"Permuted {config.dataset}, {config.model}, {config.outputs} outputs, seed {config.seed}"
     )
     curves = []
-    if reports.figure(run.config) == "lenet_300_100/500":
-        points = {t: value for t, value in PAPER.items() if t <= config.tasks}
-        curves.append(
-            {"label": "paper, NNs, H", "points": points, "color": plots.PAPER, "style": "s--"}
-        )
-    for protocol, label, color in (
-        ("given", "ours, mask given", plots.OURS["gg"]),
-        ("paper", "ours, NNs, H (paper)", plots.OURS["entropy"]),
-    ):
+    for protocol, label in (("given", "ours, mask given"), ("paper", "ours, NNs, H (paper)")):
         rows = reports.find(run.rows, protocol=protocol)
-        points = {row["tasks_learned"]: row["accuracy"] for row in rows}
-        curves.append({"label": label, "points": points, "color": color})
+        curves.append(plots.curve(label, reports.points(rows), rows[0]))
+    if points := paper.CURVES.get((reports.figure(run.config), "nns", "entropy")):
+        points = {tasks: value for tasks, value in points.items() if tasks <= config.tasks}
+        curves.append(plots.paper_curve("nns", "entropy", points))
     plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
     plots.assigned_windows(
         run.out / "assignment.png", f"{config.tasks} tasks, no id ever given", counts
@@ -403,17 +395,11 @@ def draw(run: Run, config: Config, windows: dict[str, np.ndarray], counts: np.nd
 def print_result(result: dict) -> None:
     """Ours beside the paper's; then what was found, and by what margin."""
     reports.print_table(result)
-    known = PAPER if reports.figure(result["config"]) == "lenet_300_100/500" else {}
-    print("\ntasks   masks  found  purity  split  merged    ours   paper     diff")
+    print("\ntasks   masks  found  purity  split  merged")
     for row in reports.find(result["rows"], protocol="paper"):
-        paper = known.get(row["tasks_learned"])
-        beside = (
-            ("-", "-") if paper is None else (f"{paper:.4f}", f"{row['accuracy'] - paper:+.4f}")
-        )
         print(
             f"{row['tasks_learned']:5}  {row['masks']:6}  {row['found']:5}  {row['purity']:.4f}  "
-            f"{row['split']:5}  {row['merged']:6}  {row['accuracy']:.4f}  "
-            f"{beside[0]:>6}  {beside[1]:>7}"
+            f"{row['split']:5}  {row['merged']:6}"
         )
     novelty = {
         name: "-" if value is None else f"{value:.3f}" for name, value in result["novelty"].items()

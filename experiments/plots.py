@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 # Names of rows as pictures show them.
 METHODS = {
     "supsup": "SupSup",
+    "nns": "SupSup, NNs",
     "upper_bound": "a network a task",
     "lower_bound": "one network",
     "separate_heads": "separate heads",
@@ -36,6 +37,7 @@ COLORS = {
     "abatche": "#E69F00",
     "batche_one_shot": "#7F3F98",
     "psp": "#56B4E9",
+    "nns": "#7F3F98",
 }
 # Of an accuracy axis: less would draw a tenth of a point as a cliff.
 MIN_SPAN = 0.02
@@ -44,8 +46,9 @@ BOUND = "#888888"
 
 def color(row: dict) -> str:
     """Of a row's series."""
-    if row["method"] in COLORS:
-        return COLORS[row["method"]]
+    for kind in (row["method"], row["scenario"]):
+        if kind in COLORS:
+            return COLORS[kind]
     return OURS.get(row["scenario"], OURS.get(row["objective"], "#009E73"))
 
 
@@ -56,7 +59,7 @@ def curve(label: str, points: dict[int, float], row: dict, style: str = "o-") ->
 
 def paper_curve(method: str, objective: str | None, points: dict[int, float]) -> dict:
     """One of the paper's, dashed, in the colour of ours."""
-    label = f"paper, {METHODS[method]}" + (f", GNu, {OBJECTIVES[objective]}" if objective else "")
+    label = f"paper, {METHODS[method]}" + (f", {OBJECTIVES[objective]}" if objective else "")
     row = {"method": method, "scenario": "gnu", "objective": objective}
     return curve(label, points, row, "s--")
 
@@ -128,7 +131,7 @@ def novelty_against_windows(
     windows = np.arange(len(height))
     for kind, label, color in (
         (~first, "a task goes on", OURS["entropy"]),
-        (first, "a task begins", PAPER),
+        (first, "a task begins", COLORS["batche"]),
     ):
         ax.semilogy(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
     ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")

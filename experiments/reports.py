@@ -19,6 +19,8 @@ import supsup_jax as ss
 from experiments import paper
 from supsup_jax import metrics
 
+# Methods whose numbers in the paper are without an id; the others' are with it.
+INFERRED = ("supsup", "nns", "hopsupsup")
 SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
 
 
@@ -149,23 +151,24 @@ def figure(config: dict) -> str | None:
 
     Baselines have as many outputs as there are labels, and belong to their network's figure.
     """
-    if config["dataset"] != "mnist" or config["stream"] != "permuted":
+    if config["dataset"] != "mnist" or config["stream"] == "rotated":
         return None
-    network = config["model"]
     outputs = config["outputs"]
-    if config["method"] not in ("supsup", "abatche"):
-        outputs = {"lenet_300_100": 100, "fc_1024_1024": 500}.get(network, outputs)
-    return f"{network}/{outputs}"
+    if config["method"] in INFERRED or config["method"] == "abatche":
+        return f"{config['model']}/{outputs}"
+    wide = {"lenet_300_100": 100, "fc_1024_1024": 500}.get(config["model"], outputs)
+    return f"{config['model']}/{wide}"
 
 
 def theirs(config: dict, row: dict) -> float | None:
-    """The paper's number for a row, where it has one, on all test images: SupSup's GNu, and GG of
-    what it compares with.
+    """The paper's number for a row, where it has one: on all test images, the task inferred or
+    given as in the paper.
     """
-    scenario = "gnu" if row["method"] == "supsup" else "gg"
-    if row["scenario"] != scenario or row["images_per_task"] is not None:
+    method = "nns" if row["scenario"] == "nns" else row["method"]
+    inferred = row["scenario"] in ("gnu", "nns") and row["protocol"] != "given"
+    if inferred != (method in INFERRED) or row.get("images_per_task") is not None:
         return None
-    curve = paper.CURVES.get((figure(config), row["method"], row["objective"]), {})
+    curve = paper.CURVES.get((figure(config), method, row["objective"]), {})
     return curve.get(row["tasks_learned"])
 
 

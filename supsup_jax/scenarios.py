@@ -310,10 +310,11 @@ def _learn(key, net, data, index, before, window, *, config):
     """The slot after a window, its task, losses [window], and whether all of it is finite."""
     steps = window * len(index) + jnp.arange(len(index))
     augment_key = prng.purpose_key(key, "augment")
-    after, loss = lax.scan(
-        functools.partial(train._step, augment_key, net, data, config), before, (steps, index)
+    step = functools.partial(
+        train.data_step, augment_key, train.mask_loss(net, config), data, config
     )
-    return after, _task(net, after, config=config), loss, train._all_finite((after.scores, loss))
+    after, loss = lax.scan(step, before, (steps, index))
+    return after, _task(net, after, config=config), loss, train.all_finite((after.scores, loss))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -158,7 +158,7 @@ def train_task(
     data.check_labels(num_outputs(net, data))
     result = _train(key, net, data, init_scores, config)
     traced = isinstance(result.loss, jax.core.Tracer)
-    if not traced and not bool(_all_finite((result.scores, result.loss))):
+    if not traced and not bool(all_finite((result.scores, result.loss))):
         raise diverged(config)
     return result
 
@@ -204,7 +204,7 @@ def train_tasks(
     data.check_labels(num_outputs(net, _one_view(data)))
     result = _train_tasks(keys, net, data, init_scores, config)
     if not isinstance(result.loss, jax.core.Tracer):
-        finite = np.asarray(jax.vmap(_all_finite)((result.scores, result.loss)))
+        finite = np.asarray(jax.vmap(all_finite)((result.scores, result.loss)))
         if not finite.all():
             bad = np.flatnonzero(~finite)
             some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
@@ -260,13 +260,20 @@ def fit(
     """
     augment_key = prng.purpose_key(key, "augment")
     batches = batch_indices(key, data.num_examples, config)
-    step = functools.partial(_data_step, augment_key, loss, data, config)
+    step = functools.partial(data_step, augment_key, loss, data, config)
     before = TrainState(start, config.transformation().init(start), state)
     return lax.scan(step, before, (jnp.arange(config.steps), batches))
 
 
-def _data_step(augment_key, loss, data, config, before, batch):
-    """A step on the examples of one batch (i [], index [B])."""
+def data_step(
+    augment_key: jax.Array,
+    loss: Loss,
+    data: TaskData,
+    config: TrainConfig,
+    before: TrainState,
+    batch: tuple[jax.Array, jax.Array],
+) -> tuple[TrainState, jax.Array]:
+    """A step on the examples of one batch (i [], index [B]), for a scan over batches."""
     i, index = batch
     x, y = data.batch(index)
     if config.augment is not None:
@@ -349,7 +356,7 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
 
     def step(key, net, data, scores, batch):
         before = init_train_state(net, config, scores)
-        return _data_step(key, mask_loss(net, config), data, config, before, batch)
+        return data_step(key, mask_loss(net, config), data, config, before, batch)
 
     array = jax.ShapeDtypeStruct
     scores = net.layout.tree([array(shape, jnp.float32) for shape in net.layout.shapes.values()])
@@ -363,7 +370,8 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
 
 
 @jax.jit
-def _all_finite(tree):
+def all_finite(tree: PyTree) -> jax.Array:
+    """bool [], whether every leaf is."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
