@@ -129,6 +129,24 @@ def test_chosen_tasks_only(problem):
         assert (got.task, got.accuracy) == (want.task, want.accuracy)
 
 
+def test_masks_that_were_found_stand_for_other_tasks(problem):
+    """Four streams for three masks: two share mask 2, and the last has none."""
+    net, store, stream = problem
+    shifted = [stream[2], stream[0], stream[2], stream[1]]
+    ids = [2, 0, 2, -1]
+    want = ss.evaluate(net, store, stream, "per_example")
+    rows = ss.evaluate(net, store, shifted, "per_example", ids=ids)
+    assert [row.task for row in rows] == [0, 1, 2, 3]
+    for row, i in zip(rows, [2, 0, 2], strict=False):
+        assert row.accuracy == want[i].accuracy
+        assert row.task_accuracy == want[i].task_accuracy
+    assert rows[3].accuracy == rows[3].task_accuracy == 0
+    assert rows[3].shared_accuracy == want[1].shared_accuracy
+    given = ss.evaluate(net, store, shifted, ids=np.asarray(ids), tasks=[0, 1])
+    for row, i in zip(given, [2, 0], strict=True):
+        assert row.accuracy == ss.evaluate(net, store, stream, tasks=[i])[0].accuracy
+
+
 def test_progress_wraps_the_loop(problem):
     net, store, stream = problem
     seen = []
@@ -159,6 +177,16 @@ def test_bad_input(problem):
         ss.evaluate(net, {}, stream)
     with pytest.raises(ValueError, match=r"tasks must lie in \[0, 3\), got 3"):
         ss.evaluate(net, store, stream, tasks=[0, 3])
+    with pytest.raises(
+        ValueError, match=r"lie in \[0, 3\) under protocol 'given', got -1 for task 1"
+    ):
+        ss.evaluate(net, store, stream, ids=[0, -1, 1])
+    with pytest.raises(ValueError, match=r"ids must lie in \[-1, 3\) .* got 3 for task 0"):
+        ss.evaluate(net, store, stream, "paper", ids=[3])
+    with pytest.raises(ValueError, match="test data of 4 tasks, got 3"):
+        ss.evaluate(net, store, stream, ids=[0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"tasks must lie in \[0, 2\), got 2"):
+        ss.evaluate(net, store, stream, ids=[0, 1], tasks=[2])
     beyond = dataclasses.replace(stream[0], labels=stream[0].labels + 5)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
         ss.evaluate(net, store, [beyond] * 3)

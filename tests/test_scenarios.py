@@ -1,0 +1,473 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import scenarios, train
+from tests.conftest import golden, relu_net
+
+CONFIG = ss.StreamConfig(window=3, train=ss.TrainConfig(steps=6, batch_size=8, learning_rate=1e-2))
+KEY = jax.random.key(0)
+
+
+def toy_data(seed=0, num=40, pixels=6, labels=5, **fields):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num, pixels)).astype(np.uint8)
+    return ss.TaskData(jnp.asarray(images), jnp.asarray(np.arange(num) % labels), **fields)
+
+
+def toy_window(seed=0, config=CONFIG):
+    shape = (config.window, config.train.batch_size)
+    return np.random.default_rng(seed).integers(0, 40, shape).astype(np.int32)
+
+
+def stream_of(net, config, num_windows=8, start=None, data=None):
+    """States and decisions of `num_windows` windows, each of a task of its own."""
+    state = start or ss.init_stream(KEY, net, config)
+    states, decisions = [state], []
+    for i in range(num_windows):
+        state, decision = ss.observe(
+            state, net, data or toy_data(seed=i), toy_window(i, config), config
+        )
+        states.append(state)
+        decisions.append(decision)
+    return states, decisions
+
+
+def mask_of(slot):
+    return {name: np.asarray(leaf) >= 0 for name, leaf in slot.scores.items()}
+
+
+def rule_by_hand(net, state, data, index, config):
+    """nu over all slots in NumPy: H's gradient by the chain rule, met by each mask unpacked."""
+    x = np.asarray(data.batch(jnp.asarray(index[0]))[0], np.float64)
+    weights = {name: np.asarray(leaf, np.float64) for name, leaf in net.params.items()}
+    masks = [mask_of(slot) for slot in state.slots]
+    assert len(masks) == max(state.allocated, config.floor)
+    mixed = {name: weights[name] * np.mean([m[name] for m in masks], axis=0) for name in weights}
+    before = x @ mixed["kernel0"]
+    hidden = np.maximum(before, 0)
+    p = np.exp(hidden @ mixed["kernel1"])
+    p /= p.sum(axis=1, keepdims=True)
+    entropy = -np.sum(p * np.log(p), axis=1, keepdims=True)
+    down = p * (np.log(p) + entropy) / len(x)  # minus dH/dlogits
+    slope = {
+        "kernel0": x.T @ (down @ mixed["kernel1"].T * (before > 0)),
+        "kernel1": hidden.T @ down,
+    }
+    scores = [sum(np.sum(slope[n] * weights[n] * m[n]) for n in weights) for m in masks]
+    return np.exp(scores) / np.exp(scores).sum()
+
+
+# The rule.
+
+
+def test_novelty_matches_the_reference():
+    z = golden("novelty")
+    scores = jnp.asarray(z["neg_alpha_grad"])
+    np.testing.assert_allclose(scenarios.novelty(scores), z["max_softmax"], rtol=1e-4)
+    np.testing.assert_array_equal(scenarios.is_new(scores), z["is_new"])
+    padded = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
+    np.testing.assert_allclose(scenarios.novelty(padded), z["max_softmax"], rtol=1e-4)
+    np.testing.assert_array_equal(scenarios.is_new(padded), z["is_new"])
+
+
+def test_new_is_what_no_mask_stands_out_from():
+    # exp(d) / (exp(d) + 6) crosses 1.125 / 7 at d = log(6 * 1.125 / 5.875).
+    edge = np.log(6 * 1.125 / 5.875)
+    scores = np.zeros((3, 7), np.float32)
+    scores[1, 4], scores[2, 4] = 0.99 * edge, 1.01 * edge
+    np.testing.assert_array_equal(scenarios.is_new(jnp.asarray(scores)), [True, True, False])
+    np.testing.assert_allclose(scenarios.novelty(jnp.asarray(scores[0])), 1 / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1 / 8, 0.001])
+def test_decisions_equal_the_rule_by_hand(small_net, eps):
+    config = dataclasses.replace(CONFIG, eps=eps)
+    states, decisions = stream_of(small_net, config, 9)
+    outcomes = set()
+    for i in range(1, 9):
+        state, decision = states[i], decisions[i]
+        nu = rule_by_hand(small_net, state, toy_data(seed=i), toy_window(i), config)
+        threshold = (1 + eps) / max(state.allocated, 5)
+        assert decision.max_nu == pytest.approx(nu.max(), rel=1e-4)
+        assert decision.threshold == pytest.approx(threshold)
+        best = int(nu.argmax())
+        if nu.max() < threshold:
+            want, outcome = state.allocated, "new"
+        elif best >= state.allocated:
+            want, outcome = state.allocated, "decoy"
+        else:
+            want, outcome = best, "known"
+        outcomes.add(outcome)
+        assert (decision.mask, decision.allocated) == (want, outcome != "known")
+        assert states[i + 1].allocated == max(state.allocated, want + 1)
+    assert outcomes >= ({"new"} if eps == 1 / 8 else {"known", "decoy"})
+
+
+def test_the_first_window_is_mask_0_unasked(small_net):
+    _, (decision,) = stream_of(small_net, CONFIG, 1)
+    assert decision.mask == 0
+    assert decision.allocated
+    assert decision.max_nu is None
+    assert decision.threshold == 1.125 / 5
+
+
+def with_scores(state, net, config, changes):
+    """The state with the scores of some slots set."""
+    slots = list(state.slots)
+    for i, scores in changes.items():
+        slots[i] = slots[i]._replace(scores=scores)
+    return scenarios.restore_stream(
+        state.key, net, slots, config, allocated=state.allocated, windows=state.windows
+    )
+
+
+def ones(net, value=1.0):
+    return {n: np.full(s, value, np.float32) for n, s in net.layout.shapes.items()}
+
+
+def test_a_decoy_that_wins_is_exchanged_and_allocated(small_net):
+    config = dataclasses.replace(CONFIG, eps=1e-4)
+    states, _ = stream_of(small_net, config, 1)
+    before = states[-1]
+    # Every other mask drops all weights, and so has no say; decoy 3 stands out.
+    silent = {i: ones(small_net, -1.0) for i in (0, 1, 2, 4)}
+    before = with_scores(before, small_net, config, silent)
+    after, decision = ss.observe(before, small_net, toy_data(), toy_window(), config)
+    nu = rule_by_hand(small_net, before, toy_data(), toy_window(), config)
+    assert nu.argmax() == 3  # else the test shows nothing
+    assert nu.max() >= 1.0001 / 5
+    assert (decision.mask, decision.allocated, after.allocated) == (1, True, 2)
+    # Slot 1 started from the decoy's scores, and slot 3 holds what slot 1 held.
+    chex.assert_trees_all_equal(after.slots[3], before.slots[1])
+    chex.assert_trees_all_equal(after.store.mask(3), mask_of(before.slots[1]))
+    chex.assert_trees_all_equal(after.slots[1], by_hand(small_net, before.slots[3], config))
+    assert len(after.slots) == int(after.store.num_tasks) == 5
+
+
+# Training.
+
+
+def by_hand(net, slot, config, data=None, index=None):
+    """The slot after a window: train_step looped."""
+    data, index = data or toy_data(), toy_window(config=config) if index is None else index
+    step = jax.jit(train.train_step, static_argnums=1)
+    state = slot
+    for batch in index:
+        state, _ = step(net, config.train, state, *data.batch(jnp.asarray(batch)))
+    return jax.device_get(state)
+
+
+@pytest.mark.parametrize("change", [{}, {"rule": "topk", "density": 0.5, "optimizer": "sgd"}])
+def test_a_window_trains_as_train_step_looped(small_net, change):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **change))
+    start = ss.init_stream(KEY, small_net, config)
+    state, decision = ss.observe(start, small_net, toy_data(), toy_window(), config)
+    want = by_hand(small_net, start.slots[0], config)
+    chex.assert_trees_all_close(state.slots[0], want, rtol=1e-5, atol=1e-7)
+    mask = jax.tree.map(lambda m: m != 0, config.train.mask(small_net.layout, want.scores))
+    chex.assert_trees_all_equal(state.store.mask(0), mask)
+    x, y = toy_data().batch(jnp.asarray(toy_window()[0]))
+    logits = small_net(config.train.mask(small_net.layout, start.slots[0].scores), x)
+    first = -jax.nn.log_softmax(logits)[jnp.arange(8), y].mean()
+    one = dataclasses.replace(config, window=1)
+    _, decision = ss.observe(start, small_net, toy_data(), toy_window()[:1], one)
+    assert decision.loss == pytest.approx(float(first), rel=1e-5)
+
+
+def test_a_mask_goes_on_with_its_own_optimizer_state(small_net):
+    """Under a budget of 1 with reuse, one mask learns everything, as if in one long window."""
+    config = dataclasses.replace(CONFIG, budget=1)
+    states, decisions = stream_of(small_net, config, 3, data=toy_data())
+    assert [decision.mask for decision in decisions] == [0, 0, 0]
+    assert [decision.allocated for decision in decisions] == [True, False, False]
+    long = np.concatenate([toy_window(i) for i in range(3)])
+    want = by_hand(small_net, states[0].slots[0], config, index=long)
+    chex.assert_trees_all_close(states[-1].slots[0], want, rtol=1e-5, atol=1e-7)
+
+
+def test_allocation_starts_from_a_fresh_slot(small_net):
+    """A high threshold calls every window new: slots follow one another, each drawn once."""
+    config = dataclasses.replace(CONFIG, floor=3, eps=1.9)
+    states, decisions = stream_of(small_net, config, 5)
+    assert [decision.mask for decision in decisions] == list(range(5))
+    assert [len(state.slots) for state in states] == [3, 3, 3, 3, 4, 5]
+    for i, state in enumerate(states[1:]):
+        fresh = scenarios.fresh_slot(KEY, i, small_net, config)
+        want = by_hand(small_net, fresh, config, toy_data(seed=i), toy_window(i))
+        chex.assert_trees_all_close(state.slots[i], want, rtol=1e-5, atol=1e-7)
+    starts = [scenarios.fresh_slot(KEY, i, small_net, config) for i in range(5)]
+    flat = {slot.scores["kernel0"].tobytes() for slot in starts}
+    assert len(flat) == 5
+    assert all(np.abs(slot.scores["kernel0"]).max() <= 1 / np.sqrt(6) for slot in starts)
+
+
+def test_statistics_belong_to_the_mask(norm_net):
+    states, _ = stream_of(norm_net, dataclasses.replace(CONFIG, floor=3, eps=1.9), 2)
+    first, second = (states[-1].slots[i].state["norm"]["mean"] for i in (0, 1))
+    assert not np.allclose(first, second)
+    chex.assert_trees_all_equal(states[-1].store.task(1).state, states[-1].slots[1].state)
+    chex.assert_trees_all_equal(states[-1].store.task(2).state, norm_net.state)
+
+
+def test_augmentation_draws_anew_each_step_of_each_window(small_net):
+    seen = []
+
+    def augment(key, x):
+        jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
+        return x
+
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, augment=augment))
+    jax.block_until_ready(stream_of(small_net, config, 2)[0])
+    jax.effects_barrier()
+    assert len(set(seen)) == 6
+
+
+# The budget.
+
+
+@pytest.mark.parametrize("floor", [3, 6])
+def test_beyond_the_budget_the_best_allocated_mask_learns(small_net, floor):
+    config = dataclasses.replace(CONFIG, floor=floor, eps=floor - 1.1, budget=2)
+    states, decisions = stream_of(small_net, config, 5)
+    assert [decision.mask for decision in decisions[:2]] == [0, 1]
+    for i in range(2, 5):
+        nu = rule_by_hand(small_net, states[i], toy_data(seed=i), toy_window(i), config)
+        assert len(nu) == floor  # decoys are asked, and never allocated
+        assert decisions[i].mask == nu[:2].argmax()
+        assert not decisions[i].allocated
+        assert states[i + 1].allocated == 2
+    assert states[-1].skipped == 0
+
+
+def test_beyond_the_budget_windows_may_be_skipped(small_net):
+    config = dataclasses.replace(CONFIG, floor=3, eps=1.9, budget=2, beyond="skip")
+    states, decisions = stream_of(small_net, config, 4)
+    assert [decision.mask for decision in decisions] == [0, 1, -1, -1]
+    assert decisions[3].loss is None
+    assert decisions[3].max_nu < decisions[3].threshold
+    assert (states[-1].skipped, states[-1].windows) == (2, 4)
+    chex.assert_trees_all_equal(states[-1].slots, states[2].slots)
+    chex.assert_trees_all_equal(states[-1].store, states[2].store)
+
+
+def test_a_store_without_a_budget_grows(small_net, monkeypatch):
+    monkeypatch.setattr(scenarios, "CAPACITY", 2)
+    states, _ = stream_of(small_net, dataclasses.replace(CONFIG, floor=2, eps=0.9), 3)
+    assert [state.store.capacity for state in states] == [2, 2, 2, 4]
+    chex.assert_trees_all_equal(states[-1].store.mask(2), mask_of(states[-1].slots[2]))
+
+
+# The state.
+
+
+def test_the_store_always_holds_the_masks_of_the_slots(small_net):
+    for state in stream_of(small_net, CONFIG, 7)[0]:
+        assert int(state.store.num_tasks) == len(state.slots) == max(state.allocated, 5)
+        for i, slot in enumerate(state.slots):
+            chex.assert_trees_all_equal(state.store.mask(i), mask_of(slot))
+
+
+def test_scores_and_optimizer_state_stay_on_the_host(small_net):
+    states, _ = stream_of(small_net, CONFIG, 7)
+    for state in states:
+        leaves = jax.tree.leaves(state.slots)
+        assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves)
+        on_device = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+        assert not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in on_device)
+    # Slots that did not learn are the same objects: nothing was copied.
+    changed = [a is not b for a, b in zip(states[-2].slots, states[-1].slots, strict=False)]
+    assert sum(changed) <= 1
+
+
+def test_observing_is_pure_and_deterministic(small_net):
+    start = ss.init_stream(KEY, small_net, CONFIG)
+    copy = jax.tree.map(np.asarray, start.slots)
+    first, second = (
+        ss.observe(start, small_net, toy_data(), toy_window(), CONFIG) for _ in range(2)
+    )
+    chex.assert_trees_all_equal(first, second)
+    chex.assert_trees_all_equal(start.slots, copy)
+    other = ss.init_stream(jax.random.key(1), small_net, CONFIG)
+    assert not np.array_equal(other.slots[0].scores["kernel0"], copy[0].scores["kernel0"])
+
+
+def test_a_restored_learner_goes_on_as_if_nothing_had_happened(small_net):
+    config = dataclasses.replace(CONFIG, floor=3)
+    states, decisions = stream_of(small_net, config, 6)
+    for i in (0, 2, 4):
+        old = states[i]
+        state = scenarios.restore_stream(
+            KEY, small_net, old.slots, config, allocated=old.allocated, windows=old.windows
+        )
+        for j in range(i, 6):
+            state, decision = ss.observe(state, small_net, toy_data(j), toy_window(j), config)
+            assert decision == decisions[j]
+        chex.assert_trees_all_equal(state.slots, states[-1].slots)
+        chex.assert_trees_all_equal(state.store, states[-1].store)
+
+
+def test_the_state_is_a_pytree_and_shows_itself(small_net):
+    states, _ = stream_of(small_net, CONFIG, 2)
+    same = jax.tree.map(lambda leaf: leaf, states[-1])
+    assert isinstance(same, ss.StreamState)
+    T = states[-1].allocated
+    assert repr(same) == f"StreamState({T} masks and {5 - T} decoys after 2 windows)"
+
+
+def test_only_allocated_masks_are_left_to_inference(small_net):
+    states, _ = stream_of(small_net, CONFIG, 2)
+    for state in states:
+        store = scenarios.allocated_store(state)
+        assert int(store.num_tasks) == state.allocated
+        for i in range(state.allocated):
+            chex.assert_trees_all_equal(store.mask(i), mask_of(state.slots[i]))
+
+
+def test_one_program_serves_all_masks_and_windows(small_net):
+    config = dataclasses.replace(CONFIG, floor=3, eps=1.9, budget=8)
+    programs = (scenarios._learn, scenarios._ask, scenarios._fresh, scenarios._task)
+    for program in programs:
+        program.clear_cache()
+    _, decisions = stream_of(small_net, config, 8)  # decoys, then beyond the floor
+    again = dataclasses.replace(config, eps=0.001)
+    _, more = stream_of(relu_net((6, 6, 5), 1), again, 8)
+    assert {decision.allocated for decision in decisions + more} == {True, False}
+    assert [program._cache_size() for program in programs] == [1, 1, 1, 1]
+
+
+def test_windows_are_the_batches_of_a_task(small_net):
+    config = dataclasses.replace(CONFIG, window=2)
+    index = scenarios.draw_windows(KEY, 40, config)
+    assert index.shape == (3, 2, 8)
+    want = train.batch_indices(KEY, 40, config.train)
+    np.testing.assert_array_equal(index.reshape(6, 8), want)
+
+
+def test_a_stream_of_separable_tasks_is_found():
+    """Three tasks on pixels of their own, three windows each; the first two come again."""
+    net = relu_net((48, 100, 100))
+    recipe = ss.TrainConfig(steps=90, batch_size=32, learning_rate=1e-2)
+    config = ss.StreamConfig(window=30, train=recipe)
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    prototypes = rng.integers(0, 2, (4, 16)) * 200
+    images = (prototypes[labels] + rng.integers(0, 55, (200, 16))).astype(np.uint8)
+    data = ss.TaskData(jnp.asarray(images), jnp.asarray(labels), transform=ss.Normalize(0, 0.5))
+    state, masks = ss.init_stream(KEY, net, config), []
+    for part, task in enumerate(tasks := [0, 1, 2, 0, 1]):
+        view = np.full(48, -1)
+        view[16 * task : 16 * task + 16] = np.arange(16)
+        seen = dataclasses.replace(data, view=jnp.asarray(view))
+        for index in scenarios.draw_windows(jax.random.key(part), 200, config):
+            state, decision = ss.observe(state, net, seen, np.asarray(index), config)
+            masks.append(decision.mask)
+    assert masks == np.repeat(tasks, 3).tolist()
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("GG", "gg"), ("gns", "gns"), ("GNu", "gnu"), ("NNS", "nns"),
+        ("task-il", "gg"), ("Domain-IL", "gns"), ("CLASS-IL", "gnu"), ("task-free", "nns"),
+    ],
+)  # fmt: skip
+def test_scenarios_by_name(name, want):
+    assert ss.parse_scenario(name) == want
+
+
+@pytest.mark.parametrize("name", ["", "gn", "taskil", None, 3])
+def test_unknown_scenarios(name):
+    known = r"GG \(task-il\), GNs \(domain-il\), GNu \(class-il\), NNs \(task-free\), got "
+    with pytest.raises(ValueError, match=known):
+        ss.parse_scenario(name)
+
+
+# Mistakes.
+
+
+def test_bad_configs():
+    for change, message in (
+        ({"window": 0}, "window must be an int of at least 1, got 0"),
+        ({"window": 1.5}, "window must be an int"),
+        ({"floor": 1}, "floor must be an int of at least 2"),
+        ({"budget": 0}, "budget must be an int of at least 1, got 0"),
+        ({"budget": True}, "budget must be an int"),
+        ({"eps": 0.0}, r"eps must lie in \(0, floor - 1\)"),
+        ({"eps": float("nan")}, "eps must lie in"),
+        ({"eps": 1.0, "floor": 2}, r"= \(0, 1\), for no nu exceeds 1 .* got 1.0"),
+        ({"beyond": "grow"}, r"beyond must be one of \('reuse', 'skip'\), got 'grow'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ss.StreamConfig(**change)
+    with pytest.raises(TypeError, match="objective must be a hashable function"):
+        ss.StreamConfig(objective="entropy")
+    with pytest.raises(TypeError, match="train must be a TrainConfig, got dict"):
+        ss.StreamConfig(train={})
+    assert hash(ss.StreamConfig()) == hash(ss.StreamConfig())
+
+
+def test_bad_windows(small_net):
+    state = ss.init_stream(KEY, small_net, CONFIG)
+    good, index = toy_data(), toy_window()
+
+    def refuses(error, match, data=good, index=index, config=CONFIG, net=small_net, state=state):
+        with pytest.raises(error, match=match):
+            ss.observe(state, net, data, index, config)
+
+    refuses(TypeError, "net must be a Network", net=small_net.params)
+    refuses(TypeError, "config must be a StreamConfig", config=CONFIG.train)
+    refuses(TypeError, "data must be a TaskData", data=good.images)
+    refuses(ValueError, "other weights", net=relu_net((6, 6, 5), 1))
+    one_class = dataclasses.replace(good, labels=jnp.full(40, 3))
+    refuses(ValueError, "at least two classes, got only class 3", data=one_class)
+    nothing = ss.TaskData(jnp.zeros((0, 6), jnp.uint8), jnp.zeros(0, jnp.int32))
+    refuses(ValueError, "at least one example, got 0", data=nothing)
+    refuses(ValueError, r"labels must lie in \[0, 5\)", data=toy_data(labels=6))
+    refuses(ValueError, "view must index 6 pixels", data=toy_data(view=jnp.arange(7)))
+    refuses(
+        ValueError, r"\[window, train.batch_size\] = \[3, 8\], got shape \(2, 8\)", index=index[:2]
+    )
+    refuses(ValueError, r"got shape \(3, 4\)", index=index[:, :4])
+    refuses(ValueError, r"got shape \(24,\)", index=index.reshape(-1))
+    refuses(ValueError, r"index must lie in \[0, 40\), got -1 to", index=index - index.min() - 1)
+    refuses(ValueError, r"index must lie in \[0, 40\), got .* to 40", index=index * 0 + 40)
+    refuses(TypeError, "index must be an array of integers, got float64", index=index / 2)
+    refuses(TypeError, "index must be an array of integers, got list", index=index.tolist())
+    refuses(ValueError, "floor 6 has 6 slots, got 5", config=dataclasses.replace(CONFIG, floor=6))
+    two = stream_of(small_net, dataclasses.replace(CONFIG, floor=5, eps=3.9), 2)[0][-1]
+    small = dataclasses.replace(CONFIG, budget=1)
+    refuses(ValueError, "2 masks already, more than the budget of 1", state=two, config=small)
+    assert state.windows == 0
+
+
+def test_bad_starts(small_net):
+    with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
+        ss.init_stream(0, small_net, CONFIG)
+    with pytest.raises(TypeError, match="net must be a Network"):
+        ss.init_stream(KEY, {}, CONFIG)
+    with pytest.raises(ValueError, match=r"multiple of window \(4\), .* got 6"):
+        scenarios.draw_windows(KEY, 40, dataclasses.replace(CONFIG, window=4))
+    with pytest.raises(ValueError, match="num_examples must be at least 1, got 0"):
+        scenarios.draw_windows(KEY, 0, CONFIG)
+    slots = [scenarios.fresh_slot(KEY, i, small_net, CONFIG) for i in range(4)]
+    with pytest.raises(ValueError, match="has 5 slots, got 4"):
+        scenarios.restore_stream(KEY, small_net, slots, CONFIG)
+    with pytest.raises(ValueError, match="the scores of a slot must have shape"):
+        scenarios.restore_stream(KEY, relu_net((6, 7, 5)), [*slots, slots[0]], CONFIG)
+
+
+def test_divergence_is_reported(small_net):
+    images = jnp.full((40, 6), jnp.nan)
+    data = ss.TaskData(images, jnp.arange(40) % 5)
+    state = ss.init_stream(KEY, small_net, CONFIG)
+    with pytest.raises(ValueError, match="training diverged at window 0"):
+        ss.observe(state, small_net, data, toy_window(), CONFIG)
