@@ -35,6 +35,7 @@ import supsup_jax as ss
 from experiments import continual, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, hopfield, models, prng
+from supsup_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +245,7 @@ def checkpoint(
 
     with run.phase("recover"):
         recoveries = [
-            ss.recover(net, store, test_stream(config, stream, i), config.recovery, target=known[i])
+            ss.recover(net, store, batches_of(config, stream, i), config.recovery, target=known[i])
             for i in tqdm(range(num_tasks), desc="  recoveries", leave=False)
         ]
         recovered = [recovery.mask for recovery in recoveries]
@@ -284,7 +285,7 @@ def checkpoint(
     return row
 
 
-def test_stream(config: Config, stream: data.SplitStream, task: int) -> jax.Array:
+def batches_of(config: Config, stream: data.SplitStream, task: int) -> jax.Array:
     """Test images of a task in batches [S, B, ...], each pass in an order of its own."""
     key = prng.purpose_key(jax.random.key(config.seed), "test streams")
     keys = jax.random.split(jax.random.fold_in(key, task), config.passes)
@@ -293,7 +294,8 @@ def test_stream(config: Config, stream: data.SplitStream, task: int) -> jax.Arra
     )
 
 
-def settle(store: ss.HopfieldStore, mask) -> dict:
+@jax.jit
+def settle(store: ss.HopfieldStore, mask: PyTree) -> PyTree:
     """The stored pattern that sign updates lead to from `mask`, as a mask."""
 
     def leaf(weights, bits):
@@ -304,9 +306,11 @@ def settle(store: ss.HopfieldStore, mask) -> dict:
 
 def row_of(protocol: str, measured: list, recovered: list, known: list) -> dict:
     """A row of recoveries, one a task; labels are not shared by tasks, so this is GNu."""
-    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(m)]) for m in recovered]
-    target = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(m)]) for m in known]
-    distance = np.asarray([[int(np.sum(a != b)) for b in target] for a in flat])
+    found, target = (
+        [np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(m)]) for m in ms]
+        for ms in (recovered, known)
+    )
+    distance = np.asarray([[np.sum(a != b) for b in target] for a in found])
     nearest = distance.argmin(axis=1)
     per_task = [row.accuracy for row in measured]
     return {
@@ -377,7 +381,7 @@ def capacity_curves(config: Config) -> list[dict]:
 
     rows = []
     for rule, learn_one in hopfield.RULES.items():
-        weights = jnp.zeros((d, d))
+        weights, learn_one = jnp.zeros((d, d)), jax.jit(learn_one)
         for i in range(most):
             weights = learn_one(weights, patterns[i])
             if (i + 1) % (most // 12) == 0:

@@ -67,8 +67,11 @@ def retrieve(weights: jax.Array, pattern: jax.Array, sweeps: int = 20) -> jax.Ar
     Stops when nothing changes, or after `sweeps`: updates at once may end in a cycle of two.
     Errors as `hebbian`.
     """
-    z = _checked_pattern(weights, pattern)
+    return _retrieve(weights, _checked_pattern(weights, pattern), sweeps)
 
+
+@jax.jit
+def _retrieve(weights, z, sweeps):
     def changes(carry):
         sweep, before, after = carry
         return (sweep < sweeps) & jnp.any(before != after)
@@ -78,7 +81,7 @@ def retrieve(weights: jax.Array, pattern: jax.Array, sweeps: int = 20) -> jax.Ar
         field = jnp.matmul(weights, z, precision=lax.Precision.HIGHEST)
         return sweep + 1, z, jnp.where(field >= 0, 1, -1).astype(z.dtype)
 
-    # Any start that differs from z lets the first update happen.
+    # -z differs from z, so that there is a first update.
     return lax.while_loop(changes, update, (jnp.int32(0), -z, z))[2]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -154,7 +155,8 @@ class SplitStream:
         return SplitStream(dataset, self._classes_per_task, order, self._relabel)
 
     def _split(self, base):
-        labels = np.asarray(base.labels)
+        # Picked on the host, where an index of any length costs no compilation.
+        images, labels = np.asarray(base.images), np.asarray(base.labels)
 
         def data_of(task):
             classes = np.asarray(self.classes[task])
@@ -163,7 +165,7 @@ class SplitStream:
             if self._relabel:
                 mine = np.argmax(mine[:, None] == classes[None], axis=1)
             return dataclasses.replace(
-                base, images=base.images[own], labels=jnp.asarray(mine, base.labels.dtype)
+                base, images=jnp.asarray(images[own]), labels=jnp.asarray(mine, labels.dtype)
             )
 
         return _Split(len(self), data_of)
@@ -179,6 +181,11 @@ def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> j
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
     data.check()
+    return _one_pass(data, key, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _one_pass(data, key, *, batch_size):
     order = jnp.arange(data.num_examples)
     if key is not None:
         order = jax.random.permutation(prng.purpose_key(key, "one_pass"), order)
