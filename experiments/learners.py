@@ -57,7 +57,7 @@ class Learner:
             stream.test,
             protocol,
             objective=self.objectives.get(name, ss.entropy),
-            **({"rule": rule} if rule else {}),
+            rule=rule,
             progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
         )
         if keep is not None:

@@ -6,7 +6,7 @@ Names listed in `__all__` are the public interface; other modules may change.
 
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore, Recovery, RecoveryConfig, recover
-from supsup_jax.infer import alpha_gradient, descend, one_shot, oracle, predict
+from supsup_jax.infer import alpha_gradient, one_shot, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
@@ -18,6 +18,7 @@ from supsup_jax.scenarios import (
     observe,
     parse_scenario,
 )
+from supsup_jax.search import Rule, binary_search, descend, oracle, rerank
 from supsup_jax.store import MaskStore
 from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
@@ -43,6 +44,7 @@ __all__ = [
     "Normalize",
     "Recovery",
     "RecoveryConfig",
+    "Rule",
     "ScoreMean",
     "StoreError",
     "StreamConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "alpha_gradient",
+    "binary_search",
     "descend",
     "entropy",
     "evaluate",
@@ -68,6 +71,7 @@ __all__ = [
     "parse_scenario",
     "predict",
     "recover",
+    "rerank",
     "signed_constant",
     "signed_topk_mask",
     "threshold_mask",

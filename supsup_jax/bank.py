@@ -61,12 +61,14 @@ def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
     )
 
 
-def holding(bank: Bank, words: jax.Array, num_tasks: int) -> Bank:
+def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
     """The bank with the masks `words`, laid out like its own and 0 beyond `num_tasks`."""
-    ones = jnp.ones(words.shape[0] * words.shape[2], jnp.float32)
-    counts = contraction.superpose(words, ones, jnp.int32(num_tasks))
+    everything = jnp.ones(words.shape[0] * words.shape[2], bool)
+    counts = contraction.count(words, everything, jnp.asarray(num_tasks, jnp.int32))
     return bank._replace(
-        words=words, counts=counts.astype(bank.counts.dtype), num_tasks=jnp.int32(num_tasks)
+        words=words,
+        counts=counts.astype(bank.counts.dtype),
+        num_tasks=jnp.asarray(num_tasks, jnp.int32),
     )
 
 
@@ -180,6 +182,19 @@ def resize(bank, layout, capacity):
         counts=bank.counts.astype(np.min_scalar_type(capacity)),
         states=jax.tree.map(widen, bank.states),
     )
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def taken(bank, ids, num_tasks, layout):
+    """A bank of the tasks ids [S], of which the first `num_tasks` count."""
+    num_tiles, num_words, lanes = tiling(layout, len(ids))
+    slots = jnp.pad(ids, (0, num_tiles * lanes - len(ids)))
+    # One gather along the lanes of all tiles side by side; a column a task is twice as slow.
+    words = jnp.moveaxis(bank.words, 0, 1).reshape(num_words, -1)[:, slots]
+    words = jnp.where(jnp.arange(len(slots)) < num_tasks, words, 0)
+    words = jnp.moveaxis(words.reshape(num_words, num_tiles, lanes), 1, 0)
+    states = jax.tree.map(lambda rows: rows[ids], bank.states)
+    return holding(bank._replace(states=states), words, num_tasks)
 
 
 def untile_words(words: jax.Array, capacity: int) -> jax.Array:

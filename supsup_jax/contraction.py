@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from supsup_jax import fixed_point
-from supsup_jax.packing import WORD_BITS, unpack
+from supsup_jax.packing import VECTOR_LANES, WORD_BITS, unpack
 from supsup_jax.varying import varying_like
 
 # Accumulators of a block: 1.5 MiB, within the L2 caches of two cores. Shorter blocks pay for the
@@ -77,6 +77,20 @@ def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.
     if alphas.shape[-1] != num_tiles * lanes:
         raise ValueError(f"alphas must end in {num_tiles * lanes}, got shape {alphas.shape}")
     return _superpose(words, alphas, num_tasks)
+
+
+def count(words: jax.Array, kept: jax.Array, num_tasks: jax.Array) -> jax.Array:
+    """How many of the masks `kept` (bool [num_tiles * lanes]) keep each weight: float32 [32 nw].
+
+    What `superpose` makes of 0 and 1, on CPU in a sixth of the time. Not differentiable.
+    """
+    return _on_platform(
+        _count_blocks,
+        lambda words, kept, *sizes: _superpose_blocks(words, kept.astype(jnp.float32), *sizes),
+        words,
+        kept,
+        num_tasks,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -286,6 +300,39 @@ def _superpose_blocks(words, alphas, live_tiles, block_floats):
     w = _zeros(words, alphas, (len(batched), WORD_BITS, num_words))
     w = lax.fori_loop(0, live_tiles, add_tile, w)
     return w.reshape(*alphas.shape[:-1], WORD_BITS * num_words)
+
+
+def _count_blocks(words, kept, live_tiles, block_floats):
+    num_tiles, num_words, lanes = words.shape
+    kept = kept.reshape(num_tiles, 1, lanes)
+
+    def add_tile(tile, counts):
+        mine = lax.dynamic_index_in_dim(kept, tile, 0, keepdims=False)
+
+        def block(start, size):
+            rows = jnp.where(mine, _rows(words, tile, start, size), 0)
+            # A byte counts one bit of every eighth, over the lanes that share a vector lane: 64
+            # at most. So a word is added up in 8 steps and not in 32.
+            rows = rows.reshape(size, lanes // VECTOR_LANES, VECTOR_LANES)
+            sums = [
+                jnp.sum((rows >> bit) & jnp.uint32(0x01010101), axis=1, dtype=jnp.uint32)
+                for bit in range(8)
+            ]
+            sums = jnp.stack(sums)
+            planes = jnp.stack([(sums >> (8 * byte)) & 255 for byte in range(4)])
+            return planes.sum(axis=-1, dtype=jnp.uint32).reshape(WORD_BITS, size)
+
+        # In words, whose bits are never unpacked.
+        rows, whole = _blocks(words, 8 * block_floats)
+        blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
+        joined = jnp.moveaxis(blocks, 0, 1).reshape(WORD_BITS, whole * rows)
+        if num_words > whole * rows:
+            rest = block(whole * rows, num_words - whole * rows)
+            joined = jnp.concatenate([joined, rest], axis=1)
+        return counts + joined.astype(jnp.float32)
+
+    counts = _zeros(words, kept, (WORD_BITS, num_words))
+    return lax.fori_loop(0, live_tiles, add_tile, counts).reshape(-1)
 
 
 def _reference(words, v, num_tasks, planes=None):

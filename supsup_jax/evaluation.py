@@ -1,7 +1,7 @@
 """Accuracy over a stream of tasks, with the task id given or inferred."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,9 +12,10 @@ from jax import lax
 from supsup_jax import infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
+from supsup_jax.search import Rule
 from supsup_jax.store import MaskStore
 from supsup_jax.train import num_outputs
-from supsup_jax.types import Objective, TaskData, TaskIdError
+from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")
 
@@ -81,6 +82,22 @@ def parse_protocol(name: str, batch_size: int = 128) -> Protocol | None:
     raise ValueError(f"protocol must be one of {PROTOCOLS} (as in batch-16), got {name!r}")
 
 
+def parse_rule(rule: Rule | Callable | str | None) -> Callable | None:
+    """The rule that names tasks, as a function like `one_shot`; None for `one_shot` itself.
+
+    Raises ValueError for a name that is none, TypeError for what cannot be called or hashed.
+    """
+    rule = Rule(rule) if isinstance(rule, str) else rule
+    if rule is None or rule == Rule("one_shot"):
+        return None
+    if not callable(rule) or not isinstance(rule, Hashable):
+        raise TypeError(
+            "rule must be a name, a Rule, or a hashable function (net, store, x, objective=, "
+            f"per_example=) -> TaskBelief, got {rule!r}"
+        )
+    return rule
+
+
 def evaluate(
     net: Network,
     store: MaskStore,
@@ -88,6 +105,7 @@ def evaluate(
     protocol: str = "given",
     *,
     objective: Objective = entropy,
+    rule: Rule | Callable | str | None = None,
     batch_size: int = 128,
     tasks: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
@@ -98,19 +116,25 @@ def evaluate(
     protocol: "given" (GG); or inferred, "paper" (the first image of each batch names the task for
       the batch), "per_example" (every image its own), "batch-m" (m images decide together).
     objective: what the inference minimises.
+    rule: what names the tasks. None: `one_shot`, in its fastest form. A name ("binary_search"), a
+      Rule with options (`Rule("rerank", best=3)`), or any function that is called like `one_shot`
+      and returns a TaskBelief, traced inside jit, equal by value: with per_example where each
+      decision is one image's, and without for m images that decide together. What it names -1
+      (see `reject`) counts as wrong.
     tasks: which of the learned tasks; None for all.
     ids: the store's id of each task of the stream, where masks were found rather than told, and
       may be more or fewer than tasks; -1 where no mask belongs to it. None: task i has id i.
     progress: wraps the loop over tasks, such as tqdm.tqdm.
     Tasks of equal data shape share one compiled program, whatever the number of tasks learned.
     Raises TypeError or ValueError before compiling for arguments that do not fit, such as an
-    empty store or a stream shorter than the tasks learned.
+    empty store, a stream shorter than the tasks learned, or test data of fewer images than m.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
     decide = parse_protocol(protocol, batch_size)
     infer.check_pair(net, store)
     infer.check_objective(objective)
+    rule = parse_rule(rule)
     num_tasks = int(store.num_tasks)
     if not hasattr(stream, "__getitem__"):
         raise TypeError(
@@ -137,10 +161,15 @@ def evaluate(
         data.check()
         outputs = outputs or num_outputs(net, data)
         data.check_labels(outputs)
+        if decide is not None and data.num_examples < decide.deciders:
+            raise ValueError(
+                f"protocol {protocol!r} needs at least {decide.deciders} test images of each task, "
+                f"stream[{i}] holds {data.num_examples}"
+            )
         if decide is None:
             outcome = _given(net, store, data, ids[i], batch_size=batch_size)
         else:
-            outcome = _inferred(net, store, data, protocol=decide, objective=objective)
+            outcome = _inferred(net, store, data, protocol=decide, objective=objective, rule=rule)
         outcomes.append(outcome)
         if len(outcomes) > 1:  # one task ahead of the device, and no further
             outcomes[-2] = jax.device_get(outcomes[-2])
@@ -174,14 +203,23 @@ def _given(net, store, data, i, *, batch_size):
     return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("protocol", "objective"))
-def _inferred(net, store, data, *, protocol, objective):
+@functools.partial(jax.jit, static_argnames=("protocol", "objective", "rule"))
+def _inferred(net, store, data, *, protocol, objective, rule):
     mixture = store.mixture()
 
     def name_tasks(index):
         """Ids [contexts, groups] for the examples index [contexts, images]."""
         group = min(protocol.group, index.shape[1])
         deciders = index.reshape(len(index), -1, group)[:, :, : protocol.deciders]
+
+        if rule is not None and (net.state is not None or protocol.deciders > 1):
+            return lax.map(by_rule, (index, deciders))
+        if rule is not None:  # each image decides alone, whatever its context
+            x, _ = data.batch(deciders.reshape(-1))
+            ids = infer.in_pieces(
+                lambda x: _named(rule, net, store, x, objective, True), x, protocol.context
+            )
+            return ids.reshape(deciders.shape[:2])
 
         def decide(index, state):
             """Ids [D] of the decisions by the examples index [D, m]."""
@@ -199,6 +237,15 @@ def _inferred(net, store, data, *, protocol, objective):
 
         return lax.map(in_context, (index, deciders))
 
+    def by_rule(each):
+        """Ids [groups] of one context."""
+        index, deciders = each  # [images], [groups, m]
+        if protocol.deciders > 1:  # the context is one group, in which all decide
+            return _named(rule, net, store, data.batch(index)[0], objective, False)[None]
+        # Statistics are those of the whole context, so all of it goes in.
+        ids = _named(rule, net, store, data.batch(index)[0], objective, True)
+        return ids[:: len(index) // len(deciders)]
+
     def judge(each):
         index, ids = each
         x, y = data.batch(index)
@@ -215,8 +262,21 @@ def _inferred(net, store, data, *, protocol, objective):
         ids = name_tasks(index)
         right = lax.map(judge, (index, ids)).reshape(-1)
         each = jnp.repeat(ids.reshape(-1), (stop - start) // ids.size)
-        parts.append(_Outcome(right, each, ids.reshape(-1)))
+        # Without a task, -1 of a rule that may refuse, an image has no right label either.
+        parts.append(_Outcome(right & (each >= 0), each, ids.reshape(-1)))
     return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+
+def _named(rule, net, store, x, objective, per_example):
+    """Ids [B], or [], by a rule that may be the user's."""
+    found = rule(net, store, x, objective=objective, per_example=per_example)
+    want = x.shape[:1] if per_example else ()
+    if not isinstance(found, TaskBelief) or jnp.shape(found.task) != want:
+        raise TypeError(
+            f"rule must return a TaskBelief whose task has shape {want} for x of shape {x.shape} "
+            f"and per_example={per_example}, got {found!r}"
+        )
+    return found.task
 
 
 def _is_right(logits, labels):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from supsup_jax import contraction
@@ -96,61 +95,6 @@ def one_shot(
     )
 
 
-def descend(
-    net: Network,
-    store: MaskStore,
-    x: jax.Array,
-    objective: Objective = entropy,
-    *,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    per_example: bool = True,
-) -> TaskBelief:
-    """Gradient descent on the coefficients over the simplex, from 1/T each.
-
-    Each of the `steps` updates is projected back onto the simplex. scores are the final
-    coefficients; of equal ones, as in the corner a large step lands in, the lower id wins.
-    One step of small sgd ranks tasks as `one_shot` does.
-    optimizer: from optax; keep and reuse one object, as a new one compiles anew.
-    per_example needs a mixture per row: [B, n] floats.
-    Raises as `one_shot`, and ValueError unless steps is a positive int.
-    """
-    check_pair(net, store)
-    check_objective(objective)
-    check_input(x)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive int, got {steps!r}")
-    return _descend(
-        net,
-        store,
-        x,
-        objective=objective,
-        optimizer=optimizer,
-        steps=steps,
-        per_example=per_example,
-    )
-
-
-def oracle(
-    net: Network,
-    store: MaskStore,
-    x: jax.Array,
-    objective: Objective = entropy,
-    per_example: bool = True,
-) -> TaskBelief:
-    """Every mask tried alone: scores[b, i] = -F(logits of x_b under mask i), T forward passes.
-
-    An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
-    per_example False judges the batch's mean. Raises as `one_shot`.
-    """
-    check_pair(net, store)
-    check_objective(objective)
-    check_input(x)
-    return _oracle(net, store, x, objective=objective, per_example=per_example)
-
-
 def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int) -> jax.Array:
     """Logits [B, C] of x [B, ...] under its task's mask and statistics, in eval mode.
 
@@ -184,9 +128,9 @@ def check_pair(net: Network, store: MaskStore) -> None:
     store.check_holds_tasks()
 
 
-def check_objective(objective: Objective) -> None:
+def check_objective(objective: Objective, name: str = "objective") -> None:
     if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
-        raise TypeError(f"objective must be a hashable function of logits, got {objective!r}")
+        raise TypeError(f"{name} must be a hashable function of logits, got {objective!r}")
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -353,10 +297,12 @@ def _tangent_scores(store, values, mixture, x):
     def derivative(i):
         return along(jax.tree.map(lambda mask: mask.astype(jnp.float32), store.mask(i)))
 
-    return _over_tasks(store, derivative, 0.0, x)
+    return over_tasks(store, derivative, 0.0, x)
 
 
-def _over_tasks(store, function, empty, x):
+def over_tasks(
+    store: MaskStore, function: Callable[[jax.Array], jax.Array], empty: float, x: jax.Array
+) -> jax.Array:
     """function(i) [len(x)] of each task as columns, [len(x), K]; `empty` where there is no task.
 
     A scan over cond rather than a loop of T rounds: empty slots cost next to nothing, and the
@@ -421,45 +367,6 @@ def belief(store: MaskStore, scores: jax.Array) -> TaskBelief:
     return TaskBelief(jnp.argmax(scores, axis=-1).astype(jnp.int32), scores)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "optimizer", "steps", "per_example"))
-def _descend(net, store, x, *, objective, optimizer, steps, per_example):
-    decisions = x[:, None] if per_example else x[None]
-    state = frozen_state(net, store.mixture(), x)
-    start = store.slots / store.num_tasks.astype(jnp.float32)
-    alphas = jnp.broadcast_to(start[None], (len(decisions), store.capacity))
-
-    def gradient(alphas):
-        # One mixture a decision: alphas are batched, so the masks are read once for all of them.
-        mixtures = jax.vmap(store.mixture)(alphas)
-        v = jax.vmap(weight_gradient, (None, 0, 0, None, None))(
-            net, mixtures, decisions, state, objective
-        )
-        return store.contract(v)
-
-    def step(carry, _):
-        alphas, moments = carry
-        updates, moments = optimizer.update(gradient(alphas), moments, alphas)
-        moved = optax.apply_updates(alphas, updates)
-        # More than 1 below the largest lies outside the simplex: empty slots stay at 0.
-        live = store.slots[None]
-        top = jnp.max(jnp.where(live, moved, -jnp.inf), axis=-1, keepdims=True)
-        moved = jnp.where(live, moved, top - 2)
-        return (jax.vmap(optax.projections.projection_simplex)(moved), moments), None
-
-    (alphas, _), _ = lax.scan(step, (alphas, optimizer.init(alphas)), None, length=steps)
-    return belief(store, alphas if per_example else alphas[0])
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
-def _oracle(net, store, x, *, objective, per_example):
-    def judge(i):
-        task = store.task(i)
-        return -uncertainty(net, task.mask, x, task.state, objective)
-
-    scores = _over_tasks(store, judge, -jnp.inf, x)
-    return belief(store, scores if per_example else scores.mean(axis=0))
-
-
 def _task_logits(net, store, x, i):
     task = store.task(i)
     return net(task.mask, x, task.state)
@@ -469,29 +376,43 @@ def _task_logits(net, store, x, i):
 def _predict(net, store, x, task):
     if task.ndim == 0:
         return _task_logits(net, store, x, task)
-    num_rows = x.shape[0]
+    rows = jnp.arange(len(task), dtype=jnp.int32)
+    return grouped(functools.partial(_task_logits, net, store), x, rows, task)
+
+
+def grouped(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    rows: jax.Array,
+    ids: jax.Array,
+) -> jax.Array:
+    """function(x[rows], id) [R, ...] of rows [R] of x, each with an id of its own, ids [R].
+
+    function: (part of x [r, ...], one id) -> [r, ...], row for row. Rows of one id go through it
+    together, and no more than a segment of x is copied at a time.
+    """
+    num_rows = len(rows)
     segment = min(SEGMENT, num_rows)
-    order = jnp.argsort(task)
-    ids, rows = task[order], x[order]
+    order = jnp.argsort(ids)
+    ids, rows = ids[order], rows[order]
     # A segment starts where the id changes, and every `segment` rows within a run of one id.
     place = jnp.arange(num_rows, dtype=jnp.int32)
     changes = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
     run_start = lax.cummax(jnp.where(changes, place, 0))
     starts_segment = (place - run_start) % segment == 0
     starts = jnp.nonzero(starts_segment, size=num_rows, fill_value=num_rows)[0].astype(jnp.int32)
-    padded = jnp.concatenate([rows, jnp.zeros((segment, *rows.shape[1:]), rows.dtype)])
-    like = jax.eval_shape(_task_logits, net, store, rows[:1], ids[0])
+    padded = jnp.concatenate([rows, jnp.zeros(segment, rows.dtype)])
+    like = jax.eval_shape(function, x[:1], ids[0])
 
-    # Rows beyond a segment's own come out under the wrong mask, and the next segment, which
+    # Rows beyond a segment's own come out under the wrong id, and the next segment, which
     # starts there, overwrites them. A scan over cond, not a while loop: it can be differentiated.
-    def send(logits, start):
-        def forward(logits):
-            part = lax.dynamic_slice_in_dim(padded, start, segment)
-            part_logits = _task_logits(net, store, part, ids[start])
-            return lax.dynamic_update_slice_in_dim(logits, part_logits, start, 0)
+    def send(out, start):
+        def forward(out):
+            part = function(x[lax.dynamic_slice_in_dim(padded, start, segment)], ids[start])
+            return lax.dynamic_update_slice_in_dim(out, part, start, 0)
 
-        return lax.cond(start < num_rows, forward, lambda logits: logits, logits), None
+        return lax.cond(start < num_rows, forward, lambda out: out, out), None
 
-    logits = jnp.zeros((num_rows + segment, like.shape[1]), like.dtype)
-    logits, _ = lax.scan(send, varying_like(varying_like(logits, x), task), starts)
-    return logits[jnp.argsort(order)]
+    out = jnp.zeros((num_rows + segment, *like.shape[1:]), like.dtype)
+    out, _ = lax.scan(send, varying_like(varying_like(out, x), ids), starts)
+    return out[jnp.argsort(order)]

@@ -17,8 +17,8 @@ class TaskStore:
     """What inference asks of the tasks it chooses among: a MaskStore, or a baseline's like it.
 
     A subclass, a pytree, has `layout`, `capacity` (K, static), `num_tasks` (int32 []), `task(i)`,
-    `mixture(alphas)`, `contract(v, implementation)` and `certified_scores(v)` as MaskStore has;
-    its masks may hold any real numbers.
+    `mixture(alphas)`, `contract(v, implementation)`, `certified_scores(v)` and `taken(ids,
+    num_tasks)` as MaskStore has; its masks may hold any real numbers.
     """
 
     @property
@@ -50,6 +50,10 @@ class TaskStore:
             )
         spare = [(0, 0)] * (alphas.ndim - 1) + [(0, self.capacity - length)]
         return jnp.where(self.slots, jnp.pad(alphas.astype(jnp.float32), spare), 0)
+
+    def mixture_of(self, kept: jax.Array) -> PyTree:
+        """The uniform mixture of the tasks `kept`, bool [K], at least one."""
+        return self.mixture(kept / kept.sum().astype(jnp.float32))
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty."""
@@ -189,6 +193,18 @@ class MaskStore(TaskStore):
         return self.layout.unravel(
             contraction.superpose(self._bank.words, self._pad_slots(alphas), self.num_tasks)
         )
+
+    def mixture_of(self, kept: jax.Array) -> PyTree:
+        """As `TaskStore.mixture_of`, by counting: not differentiable."""
+        counts = contraction.count(self._bank.words, self._pad_slots(kept), self.num_tasks)
+        return self.layout.unravel(counts / kept.sum().astype(jnp.float32))
+
+    def taken(self, ids: jax.Array, num_tasks: jax.Array) -> "MaskStore":
+        """A store of capacity S with the tasks ids [S], the first `num_tasks` of them.
+
+        For use inside jit: where nothing reads the counts of the new store, none are made.
+        """
+        return self._with(bank.taken(self._bank, ids, num_tasks, self.layout), len(ids))
 
     def counts(self) -> jax.Array:
         """How many tasks keep each weight: unsigned [32 nw], in the layout's order."""

@@ -194,6 +194,9 @@ def test_abatche_tries_each_tasks_factors_alone(small_net):
     got = ss.oracle(small_net, store, x, ss.max_confidence)
     want = [jax.nn.softmax(each).max(-1) for each in logits]
     np.testing.assert_allclose(got.scores[:, :5], np.stack(want, 1), rtol=1e-5)
+    found = ss.binary_search(small_net, store, x)
+    assert found.scores.shape == (4, 8)
+    assert (found.scores.max(1) == 3).all()  # of five, three, two and one remain
     tasks = jnp.asarray([3, 0, 4, 1])
     got = ss.predict(small_net, store, x, tasks)
     want = [logits[t][i] for i, t in enumerate(tasks)]

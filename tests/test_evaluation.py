@@ -115,6 +115,93 @@ def test_one_compilation_serves_every_task_and_number_of_tasks(problem, small_ne
     assert evaluation._given._cache_size() == 1
 
 
+RULES = {
+    "binary_search": ss.binary_search,
+    "oracle": ss.oracle,
+    "rerank": ss.rerank,
+    ss.Rule("binary_search", base=3): ss.Rule("binary_search", base=3),
+    ss.Rule("rerank", best=2, judge=ss.max_logit): ss.Rule("rerank", best=2, judge=ss.max_logit),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_equal_plain_loops(problem, rule):
+    net, store, stream = problem
+    decide = RULES[rule]
+    for protocol in ("per_example", "paper", "batch-4"):
+        (row,) = ss.evaluate(net, store, stream, protocol, rule=rule, batch_size=10, tasks=[1])
+        x, _ = stream[1].batch(jnp.arange(23))
+        if protocol == "per_example":
+            want = decide(net, store, x).task
+        elif protocol == "paper":
+            want = [decide(net, store, g[:1]).task[0] for g in groups(x, 10)]
+        else:
+            want = [decide(net, store, g, per_example=False).task for g in groups(x, 4)]
+        np.testing.assert_array_equal(row.inferred, np.asarray(want))
+        each = np.repeat(want, {"per_example": 1, "paper": 10, "batch-4": 4}[protocol])[:23]
+        accuracy, shared = by_hand(net, store, stream[1], 1, lambda x, each=each: each)
+        assert row.accuracy == pytest.approx(accuracy)
+        assert row.shared_accuracy == pytest.approx(shared)
+
+
+def test_a_rule_sees_the_whole_context_of_a_stateful_network(norm_net):
+    store = filled_store(
+        norm_net, [ss.Task(mask, norm_net.state) for mask in random_masks(norm_net, 3)]
+    )
+    data = ss.TaskData(
+        jax.random.randint(jax.random.key(0), (12, 6), 0, 256).astype(jnp.uint8),
+        jnp.zeros(12, jnp.int32),
+    )
+    x, _ = data.batch(jnp.arange(12))
+    found = [ss.binary_search(norm_net, store, g).task for g in groups(x, 8)]
+    for protocol, want in (
+        ("per_example", np.concatenate(found)),
+        ("paper", [ids[0] for ids in found]),
+        (
+            "batch-4",
+            [ss.binary_search(norm_net, store, g, per_example=False).task for g in groups(x, 4)],
+        ),
+    ):
+        row = ss.evaluate(
+            norm_net, store, [data] * 3, protocol, rule="binary_search", batch_size=8
+        )[0]
+        np.testing.assert_array_equal(row.inferred, np.asarray(want))
+
+
+def first_or_nothing(net, store, x, objective, per_example):
+    """Task 0 for an input that is bright, none for the others."""
+    scores = jnp.where(store.slots, -jnp.arange(store.capacity, dtype=jnp.float32), -jnp.inf)
+    bright = x.mean(axis=tuple(range(1 if per_example else 0, x.ndim))) > 0.5
+    return ss.TaskBelief(jnp.where(bright, 0, -1), jnp.broadcast_to(scores, (*bright.shape, 4)))
+
+
+def test_a_function_as_rule_may_refuse(problem):
+    net, store, stream = problem
+    (row,) = ss.evaluate(net, store, stream, "per_example", rule=first_or_nothing, tasks=[0])
+    x, y = stream[0].batch(jnp.arange(23))
+    bright = np.asarray(x.mean(1) > 0.5)
+    np.testing.assert_array_equal(row.inferred, np.where(bright, 0, -1))
+    right = np.asarray(ss.predict(net, store, x, 0).argmax(-1) == y)
+    assert 0 < bright.mean() < 1
+    assert row.accuracy == row.shared_accuracy == pytest.approx(np.mean(right & bright))
+    assert row.task_accuracy == pytest.approx(bright.mean())
+
+
+def test_rules_that_are_equal_share_one_compilation(problem, small_net):
+    net, store, stream = problem
+    evaluation._inferred.clear_cache()
+    for seed in range(3):
+        for rule in ("rerank", ss.Rule("rerank")):
+            ss.evaluate(net, store, stream, "per_example", rule=rule, batch_size=10)
+        if seed:
+            continue
+        store, stream = store.append(random_masks(small_net, 1, seed=9)[0]), [*stream, stream[0]]
+    assert evaluation._inferred._cache_size() == 1
+    for rule in (None, "one_shot", ss.Rule("one_shot")):
+        ss.evaluate(net, store, stream, "per_example", rule=rule, batch_size=10)
+    assert evaluation._inferred._cache_size() == 2
+
+
 def test_only_learned_tasks_are_judged(problem):
     net, store, stream = problem
     assert len(ss.evaluate(net, store, stream * 2)) == 3
@@ -194,4 +281,13 @@ def test_bad_input(problem):
         ss.evaluate(net, store, [1, 2, 3])
     with pytest.raises(ValueError, match="the store is empty"):
         ss.evaluate(net, ss.MaskStore.create(net), [])
+    with pytest.raises(ValueError, match=r"rule must be one of \['binary_search', .*got 'best'"):
+        ss.evaluate(net, store, stream, "paper", rule="best")
+    with pytest.raises(TypeError, match="rule must be a name, a Rule, or a hashable function"):
+        ss.evaluate(net, store, stream, "paper", rule=[ss.oracle])
+    with pytest.raises(TypeError, match=r"rule must return a TaskBelief whose task has shape \(1,"):
+        ss.evaluate(net, store, stream, "paper", rule=lambda *_, **__: 0)
+    with pytest.raises(ValueError, match=r"'batch-24' needs at least 24 test .* holds 23"):
+        ss.evaluate(net, store, stream, "batch-24")
+    assert len(ss.evaluate(net, store, stream, "batch-23", tasks=[0])[0].inferred) == 1
     assert jax.tree.leaves(store)  # and nothing was consumed

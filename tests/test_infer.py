@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -164,43 +163,6 @@ def test_permuting_tasks_permutes_gradients(small_net):
     first = ss.alpha_gradient(small_net, filled_store(small_net, masks), x)
     second = ss.alpha_gradient(small_net, filled_store(small_net, [masks[i] for i in order]), x)
     np.testing.assert_allclose(second[:, :5], first[:, jnp.asarray(order)], rtol=RTOL, atol=ATOL)
-
-
-def test_oracle_equals_a_loop_over_tasks(problem):
-    net, store, x = problem
-    belief = ss.oracle(net, store, x, ss.max_logit)
-    want = np.stack([ss.predict(net, store, x, t).max(-1) for t in range(5)], axis=1)
-    np.testing.assert_allclose(belief.scores[:, :5], want, rtol=RTOL)
-    np.testing.assert_array_equal(belief.task, want.argmax(-1))
-    assert (belief.scores[:, 5:] == -jnp.inf).all()
-    shared = ss.oracle(net, store, x, ss.max_logit, per_example=False)
-    np.testing.assert_allclose(shared.scores[:5], want.mean(0), rtol=RTOL)
-
-
-@pytest.mark.parametrize("per_example", [True, False])
-def test_one_small_step_of_descent_ranks_as_one_shot(problem, per_example):
-    net, store, x = problem
-    belief = ss.descend(net, store, x, optimizer=optax.sgd(1e-3), steps=1, per_example=per_example)
-    want = ss.one_shot(net, store, x, per_example=per_example)
-    np.testing.assert_array_equal(belief.task, want.task)
-    np.testing.assert_allclose(belief.scores[..., :5].sum(-1), 1, rtol=1e-5)
-    # On the simplex, a projected step moves each coefficient by -rate * (gradient - mean).
-    gradient = -want.scores[..., :5]
-    step = 0.2 - 1e-3 * (gradient - gradient.mean(-1, keepdims=True))
-    np.testing.assert_allclose(belief.scores[..., :5], step, rtol=1e-4)
-
-
-def test_descent_stays_on_the_simplex_and_lowers_the_objective(problem):
-    net, store, x = problem
-    optimizer = optax.sgd(0.05)
-    entropies = []
-    for steps in (1, 20):
-        alphas = ss.descend(net, store, x, optimizer=optimizer, steps=steps).scores[:, :5]
-        np.testing.assert_allclose(alphas.sum(-1), 1, rtol=1e-5)
-        assert float(alphas.min()) >= 0
-        logits = [net(store.mixture(a), x[i : i + 1])[0] for i, a in enumerate(alphas)]
-        entropies.append(float(ss.entropy(jnp.stack(logits)).mean()))
-    assert entropies[1] < entropies[0]
 
 
 # Statistics
@@ -385,14 +347,13 @@ def test_one_compilation_serves_any_number_of_tasks_within_capacity(small_net):
     masks = random_masks(small_net, 6)
     x = jax.random.normal(jax.random.key(0), (3, 6))
     store = filled_store(small_net, masks[:1], capacity=8)
-    programs = (infer._one_shot, infer._predict, infer._oracle)
+    programs = (infer._one_shot, infer._predict)
     ss.one_shot(small_net, store, x), ss.predict(small_net, store, x, 0)
-    ss.oracle(small_net, store, x)
     before = [program._cache_size() for program in programs]
     for seed, mask in enumerate(masks[1:]):
         store = store.append(mask)
         net = relu_net((6, 6, 5))  # nor does the same network, made anew
-        ss.one_shot(net, store, x), ss.predict(net, store, x, seed), ss.oracle(net, store, x)
+        ss.one_shot(net, store, x), ss.predict(net, store, x, seed)
     assert [program._cache_size() for program in programs] == before
 
 
@@ -451,7 +412,7 @@ def test_every_implementation_names_the_same_task(problem, implementation, objec
 def test_bad_input(problem, norm_net):
     net, store, x = problem
     empty = ss.MaskStore.create(net)
-    for call in (ss.one_shot, ss.alpha_gradient, ss.oracle, lambda *a: ss.predict(*a, 0)):
+    for call in (ss.one_shot, ss.alpha_gradient, lambda *a: ss.predict(*a, 0)):
         with pytest.raises(ValueError, match="the store is empty"):
             call(net, empty, x)
         with pytest.raises(ValueError, match="the store holds masks of"):
@@ -479,7 +440,3 @@ def test_bad_input(problem, norm_net):
         ss.one_shot(net, store, x, implementation="pallas")
     with pytest.raises(ValueError, match="alphas must end in 8"):
         ss.alpha_gradient(net, store, x, alphas=jnp.ones(6))
-    with pytest.raises(ValueError, match="steps must be a positive int"):
-        ss.descend(net, store, x, optimizer=optax.sgd(0.1), steps=0)
-    with pytest.raises(TypeError, match="optimizer must come from optax"):
-        ss.descend(net, store, x, optimizer="sgd", steps=1)

@@ -128,6 +128,11 @@ class FactorStore(TaskStore):
             ]
         )
 
+    def taken(self, ids: jax.Array, num_tasks: jax.Array) -> "FactorStore":
+        """A store of capacity S with the tasks ids [S], the first `num_tasks` of them."""
+        factors = jax.tree.map(lambda rows: rows[ids], self.factors)
+        return dataclasses.replace(self, factors=factors, num_tasks=num_tasks)
+
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
         """<v, t_i s_i'> for every task: [..., K] of v [..., n]; one form, so any name does."""
         del implementation
