@@ -237,6 +237,9 @@ def test_mistakes_are_named(small_net, norm_net, data):
     shared, key = small_net.params, jax.random.key(0)
     with pytest.raises(TypeError, match="data must be a TaskData"):
         baselines.learn(key, baselines.batche(small_net), shared, None, SGD, first=True)
+    beyond = dataclasses.replace(data, labels=data.labels + 1)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
+        baselines.learn(key, baselines.batche(small_net), shared, beyond, SGD, first=True)
     idle = dataclasses.replace(baselines.psp(small_net), shared_learns="never")
     with pytest.raises(ValueError, match="nothing is trained"):
         baselines.learn(key, idle, shared, data, SGD, first=True)

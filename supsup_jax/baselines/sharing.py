@@ -137,6 +137,7 @@ def learn(
     if not isinstance(data, TaskData):
         raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
     data.check()
+    data.check_labels(_num_outputs(baseline, shared, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")
@@ -144,6 +145,14 @@ def learn(
     if not bool(jnp.isfinite(learned.loss).all()):
         raise diverged(config)
     return learned
+
+
+def _num_outputs(baseline, shared, data):
+    def logits(shared, data):
+        own = own_weights(baseline, jax.random.key(0))
+        return baseline.logits(shared, own, data.batch(jnp.zeros(2, jnp.int32))[0])
+
+    return jax.eval_shape(logits, shared, data).shape[1]
 
 
 @functools.partial(jax.jit, static_argnames=("baseline", "config", "trains_shared"))
