@@ -80,7 +80,8 @@ def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
         )
     ax.set(title=title, xlabel="tasks learned", ylabel="accuracy, mean over tasks")
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, high - MIN_SPAN), high)
+    room = max(0, MIN_SPAN - (high - low))
+    ax.set_ylim(low - 0.75 * room, high + 0.25 * room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
@@ -133,7 +134,7 @@ def novelty_against_windows(
         (~first, "a task goes on", OURS["entropy"]),
         (first, "a task begins", COLORS["batche"]),
     ):
-        ax.semilogy(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
+        ax.plot(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
     ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")
     ax.set(title=title, xlabel="window", ylabel="max nu x masks asked")
     ax.grid(alpha=0.3)

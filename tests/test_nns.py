@@ -57,9 +57,8 @@ def test_the_decisions_say_what_the_result_says(finished):
     assert allocated[1:][max_nu[1:] < threshold[1:]].all()
     height = max_nu * 1.125 / threshold
     assert result["novelty"]["new_highest"] == pytest.approx(np.nanmax(height[::3]))
-    net = nns.continual.build(
-        Args(tiny=True).config(), nns.continual.load(Args(tiny=True).config(), None)
-    )
+    config = Args(tiny=True).config()
+    net = nns.continual.build(config, nns.load(config, None))
     assert int(ss.MaskStore.load(out / "store.npz", net).num_tasks) == row["masks"]
 
 
@@ -176,6 +175,15 @@ def test_the_paper_preset_is_the_reference_rule():
     assert config.learner() == ss.StreamConfig(budget=2500)
     known = nns.paper.CURVES["lenet_300_100/500", "nns", "entropy"]
     assert tuple(known) == config.checkpoints
+
+
+def test_digits_are_enlarged():
+    config = Args(tiny=True).config()
+    images = np.asarray(nns.load(config, None).test.images)
+    small = np.asarray(nns.continual.load(config, None).test.images).reshape(-1, 8, 8)
+    assert images.shape == (len(small), 24, 24)
+    for row, column in ((0, 0), (5, 2), (23, 23)):
+        np.testing.assert_array_equal(images[:, row, column], small[:, row // 3, column // 3])
 
 
 def test_a_task_that_no_mask_learned_counts_as_wrong(small_net):
