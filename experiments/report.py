@@ -170,16 +170,26 @@ def _seconds(result):
 
 
 def table(entries: list[Mean]) -> str:
-    """Markdown: every series at the end of its runs, and wherever the paper has a number."""
+    """Markdown: every series at the end of its runs, and where the paper's numbers begin.
+
+    GNs stands beside GNu, which is the same decisions judged more strictly.
+    """
     text = [
         "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
-        "| difference | task accuracy | decisions | seeds | seconds a run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| difference | GNs | task accuracy | decisions | seeds | seconds a run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for entry in entries:
-        if not (entry.last or entry.paper is not None):
+    by_series = {entry.series: entry for entry in entries}
+    begun = set()  # series, whatever the tasks, of which the paper's first number was shown
+    for entry in sorted(entries, key=lambda entry: entry.series.tasks):
+        if entry.paper is not None and (any_tasks := entry.series._replace(tasks=0)) not in begun:
+            begun.add(any_tasks)
+            by_series[entry.series] = entry._replace(last=True)
+    for entry in by_series.values():
+        if not entry.last or entry.series.scenario == "gns":
             continue
         series = entry.series
+        shared = by_series.get(series._replace(scenario="gns"))
         ours = f"{entry.accuracy:.4f}"
         if entry.deviation is not None:
             ours += f" ± {entry.deviation:.4f}"
@@ -187,15 +197,16 @@ def table(entries: list[Mean]) -> str:
             f"{EXPERIMENTS.get(series.experiment, series.experiment)} {series.dataset}",
             series.network,
             plots.METHODS.get(series.method, series.method),
-            series.scenario.upper() if series.scenario == "gg" else _scenario(series.scenario),
+            _scenario(series.scenario),
             plots.OBJECTIVES[series.objective] or "-",
             series.protocol + (f", first {series.images} images" if series.images else ""),
             f"{series.tasks:,}",
             ours,
             _number(entry.paper, ".4f"),
             _number(entry.paper and entry.accuracy - entry.paper, "+.4f"),
+            _number(shared and shared.accuracy, ".4f"),
             _number(entry.task_accuracy, ".4f"),
-            f"{entry.decisions:,}",
+            f"{entry.decisions:,}" if entry.decisions else "-",
             str(entry.seeds),
             f"{entry.seconds:,.0f}",
         ]
@@ -206,7 +217,7 @@ def table(entries: list[Mean]) -> str:
 
 
 def _scenario(name):
-    return {"gns": "GNs", "gnu": "GNu", "nns": "NNs"}[name]
+    return {"gg": "GG", "gns": "GNs", "gnu": "GNu", "nns": "NNs"}[name]
 
 
 def _number(value, form):
@@ -217,9 +228,9 @@ def draw(out: Path, entries: list[Mean]) -> list[str]:
     """The paper's figures that the runs have something for; the names of the files."""
     named = []
 
-    def tasks(name, title, keep, figure=None):
+    def tasks(name, title, keep, figure=None, least=1):
         curves = _curves([entry for entry in entries if keep(entry.series)])
-        if not curves:
+        if len(curves) < least:
             return
         for (of, method, objective), points in paper.CURVES.items():
             if of == figure and objective != "superfluous":
@@ -293,7 +304,7 @@ def _curves(entries):
     curves = []
     for series, found in grouped.items():
         label = plots.METHODS.get(series.method, series.method)
-        label += f", {_scenario(series.scenario)}" if series.scenario != "gg" else ", GG"
+        label += f", {_scenario(series.scenario)}"
         if series.objective:
             label += f", {plots.OBJECTIVES[series.objective]}"
         curves.append(

@@ -274,7 +274,7 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     cells = [cell.strip() for cell in supsup.split("|")]
     # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
     assert cells[7:11] == ["50", "0.9400 ± 0.0100", "0.9368", "+0.0032"]
-    assert cells[-3:-1] == ["3", "4"]
+    assert cells[-3:-1] == ["3", "4"]  # seeds; 3.5 seconds each
     batche = next(line for line in text.splitlines() if "BatchE" in line)
     assert "| 0.8800 | 0.8833 | -0.0033 |" in batche
     assert "| 7 |" not in text  # neither the end of a run nor a number of the paper's
