@@ -10,6 +10,7 @@ from supsup_jax.infer import alpha_gradient, one_shot, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
+from supsup_jax.rejection import Rejection, best_score, calibrate, confidence, reject
 from supsup_jax.scenarios import (
     Decision,
     StreamConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "Normalize",
     "Recovery",
     "RecoveryConfig",
+    "Rejection",
     "Rule",
     "ScoreMean",
     "StoreError",
@@ -56,7 +58,10 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "alpha_gradient",
+    "best_score",
     "binary_search",
+    "calibrate",
+    "confidence",
     "descend",
     "entropy",
     "evaluate",
@@ -71,6 +76,7 @@ __all__ = [
     "parse_scenario",
     "predict",
     "recover",
+    "reject",
     "rerank",
     "signed_constant",
     "signed_topk_mask",
