@@ -44,6 +44,7 @@ class Config:
     # After the last task the first of protocols and of objectives looks at all test images too.
     every_image_at_the_end: bool = False
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
+    later: ss.TrainConfig | None = None  # of tasks whose own weights alone are trained
     save_every: int = 100
     seed: int = 0
     independent_seeds: bool = False
@@ -98,8 +99,8 @@ class Args:
                 tasks=3,
                 checkpoints=(2, 3),
                 images_per_task=config.images_per_task and 64,
-                train=dataclasses.replace(config.train, steps=50, learning_rate=1e-3),
             )
+            config = trained(config, steps=50, learning_rate=1e-3)
         if self.seed < 0:
             raise UsageError(f"--seed must not be negative, got {self.seed}")
         for name in ("steps", "outputs", "tasks"):
@@ -107,9 +108,7 @@ class Args:
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
         if self.steps is not None:
-            config = dataclasses.replace(
-                config, train=dataclasses.replace(config.train, steps=self.steps)
-            )
+            config = trained(config, steps=self.steps)
         if self.outputs is not None:
             config = dataclasses.replace(config, outputs=self.outputs)
         if self.tasks is not None:
@@ -127,11 +126,21 @@ class Args:
         return self.out or Path("runs") / self.SCRIPT / "-".join(named)
 
 
+def trained(config: Config, **changes: Any) -> Config:
+    """The config with every training of it changed."""
+    later = config.later and dataclasses.replace(config.later, **changes)
+    train = dataclasses.replace(config.train, **changes)
+    return dataclasses.replace(config, train=train, later=later)
+
+
 def saved_config(out: Path) -> Config:
     """The config of the run in `out`. Raises UsageError where there is none."""
     fields = Run.saved(out)["config"]
     tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return Config(**{**fields, **tuples, "train": ss.TrainConfig(**fields["train"])})
+    trainings = {
+        name: fields[name] and ss.TrainConfig(**fields[name]) for name in ("train", "later")
+    }
+    return Config(**{**fields, **tuples, **trainings})
 
 
 def main(args: Args) -> dict:
@@ -242,8 +251,9 @@ def draw(run: Run, config: Config) -> None:
         matrices[label] = reports.accuracy_matrix(rows)[list(np.subtract(config.checkpoints, 1))]
         curves.append(plots.curve(f"ours, {label}", reports.points(rows), rows[0]))
     for method in dict.fromkeys((config.method, "supsup", "upper_bound")):
-        for objective in (None, "entropy"):
-            if points := paper.CURVES.get((reports.figure(run.config), method, objective)):
+        for objective in (None, "entropy", "superfluous"):
+            points = paper.CURVES.get((reports.figure(run.config), method, objective))
+            if points and points not in [curve["points"] for curve in curves]:  # H's may be G's
                 curves.append(plots.paper_curve(method, objective, points))
     title = (
         f"{config.stream.capitalize()} {config.dataset}, {config.model}, {config.outputs} outputs, "
@@ -267,7 +277,8 @@ def drawn_series(rows: list[dict], config: Config) -> list[tuple[str, list[dict]
             found.append((f"{plots.METHODS[method]}, GG", series))
         elif scenario == "gnu" and protocol == config.protocols[0]:
             symbol = plots.OBJECTIVES[objective]
-            found.append((f"{plots.METHODS[method]}, GNu, {symbol} ({protocol})", series))
+            first = f", first {images} images" if images else ""
+            found.append((f"{plots.METHODS[method]}, GNu, {symbol} ({protocol}{first})", series))
     return found
 
 

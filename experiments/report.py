@@ -19,14 +19,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
+import supsup_jax as ss
 from experiments import paper, permuted, plots, reports, runs
+from supsup_jax.scenarios import SCENARIOS
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 NETWORKS = {
     "lenet_300_100": "LeNet-300-100",
     "fc_1024_1024": "FC-1024-1024",
     "notebook_300_300": "784-300-300",
-    "bnnet": "BNNet-2048-2048",
+    "bnnet": "BNNet",
+}
+# Fields of a config that a series names, and those that do not change its numbers.
+NAMED = {"dataset", "model", "outputs", "method", "stream"}
+APART = {
+    "seed",
+    "tasks",
+    "checkpoints",
+    "protocols",
+    "objectives",
+    "images_per_task",
+    "every_image_at_the_end",
+    "save_every",
 }
 EXPERIMENTS = {
     "permuted": "permuted",
@@ -43,6 +57,8 @@ class Args:
     runs: Path = Path("runs")
     """Folder below which every result.json is read."""
     out: Path = Path("runs/report")
+    scenario: str | None = None
+    """Only this one: GG, GNs, GNu, NNs, or task-il, domain-il, class-il, task-free."""
     readme: Path | None = None
     """Markdown file whose results section is replaced by the table."""
     tiny: bool = False
@@ -61,11 +77,14 @@ class Series(NamedTuple):
     objective: str | None
     protocol: str
     images: int | None
+    setup: str  # the rest of the config, as JSON
     tasks: int
 
     @property
     def network(self) -> str:
-        return f"{NETWORKS.get(self.model, self.model)}, {self.outputs} outputs"
+        width = json.loads(self.setup).get("width")
+        name = NETWORKS.get(self.model, self.model) + (f"-{width}-{width}" if width else "")
+        return f"{name}, {self.outputs} outputs"
 
 
 class Mean(NamedTuple):
@@ -110,6 +129,7 @@ def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
     """(series, row, result) of every row of every run."""
     for result in results:
         config = result["config"]
+        setup = {name: value for name, value in config.items() if name not in NAMED | APART}
         for row in result["rows"]:
             yield (
                 Series(
@@ -122,6 +142,7 @@ def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
                     row["objective"],
                     row["protocol"],
                     row.get("images_per_task"),
+                    json.dumps(setup, sort_keys=True),
                     row["tasks_learned"],
                 ),
                 row,
@@ -186,9 +207,11 @@ def table(entries: list[Mean]) -> str:
             begun.add(any_tasks)
             by_series[entry.series] = entry._replace(last=True)
     for entry in by_series.values():
-        if not entry.last or entry.series.scenario == "gns":
-            continue
         series = entry.series
+        if not entry.last or (
+            series.scenario == "gns" and series._replace(scenario="gnu") in by_series
+        ):
+            continue
         shared = by_series.get(series._replace(scenario="gns"))
         ours = f"{entry.accuracy:.4f}"
         if entry.deviation is not None:
@@ -217,7 +240,7 @@ def table(entries: list[Mean]) -> str:
 
 
 def _scenario(name):
-    return {"gg": "GG", "gns": "GNs", "gnu": "GNu", "nns": "NNs"}[name]
+    return next(paper_name for paper_name in SCENARIOS if paper_name.lower() == name)
 
 
 def _number(value, form):
@@ -233,7 +256,8 @@ def draw(out: Path, entries: list[Mean]) -> list[str]:
         if len(curves) < least:
             return
         for (of, method, objective), points in paper.CURVES.items():
-            if of == figure and objective != "superfluous":
+            twin = objective == "superfluous" and points == paper.CURVES[of, method, "entropy"]
+            if of == figure and not twin:  # H and G coincide in some figures
                 curves.append(plots.paper_curve(method, objective, points))
         plots.accuracy_against_tasks(out / name, title, curves)
         named.append(name)
@@ -363,6 +387,9 @@ def main(args: Args) -> dict[str, Any]:
         results = read(args.runs)
         readme = args.readme and args.readme.read_text()
         entries = means(results)
+        if args.scenario is not None:
+            wanted = ss.parse_scenario(args.scenario)
+            entries = [entry for entry in entries if entry.series.scenario == wanted]
         section = f"{len(results)} runs, gathered at commit {commit()}.\n\n{table(entries)}"
         new_readme = readme and put_between_markers(readme, section)
         runs.writable_folder(args.out)

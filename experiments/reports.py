@@ -19,8 +19,8 @@ import supsup_jax as ss
 from experiments import paper
 from supsup_jax import metrics
 
-# Methods whose numbers in the paper are without an id; the others' are with it.
-INFERRED = ("supsup", "nns", "hopsupsup")
+# Methods whose numbers in the paper are without an id, and by which protocol; the others' are with.
+INFERRED = {"supsup": "paper", "nns": "paper", "hopsupsup": "stream"}
 SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
 
 
@@ -153,6 +153,8 @@ def figure(config: dict) -> str | None:
     """
     if config["dataset"] != "mnist" or config["stream"] == "rotated":
         return None
+    if "train" in config and config["train"]["steps"] != 1000:
+        return None
     outputs = config["outputs"]
     if config["method"] in INFERRED or config["method"] == "abatche":
         return f"{config['model']}/{outputs}"
@@ -165,8 +167,9 @@ def theirs(config: dict, row: dict) -> float | None:
     given as in the paper.
     """
     method = "nns" if row["scenario"] == "nns" else row["method"]
-    inferred = row["scenario"] in ("gnu", "nns") and row["protocol"] != "given"
-    if inferred != (method in INFERRED) or row.get("images_per_task") is not None:
+    if row["scenario"] == "gns" or row.get("images_per_task") is not None:
+        return None
+    if row["protocol"] != INFERRED.get(method, "given"):
         return None
     curve = paper.CURVES.get((figure(config), method, row["objective"]), {})
     return curve.get(row["tasks_learned"])

@@ -136,6 +136,8 @@ def evaluate(
     infer.check_objective(objective)
     rule = parse_rule(rule)
     num_tasks = int(store.num_tasks)
+    if isinstance(rule, Rule):
+        rule.check_tasks(num_tasks)
     if not hasattr(stream, "__getitem__"):
         raise TypeError(
             f"stream must be a sequence of TaskData, such as a stream's .test, "
@@ -180,12 +182,14 @@ def evaluate(
 
 
 def _row(i, mask, outcome, decide):
-    under = outcome.task == mask
+    # A refusal, -1, names no task, not even where there is none to name.
+    named = outcome.inferred[outcome.inferred >= 0] == mask
+    under = (outcome.task == mask) & (outcome.task >= 0)
     return Row(
         task=i,
         accuracy=float(np.mean(outcome.right & under)),
         shared_accuracy=float(np.mean(outcome.right)),
-        task_accuracy=None if decide is None else float(np.mean(outcome.inferred == mask)),
+        task_accuracy=None if decide is None else float(np.sum(named) / len(outcome.inferred)),
         decisions=len(outcome.inferred),
         inferred=outcome.inferred,
     )

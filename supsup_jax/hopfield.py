@@ -387,7 +387,7 @@ def _recover(net, store, x, target, *, config, objective):
 
     def loss(scores, progress, x):
         mask = jax.tree.map(masks.threshold_mask, scores)
-        uncertainty = objective(net(mask, x)).mean()
+        uncertainty = infer.uncertainty(net, mask, x, None, objective).mean()
         energies = jax.tree.map(
             lambda weights, bits: energy(weights, 2 * bits.reshape(-1) - 1), store.weights, mask
         )

@@ -363,12 +363,6 @@ def _check_window(state, net, data, index, config):
     data.check()
     num_outputs = state.num_outputs or train.num_outputs(net, data)
     data.check_labels(num_outputs)
-    labels = np.asarray(data.labels)
-    if labels.min() == labels.max():
-        raise ValueError(
-            f"labels must hold at least two classes, got only class {labels.min()}: there is "
-            "nothing to tell apart, and any mask would seem to know it"
-        )
     want = (config.window, config.train.batch_size)
     if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):
         got = getattr(index, "dtype", type(index).__name__)
@@ -381,4 +375,10 @@ def _check_window(state, net, data, index, config):
     low, high = int(np.min(index)), int(np.max(index))
     if low < 0 or high >= data.num_examples:
         raise ValueError(f"index must lie in [0, {data.num_examples}), got {low} to {high}")
+    labels = np.asarray(data.labels[index])
+    if labels.min() == labels.max():
+        raise ValueError(
+            f"a window must hold labels of at least two classes, got only class {labels.min()}: "
+            "there is nothing to tell apart, and any mask would seem to know it"
+        )
     return num_outputs

@@ -94,11 +94,8 @@ def binary_search(
     infer.check_input(x)
     _check_count("base", base, 2)
     num_tasks = store.num_tasks
-    if not isinstance(num_tasks, jax.core.Tracer) and base > max(2, int(num_tasks)):
-        raise ValueError(
-            f"base must be at most T, the number of tasks: got base {base} for {int(num_tasks)} "
-            "tasks; one_shot names the task in a single round"
-        )
+    if not isinstance(num_tasks, jax.core.Tracer):
+        _check_base(base, int(num_tasks))
     return _binary_search(
         net, store, x, objective=objective, per_example=per_example, base=int(base)
     )
@@ -155,6 +152,14 @@ def rerank(
         best=min(int(best), store.capacity),
         judge=judge,
     )
+
+
+def _check_base(base, num_tasks):
+    if base > max(2, num_tasks):
+        raise ValueError(
+            f"base must be at most T, the number of tasks: got base {base} for {num_tasks} tasks; "
+            "one_shot names the task in a single round"
+        )
 
 
 def _check_count(name, value, least):
@@ -336,9 +341,16 @@ class Rule:
         allowed = _OPTIONS[self.name][1]
         if foreign := [name for name in self._options() if name not in allowed]:
             raise ValueError(f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}")
-        for name, least in (("base", 2), ("best", 1)):
+        if self.name == "descend" and (self.optimizer is None or self.steps is None):
+            raise ValueError("rule 'descend' needs an optimizer and steps")
+        for name, least in (("base", 2), ("best", 1), ("steps", 1)):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), least)
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raises ValueError for options that this many tasks do not allow, as the rule would."""
+        if self.name == "binary_search":
+            _check_base(self.base or 2, num_tasks)
 
     def __call__(
         self,

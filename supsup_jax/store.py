@@ -68,6 +68,16 @@ class TaskStore:
     def _traced(self):
         return isinstance(self.num_tasks, jax.core.Tracer)
 
+    def _index(self, i):
+        if isinstance(i, jax.core.Tracer):
+            return i.astype(jnp.int32)
+        if isinstance(i, bool) or not hasattr(i, "__index__"):
+            raise TypeError(f"a task id must be an integer, got {i!r}")
+        held = self.capacity if self._traced else int(self.num_tasks)
+        if not 0 <= (i := i.__index__()) < held:
+            raise TaskIdError(f"task {i} is not in the store, which holds {held}")
+        return jnp.int32(i)
+
 
 class _Static(NamedTuple):
     layout: Layout
@@ -329,15 +339,7 @@ class MaskStore(TaskStore):
         )
 
     def _index(self, i):
-        self._usable()
-        if isinstance(i, jax.core.Tracer):
-            return i.astype(jnp.int32)
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
-            raise TypeError(f"a task id must be an integer, got {i!r}")
-        held = self.capacity if self._traced else int(self.num_tasks)
-        if not 0 <= (i := i.__index__()) < held:
-            raise TaskIdError(f"task {i} is not in the store, which holds {held}")
-        return jnp.int32(i)
+        return super(MaskStore, self._usable())._index(i)
 
     def _pad_slots(self, alphas):
         num_tiles, _, lanes = self._bank.words.shape

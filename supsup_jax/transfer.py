@@ -28,13 +28,19 @@ class ScoreMean(NamedTuple):
     def include(self, scores: PyTree) -> "ScoreMean":
         """With one more task's scores, a TrainResult's `scores`.
 
-        Raises ValueError when they are not a pytree like the mean.
+        Raises ValueError when they are not a pytree like the mean, leaf by leaf.
         """
         if jax.tree.structure(scores) != jax.tree.structure(self.mean):
             raise ValueError(
                 f"scores must be a pytree like {jax.tree.structure(self.mean)}, as a TrainResult "
                 f"holds them, got {jax.tree.structure(scores)}"
             )
+        for mean, each in zip(jax.tree.leaves(self.mean), jax.tree.leaves(scores), strict=True):
+            if jnp.shape(each) != mean.shape:
+                raise ValueError(
+                    f"scores must be of one task, {mean.shape}, got {jnp.shape(each)}: include "
+                    "those of several one by one"
+                )
         num_tasks = self.num_tasks + 1
         mean = jax.tree.map(lambda m, s: m + (s - m) / num_tasks, self.mean, scores)
         return ScoreMean(num_tasks, mean)

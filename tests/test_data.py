@@ -50,9 +50,11 @@ def test_rotated_streams_that_cannot_be():
     with pytest.raises(ValueError, match=r"rotation needs images \[N, H, W\]"):
         data.RotatedStream(data.load_dataset("digits"), 4)
     dataset = data.synthetic(jax.random.key(0), (4, 4), 3, 6, 3)
-    with pytest.raises(ValueError, match="at most 360"):
-        data.RotatedStream(dataset, 361)
+    with pytest.raises(ValueError, match="where the first comes again"):
+        data.RotatedStream(dataset, 37)
     assert len(data.RotatedStream(dataset)) == 36
+    few = data.RotatedStream(dataset, 3)  # as far apart as many
+    np.testing.assert_array_equal(few.view(2), data.rotation(20, (4, 4)))
 
 
 def test_digits_are_the_real_ones_split_once():

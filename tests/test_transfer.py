@@ -62,6 +62,9 @@ def test_mistakes_are_named(small_net, data):
     mean = ss.ScoreMean.create(small_net)
     with pytest.raises(ValueError, match="scores must be a pytree like"):
         mean.include({"kernel0": jnp.ones((6, 6))})
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), mean.mean)
+    with pytest.raises(ValueError, match="scores must be of one task"):
+        mean.include(two)
     with pytest.raises(TypeError, match="tasks learned at once have no earlier ones"):
         keys = jax.random.split(jax.random.key(0), 2)
         ss.train_tasks(keys, small_net, data, CONFIG, init_scores=mean)

@@ -111,8 +111,8 @@ class FactorStore(TaskStore):
         return jax.tree.leaves(self.factors)[0].shape[0]
 
     def task(self, i: jax.Array | int) -> Task:
-        """Task i; an id out of range is clipped to the tasks held."""
-        i = jnp.clip(i, 0, jnp.maximum(self.num_tasks - 1, 0))
+        """Task i. Raises as `mask`."""
+        i = jnp.clip(self._index(i), 0, jnp.maximum(self.num_tasks - 1, 0))
         return Task(mask_of(jax.tree.map(lambda rows: rows[i], self.factors), self.layout))
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:

@@ -39,11 +39,16 @@ def separate_heads(net: Network, trained: bool = True) -> Baseline:
 
 
 def check_stateless(net: Network) -> Network:
-    """`net`, unless it has normalisation statistics, which baselines do not keep."""
+    """`net`, unless it has normalisation statistics, which baselines do not keep, or masks what is
+    no kernel [..., in, out].
+    """
     if not isinstance(net, Network):
         raise TypeError(f"net must be a Network, got {type(net).__name__}")
     if net.state is not None:
         raise ValueError("baselines take a network without normalisation statistics (state)")
+    for name, shape in net.layout.named_shapes:
+        if len(shape) < 2:
+            raise ValueError(f"baselines take kernels [..., in, out], {name!r} has shape {shape}")
     return net
 
 

@@ -18,7 +18,7 @@ from supsup_jax import prng
 from supsup_jax.infer import in_pieces
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
-from supsup_jax.train import TrainConfig, cross_entropy, diverged, fit
+from supsup_jax.train import TrainConfig, all_finite, cross_entropy, diverged, fit
 from supsup_jax.types import PyTree, TaskData
 
 WHEN = ("never", "first", "always")
@@ -88,6 +88,7 @@ def put_kernels(params: PyTree, kernels: dict[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def own_weights(baseline: Baseline, key: jax.Array) -> PyTree:
     """What a task adds, as drawn; `key` is the task's."""
     return baseline.draw_own(prng.purpose_key(key, "own"))
@@ -129,20 +130,23 @@ def learn(
     key: the task's; draws its own weights and the order of the examples.
     first: whether this is the first task; compiles once for the first and once for the others.
     Raises TypeError or ValueError for bad data, and ValueError when nothing would be trained or
-    training ends with losses that are not finite.
+    training ends with weights or losses that are not finite.
     """
     trains_shared = baseline.shared_learns == "always" or (
         baseline.shared_learns == "first" and first
     )
     if not isinstance(data, TaskData):
         raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
     data.check()
     data.check_labels(_num_outputs(baseline, shared, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")
     learned = _learn(key, baseline, shared, data, config, trains_shared)
-    if not bool(jnp.isfinite(learned.loss).all()):
+    traced = isinstance(learned.loss, jax.core.Tracer)
+    if not traced and not bool(all_finite(learned)):
         raise diverged(config)
     return learned
 

@@ -81,23 +81,26 @@ class PermutedStream(ViewStream):
 
 
 class RotatedStream(ViewStream):
-    """Rotated images (paper section 4.2): task i sees them turned by i times 360 / num_tasks.
+    """Rotated images (paper section 4.2): task i sees them turned by i times `degrees`.
 
-    As the reference, by whole degrees: 360 // num_tasks apart.
-    Raises ValueError for images that are not [H, W], or more than 360 tasks.
+    Raises ValueError for images that are not [H, W], or tasks that come round to the first again.
     """
 
-    def __init__(self, dataset: Dataset, num_tasks: int = 36):
+    def __init__(self, dataset: Dataset, num_tasks: int = 36, degrees: float = 10):
         super().__init__(dataset, num_tasks)
         shape = dataset.train.images.shape[1:]
         if len(shape) != 2:
             raise ValueError(f"rotation needs images [N, H, W], {dataset.name} has [N, *{shape}]")
-        if num_tasks > 360:
-            raise ValueError(f"num_tasks must be at most 360, a degree each, got {num_tasks}")
+        if not 0 < degrees * (num_tasks - 1) < 360 and num_tasks > 1:
+            raise ValueError(
+                f"{num_tasks} tasks of {degrees} degrees each must turn by more than 0 and less "
+                "than 360, where the first comes again"
+            )
+        self._degrees = degrees
 
     def view(self, task: int) -> jax.Array:
         shape = self.dataset.train.images.shape[1:]
-        return jnp.asarray(rotation(task * (360 // self._num_tasks), shape))
+        return jnp.asarray(rotation(task * self._degrees, shape))
 
 
 class SplitStream:
