@@ -82,7 +82,7 @@ def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.
 def count(words: jax.Array, kept: jax.Array, num_tasks: jax.Array) -> jax.Array:
     """How many of the masks `kept` (bool [num_tiles * lanes]) keep each weight: float32 [32 nw].
 
-    What `superpose` makes of 0 and 1, on CPU in a sixth of the time. Not differentiable.
+    What `superpose` makes of 0 and 1, on CPU in a thirtieth of the time. Not differentiable.
     """
     return _on_platform(
         _count_blocks,
@@ -305,30 +305,36 @@ def _superpose_blocks(words, alphas, live_tiles, block_floats):
 def _count_blocks(words, kept, live_tiles, block_floats):
     num_tiles, num_words, lanes = words.shape
     kept = kept.reshape(num_tiles, 1, lanes)
+    # In words, whose bits are never unpacked. The last block ends where the words end.
+    num_blocks = -(-num_words // max(1, 8 * block_floats // (WORD_BITS * lanes)))
+    rows = -(-num_words // num_blocks)
+    shared = num_blocks * rows - num_words
 
     def add_tile(tile, counts):
         mine = lax.dynamic_index_in_dim(kept, tile, 0, keepdims=False)
 
-        def block(start, size):
-            rows = jnp.where(mine, _rows(words, tile, start, size), 0)
-            # A byte counts one bit of every eighth, over the lanes that share a vector lane: 64
-            # at most. So a word is added up in 8 steps and not in 32.
-            rows = rows.reshape(size, lanes // VECTOR_LANES, VECTOR_LANES)
-            sums = [
-                jnp.sum((rows >> bit) & jnp.uint32(0x01010101), axis=1, dtype=jnp.uint32)
-                for bit in range(8)
-            ]
+        def block(i):
+            start = jnp.minimum(i * rows, num_words - rows)
+            block = jnp.where(mine, _rows(words, tile, start, rows), 0)
+            # A byte counts one bit of every eighth over the vectors of a tile, 64 at most, so a
+            # word is added up in 8 steps and not in 32. Written out: a reduction over the vectors
+            # is not vectorised, which costs 10 times as much.
+            sums = []
+            for bit in range(8):
+                total = jnp.zeros((rows, VECTOR_LANES), jnp.uint32)
+                for lane in range(0, lanes, VECTOR_LANES):
+                    vector = block[:, lane : lane + VECTOR_LANES]
+                    total = total + ((vector >> bit) & jnp.uint32(0x01010101))
+                sums.append(total)
             sums = jnp.stack(sums)
-            planes = jnp.stack([(sums >> (8 * byte)) & 255 for byte in range(4)])
-            return planes.sum(axis=-1, dtype=jnp.uint32).reshape(WORD_BITS, size)
+            # Over the lanes of a vector in halves of a word, where a byte could overflow.
+            halves = jnp.stack([sums & 0x00FF00FF, (sums >> 8) & 0x00FF00FF])
+            halves = halves.sum(axis=-1, dtype=jnp.uint32)
+            return jnp.stack([halves & 0xFFFF, halves >> 16]).reshape(WORD_BITS, rows)
 
-        # In words, whose bits are never unpacked.
-        rows, whole = _blocks(words, 8 * block_floats)
-        blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
-        joined = jnp.moveaxis(blocks, 0, 1).reshape(WORD_BITS, whole * rows)
-        if num_words > whole * rows:
-            rest = block(whole * rows, num_words - whole * rows)
-            joined = jnp.concatenate([joined, rest], axis=1)
+        blocks = lax.map(block, jnp.arange(num_blocks, dtype=jnp.int32))
+        whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(WORD_BITS, -1)
+        joined = jnp.concatenate([whole, blocks[-1, :, shared:]], axis=1)
         return counts + joined.astype(jnp.float32)
 
     counts = _zeros(words, kept, (WORD_BITS, num_words))

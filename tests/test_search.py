@@ -203,14 +203,18 @@ def test_statistics_are_those_of_the_whole_batch_under_each_mixture(norm_net):
         np.testing.assert_array_equal(scores[:5], want)
 
 
-@pytest.mark.parametrize("capacity", [3, 40, 1500])
-def test_counts_of_chosen_masks_are_exact(small_net, capacity):
-    words = jax.random.bits(jax.random.key(0), (2, 5, 16 * (capacity // 16 + 1)), jnp.uint32)
-    kept = jax.random.bernoulli(jax.random.key(1), 0.4, (words.shape[0] * words.shape[2],))
-    bits = (np.asarray(words)[:, None] >> np.arange(32)[:, None, None]) & 1  # [2, 32, 5, lanes]
-    chosen = np.asarray(kept).reshape(2, 1, 1, -1)
-    got = contraction.count(words, kept, jnp.int32(len(kept)))
-    np.testing.assert_array_equal(got, (bits * chosen).sum((0, 3)).reshape(-1))
+@pytest.mark.parametrize("shape", [(1, 3, 16), (2, 5, 48), (2, 7, 1024)])
+def test_counts_of_chosen_masks_are_exact(monkeypatch, shape):
+    """In one block of word rows, and in several of which the last shares rows."""
+    words = jax.random.bits(jax.random.key(0), shape, jnp.uint32).at[:, 0].set(0xFFFFFFFF)
+    bits = (np.asarray(words)[:, None] >> np.arange(32)[:, None, None]) & 1  # [tiles, 32, nw, l]
+    everything = jnp.ones(shape[0] * shape[2], bool)
+    for kept in (everything, jax.random.bernoulli(jax.random.key(1), 0.4, everything.shape)):
+        want = (bits * np.asarray(kept).reshape(shape[0], 1, 1, -1)).sum((0, 3)).reshape(-1)
+        for rows in (10**6, 2):
+            monkeypatch.setattr(contraction, "CPU_BLOCK_FLOATS", rows * 4 * shape[2])
+            got = contraction.count(words, kept, jnp.int32(len(kept)))
+            np.testing.assert_array_equal(got, want)
 
 
 # Rerank and oracle
