@@ -7,7 +7,8 @@ from tests.conftest import ROOT
 
 
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "README.md").read_text()
+    code, none_of_these = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     stream = data.PermutedStream(data.load_dataset("digits"), 2)
     x, y = stream.test[1].batch(jnp.arange(100))
@@ -16,6 +17,10 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     assert (tmp_path / "masks.npz").exists()
     assert float((names["belief"].task == 1).mean()) > 0.9
     assert float((names["logits"].argmax(-1) == y).mean()) > 0.9
+    unknown = data.PermutedStream(data.load_dataset("digits"), 3).test[2]
+    names |= {"x_known": x, "x": unknown.batch(jnp.arange(50))[0]}
+    exec(none_of_these, names)
+    assert float((names["belief"].task == -1).mean()) > 0.9
 
 
 def test_every_file_the_readme_names_is_there():
