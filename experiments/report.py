@@ -9,6 +9,7 @@ what it stands on: network, method, scenario, objective, protocol, tasks, seeds,
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -368,6 +369,13 @@ def commit() -> str:
         return "unknown"
 
 
+def pictures(names: list[str], folder: Path) -> str:
+    """Markdown that shows the figures of a folder, each under its name."""
+    titles = [Path(name).stem.replace("_", " ").capitalize() for name in names]
+    shown = [f"\n![{t}]({folder / name})\n" for t, name in zip(titles, names, strict=True)]
+    return "".join(shown)
+
+
 def put_between_markers(text: str, section: str) -> str:
     """`text` with what stands between the markers exchanged. Raises UsageError without them."""
     start, end = MARKERS
@@ -391,12 +399,14 @@ def main(args: Args) -> dict[str, Any]:
             wanted = ss.parse_scenario(args.scenario)
             entries = [entry for entry in entries if entry.series.scenario == wanted]
         section = f"{len(results)} runs, gathered at commit {commit()}.\n\n{table(entries)}"
-        new_readme = readme and put_between_markers(readme, section)
+        if readme:
+            put_between_markers(readme, section)  # fails now if it ever will
         runs.writable_folder(args.out)
-    (args.out / "results.md").write_text(section)
     figures = draw(args.out, entries)
-    if new_readme:
-        args.readme.write_text(new_readme)
+    (args.out / "results.md").write_text(section + pictures(figures, Path()))
+    if readme:
+        folder = Path(os.path.relpath(args.out, args.readme.parent))
+        args.readme.write_text(put_between_markers(readme, section + pictures(figures, folder)))
     print(section)
     print("figures: " + (", ".join(str(args.out / name) for name in figures) or "none"))
     return {"entries": entries, "figures": figures}

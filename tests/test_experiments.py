@@ -268,6 +268,7 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in made["figures"])
     text = readme.read_text()
     assert text.startswith("before\n<!-- results -->\n5 runs, gathered at commit ")
+    assert "\n![Figure 3 left](out/figure_3_left.png)\n" in text
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "old" not in text
     supsup = next(line for line in text.splitlines() if "100 outputs | SupSup" in line)
