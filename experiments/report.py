@@ -58,10 +58,10 @@ class Args:
     runs: Path = Path("runs")
     """Folder below which every result.json is read."""
     out: Path = Path("runs/report")
-    scenario: str | None = None
-    """Only this one: GG, GNs, GNu, NNs, or task-il, domain-il, class-il, task-free."""
     readme: Path | None = None
     """Markdown file whose results section is replaced by the table."""
+    scenario: str | None = None
+    """Only this one: GG, GNs, GNu, NNs, or task-il, domain-il, class-il, task-free."""
     tiny: bool = False
     """A report of one tiny run, made first."""
 

@@ -278,6 +278,8 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     assert cells[-3:-1] == ["3", "4"]  # seeds; 3.5 seconds each
     batche = next(line for line in text.splitlines() if "BatchE" in line)
     assert "| 0.8800 | 0.8833 | -0.0033 |" in batche
+    given = report.main(report.Args(tmp_path / "runs", tmp_path / "out2", scenario="task-IL"))
+    assert {entry.series.scenario for entry in given["entries"]} == {"gg"}
     assert "| 7 |" not in text  # neither the end of a run nor a number of the paper's
 
 
@@ -290,6 +292,8 @@ def test_mistakes_of_the_report(tmp_path, capsys):
 
     out = tmp_path / "out"
     assert "is no folder" in error(tmp_path / "none", out)
+    fake_run(tmp_path / "one", 0, 0.9)
+    assert "NNs (task-free), got 'x'" in error(tmp_path / "one", out, None, "x")
     (tmp_path / "runs").mkdir()
     assert "holds no finished run" in error(tmp_path / "runs", out)
     fake_run(tmp_path / "runs/a", 0, 0.9)
