@@ -220,14 +220,15 @@ def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -
 def distance_against_steps(
     path: Path, title: str, curves: dict[str, dict[int, np.ndarray]]
 ) -> None:
-    """Bits that differ from the task's mask, [S + 1] by leaf and task; a panel a leaf."""
+    """Bits that differ from the task's mask, [S + 1] by panel and task; two panels a row."""
+    rows = -(-len(curves) // 2)
     fig, axes = plt.subplots(
-        1, len(curves), figsize=(4.6 * len(curves), 3.8), layout="constrained", squeeze=False
+        rows, 2, figsize=(9.2, 3.6 * rows), layout="constrained", squeeze=False, sharey=True
     )
-    for ax, (leaf, tasks) in zip(axes[0], curves.items(), strict=True):
+    for ax, (name, tasks) in zip(axes.flat, curves.items(), strict=False):
         for task, distance in sorted(tasks.items()):
             ax.plot(distance, label=f"task {task}", linewidth=1.5)
-        ax.set(title=leaf, xlabel="recovery step", ylabel="bits that differ from the task's mask")
+        ax.set(title=name, xlabel="recovery step", ylabel="bits that differ from the mask")
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)

@@ -5,7 +5,14 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.evaluation import evaluate
-from supsup_jax.hopfield import HopfieldStore, Recovery, RecoveryConfig, recover
+from supsup_jax.hopfield import (
+    BestRecovery,
+    HopfieldStore,
+    Recovery,
+    RecoveryConfig,
+    recover,
+    recover_best,
+)
 from supsup_jax.infer import alpha_gradient, one_shot, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
@@ -37,6 +44,7 @@ from supsup_jax.version import __version__
 
 __all__ = [
     "__version__",
+    "BestRecovery",
     "CapacityError",
     "Decision",
     "HopfieldStore",
@@ -76,6 +84,7 @@ __all__ = [
     "parse_scenario",
     "predict",
     "recover",
+    "recover_best",
     "reject",
     "rerank",
     "signed_constant",

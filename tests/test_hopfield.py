@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import warnings
 
@@ -139,6 +140,38 @@ def test_ties_of_the_mean_stay_ties():
         mean = holding(net, masks).mean
     for leaf in jax.tree.leaves(mean):
         np.testing.assert_array_equal(leaf, 0)
+
+
+def test_remove_wipes_a_mask_out_and_leaves_the_others():
+    net = norm_scale_net(width=64)
+    masks = random_masks(net, 3)
+    store = holding(net, masks)
+    left = store.remove(masks[1])
+    assert int(left.num_tasks) == 2
+    signs = [[2.0 * bits - 1 for bits in jax.tree.leaves(mask)] for mask in masks]
+    for leaf, mean in enumerate(jax.tree.leaves(left.mean)):
+        np.testing.assert_array_equal(mean, (signs[0][leaf] + signs[2][leaf]) / 2)
+    for leaf, (W, was) in enumerate(
+        zip(jax.tree.leaves(left.weights), jax.tree.leaves(store.weights), strict=True)
+    ):
+        x = signs[1][leaf]
+        P = np.eye(64) - np.outer(x, x) / 64
+        np.testing.assert_allclose(W, P @ np.asarray(was, np.float64) @ P, atol=1e-5)
+        assert abs(float(energy(W, jnp.asarray(x)))) < 1e-3 < -float(energy(was, jnp.asarray(x)))
+    for mask in (masks[0], masks[2]):
+        chex.assert_trees_all_equal(left.settle(mask), mask)
+    with pytest.raises(ss.StoreError, match="the store is empty"):
+        ss.HopfieldStore.create(net).remove(masks[0])
+    with pytest.raises(ValueError, match="lacks the masked leaf"):
+        store.remove({})
+
+
+def test_settle_is_retrieval_in_each_leaf(net, store):
+    (mask,) = random_masks(net, 1, seed=5)
+    got = store.settle(mask)
+    for W, bits, found in zip(*map(jax.tree.leaves, (store.weights, mask, got)), strict=True):
+        np.testing.assert_array_equal(found, retrieve(W, 2.0 * bits - 1) > 0)
+        assert found.dtype == bool
 
 
 def test_append_inside_jit(net, store):
@@ -319,8 +352,8 @@ def test_a_store_made_inside_jit_cannot_be_saved(net, tmp_path):
 SLOW = ss.RecoveryConfig(gamma=0.05, learning_rate=2.0, momentum=0.5, weight_decay=0.01)
 
 
-def numpy_entropy_gradient(params, scores, x):
-    """dH/dmask of BNNet, by finite differences of a NumPy forward pass, in double precision."""
+def numpy_entropy_gradient(params, masks, x):
+    """H and dH/dmask of BNNet by finite differences of a NumPy forward pass in double precision."""
 
     def forward(masks):
         h = x.astype(np.float64)
@@ -332,7 +365,7 @@ def numpy_entropy_gradient(params, scores, x):
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         return -(np.exp(log_p) * log_p).sum(1).mean()
 
-    masks = [(z >= 0).astype(np.float64) for z in scores]
+    masks = [mask.copy() for mask in masks]
     grads = [np.zeros_like(mask) for mask in masks]
     for mask, grad in zip(masks, grads, strict=True):
         for i in range(mask.size):
@@ -345,11 +378,13 @@ def numpy_entropy_gradient(params, scores, x):
     return forward(masks), grads
 
 
-def test_recovery_is_the_formula_step_by_step(net, store):
+@pytest.mark.parametrize("guided", [False, True])
+def test_recovery_is_the_formula_step_by_step(net, store, guided):
     """PyTorch's SGD, written out: g += decay z; v = momentum v + g; z -= rate v."""
+    config = dataclasses.replace(SLOW, guided=guided)
     x = np.asarray(jax.random.normal(jax.random.key(3), (4, 5, 6)))
     (target,) = random_masks(net, 1, seed=7)
-    got = ss.recover(net, store, jnp.asarray(x), SLOW, target=target)
+    got = ss.recover(net, store, jnp.asarray(x), config, target=target)
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net.params)
     weights = [np.asarray(W, np.float64) for W in jax.tree.leaves(store.weights)]
@@ -361,7 +396,12 @@ def test_recovery_is_the_formula_step_by_step(net, store):
     for b in range(1, 5):
         for leaf, counts in enumerate(jax.tree.leaves(got.distance)):
             assert counts[b - 1] == np.sum((z[leaf] >= 0) != bits[leaf])
-        value, grads = numpy_entropy_gradient(params, z, x[b - 1])
+        seen = [(leaf >= 0).astype(np.float64) for leaf in z]
+        if guided:
+            seen = [np.clip((leaf + 1) / 2, 0, 1) for leaf in z]
+        value, grads = numpy_entropy_gradient(params, seen, x[b - 1])
+        if guided:
+            grads = [W @ (grad / 2) for W, grad in zip(weights, grads, strict=True)]
         signs = [np.where(leaf >= 0, 1.0, -1.0) for leaf in z]
         total = sum(-0.5 * s @ W @ s for s, W in zip(signs, weights, strict=True))
         np.testing.assert_allclose(got.uncertainty[b - 1], value, rtol=1e-4)
@@ -406,6 +446,33 @@ def test_a_trained_task_is_recovered_from_its_images():
         assert start > 40
         assert end == 0
         chex.assert_trees_all_equal(found.mask, task.mask)
+        guided = dataclasses.replace(recovery, guided=True)
+        best = ss.recover_best(net, store, x, guided, attempts=2, target=task.mask)
+        chex.assert_trees_all_equal(best.best.mask, task.mask)
+        assert best.uncertainty.shape == (2,)
+        first, second = best.attempts
+        assert any(
+            np.any(a != b)
+            for a, b in zip(*map(jax.tree.leaves, (first.mask, second.mask)), strict=True)
+        )
+
+
+def test_the_best_is_the_least_uncertain(net, store):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    got = ss.recover_best(net, store, (batch for batch in x), attempts=5, objective=ss.max_logit)
+    assert len(got.attempts) == 2  # as many as the store holds
+    want = [
+        np.mean([-net(each.mask, batch).max(axis=1).mean() for batch in x]) for each in got.attempts
+    ]
+    np.testing.assert_allclose(got.uncertainty, want, rtol=1e-5)
+    assert int(got.chosen) == int(np.argmin(want))
+    chex.assert_trees_all_equal(got.best, got.attempts[int(got.chosen)])
+    assert got.best.distance is None
+    inside = jax.jit(lambda x: ss.recover_best(net, store, x, objective=ss.max_logit).best.mask)(x)
+    chex.assert_trees_all_equal(inside, got.best.mask)
+    for attempts in (0, True, 1.5):
+        with pytest.raises(ValueError, match="attempts must be a positive int"):
+            ss.recover_best(net, store, x, attempts=attempts)
 
 
 def test_batches_come_as_an_array_or_one_by_one(net, store):
@@ -453,6 +520,7 @@ def test_bad_configs():
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
         ({"gamma": -1.0}, r"gamma must lie in \[0, inf\), got -1.0"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"guided": 1}, "guided must be True or False, got 1"),
         ({"weight_decay": float("inf")}, r"weight_decay must lie in \[0, inf\), got inf"),
     ):
         with pytest.raises(ValueError, match=message):

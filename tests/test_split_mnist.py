@@ -28,7 +28,7 @@ def test_a_run_writes_what_it_promises(finished):
         "store.npz",
         "traces.npz",
     }
-    assert [row["tasks_learned"] for row in result["rows"]] == [1, 1, 1, 2, 2, 2]
+    assert [row["tasks_learned"] for row in result["rows"]] == [1, 1, 1, 1, 2, 2, 2, 2]
     for row in result["rows"]:
         assert row["method"] == "hopsupsup"
         assert 0 <= row["accuracy"] <= 1
@@ -38,6 +38,12 @@ def test_a_run_writes_what_it_promises(finished):
     stream = [row for row in result["rows"] if row["protocol"] == "stream"]
     assert [row["objective"] for row in stream] == ["entropy", "entropy"]
     assert all(map(np.less_equal, stream[1]["recovery_steps"], stream[1]["stream_steps"]))
+    assert {row["protocol"] for row in result["rows"]} == {
+        "given",
+        "stream",
+        "stream-guided",
+        "stream-best-3",
+    }
     # With one task the start is its mask, and the energy brings it back.
     assert stream[0]["bits_off"] == [0]
     assert stream[0]["accuracy"] == result["rows"][0]["accuracy"] > 0.8
@@ -58,7 +64,7 @@ def test_traces_end_where_the_rows_say(finished):
     (row,) = [r for r in result["rows"] if (r["tasks_learned"], r["protocol"]) == (2, "stream")]
     with np.load(out / "traces.npz") as traces:
         for i in range(2):
-            total = sum(traces[name] for name in traces.files if name.startswith(f"{i}/"))
+            total = sum(traces[name] for name in traces.files if name.startswith(f"stream/{i}/"))
             assert total[-1] == row["bits_off"][i]
             assert len(total) == row["stream_steps"][i] + 1
             steps = row["recovery_steps"][i]
@@ -93,7 +99,7 @@ def test_a_finished_run_is_shown_and_not_repeated(finished, capsys, monkeypatch)
     assert split_mnist.main(Args(tiny=True, out=out, resume=True)) == want
     shown = capsys.readouterr().out
     assert "is finished" in shown
-    assert "stream-settled" in shown
+    assert "stream-best-3" in shown
 
 
 def test_the_table_puts_the_paper_beside_ours(finished, capsys):
