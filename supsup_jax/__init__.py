@@ -5,18 +5,12 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.evaluation import evaluate
-from supsup_jax.hopfield import (
-    BestRecovery,
-    HopfieldStore,
-    Recovery,
-    RecoveryConfig,
-    recover,
-    recover_best,
-)
+from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.infer import alpha_gradient, one_shot, predict
 from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
+from supsup_jax.recovery import BestRecovery, Recovery, RecoveryConfig, recover, recover_best
 from supsup_jax.rejection import Rejection, best_score, calibrate, confidence, reject
 from supsup_jax.scenarios import (
     Decision,
