@@ -245,7 +245,7 @@ def checkpoint(
         found, rows = ss.MaskStore.create(net, capacity=config.tasks), []
         for i, mask in enumerate(recovered):
             found, size = found.append(mask), config.test_batch_size
-            if stream.test[i].num_examples % size == 1:  # one image has no statistics
+            while stream.test[i].num_examples % size == 1:  # one image has no statistics
                 size += 1
             rows += ss.evaluate(net, found, stream.test, batch_size=size, tasks=[i])
         return rows
