@@ -229,9 +229,9 @@ def distance_against_steps(
         for task, distance in sorted(tasks.items()):
             ax.plot(distance, label=f"task {task}", linewidth=1.5)
         ax.set(title=name, xlabel="recovery step", ylabel="bits that differ from the mask")
-        ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
+    axes[0, 0].set_ylim(bottom=0)  # shared, once all is drawn
     axes[0, -1].legend(fontsize=8)
     fig.suptitle(title)
     _save(fig, path)
