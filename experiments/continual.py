@@ -98,7 +98,7 @@ class Args:
                 dataset="digits" if config.dataset == "digits" else "synthetic",
                 tasks=3,
                 checkpoints=(2, 3),
-                images_per_task=config.images_per_task and 64,
+                images_per_task=config.images_per_task and 128,
             )
             config = trained(config, steps=50, learning_rate=1e-3)
         if self.seed < 0:
