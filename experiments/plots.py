@@ -64,8 +64,13 @@ def paper_curve(method: str, objective: str | None, points: dict[int, float]) ->
     return curve(label, points, row, "s--")
 
 
-def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
-    """curves: dicts of label, points {tasks: accuracy}, color, and optionally style."""
+def accuracy_against_tasks(
+    path: Path, title: str, curves: list[dict], bottom: float | None = None
+) -> None:
+    """curves: dicts of label, points {tasks: accuracy}, color, and optionally style.
+
+    bottom: where the accuracy axis starts, below which curves leave the picture.
+    """
     fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for curve in curves:
         tasks = sorted(curve["points"])
@@ -84,7 +89,11 @@ def accuracy_against_tasks(path: Path, title: str, curves: list[dict]) -> None:
     ax.set_ylim(low - 0.75 * room, high + 0.25 * room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    if bottom is None:
+        ax.legend(fontsize=8)
+    else:
+        ax.set_ylim(bottom, max(max(curve["points"].values()) for curve in curves) + 0.01)
+        ax.legend(fontsize=7, ncols=2, loc="center right")  # between the curves that stay
     _save(fig, path)
 
 
