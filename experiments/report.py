@@ -311,6 +311,7 @@ def draw(out: Path, entries: list[Mean]) -> list[str]:
             and s.scenario == "gnu"
             and s.protocol == "paper"
         ),
+        least=3,  # SupSup's two, and any of BatchE
     )
     for model in ("lenet_300_100", "fc_1024_1024"):
         by_outputs = _by_outputs(entries, model)
