@@ -258,7 +258,9 @@ def learn(
                 for index in np.asarray(
                     scenarios.draw_windows(task_key, part.num_examples, learner)
                 ):
-                    progress.state, decision = ss.observe(progress.state, net, part, index, learner)
+                    progress.state, decision = ss.observe(
+                        progress.state, net, part, index, learner, donate=True
+                    )
                     progress.decisions.append(decision)
             postfix = {"masks": progress.state.allocated}
             ids = metrics.mask_of_task(progress.counts(config))

@@ -58,6 +58,7 @@ PRESETS = {
         tasks=250,
         checkpoints=TO_250,
         protocols=("paper",),
+        save_every=10,  # minutes apart, where a task takes half of one
     ),
     "mnist-2500-lenet": dataclasses.replace(
         PAPER, outputs=500, tasks=2500, checkpoints=TO_2500, protocols=("paper",)

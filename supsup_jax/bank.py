@@ -140,11 +140,17 @@ append_in_place = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def replace(bank, i, leaves, state, layout):
-    """Task i exchanged; an id that names no task is dropped."""
+def _replace(words, counts, states, num_tasks, dropped, i, leaves, state, layout):
+    """Task i exchanged; an id that names no task is dropped. Fields of a Bank as in `_append`."""
+    bank = Bank(words, counts, states, num_tasks, dropped)
     valid = (i >= 0) & (i < bank.num_tasks)
     return _write_if(valid, bank, jnp.where(valid, i, 0), leaves, state, layout)
+
+
+replace = jax.jit(_replace, static_argnames="layout")
+replace_in_place = jax.jit(
+    _replace, static_argnames="layout", donate_argnames=("words", "counts", "states")
+)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))

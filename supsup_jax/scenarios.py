@@ -208,6 +208,8 @@ def observe(
     data: TaskData,
     index: jax.Array,
     config: StreamConfig = StreamConfig(),
+    *,
+    donate: bool = False,
 ) -> tuple[StreamState, Decision]:
     """One window of a stream: which mask it belongs to, and that mask after learning from it.
 
@@ -226,8 +228,10 @@ def observe(
     reference goes on skipping up to the task's end, which it should not know). Decoys are asked
     all the same where floor > budget.
 
-    Pure: `state` is as before. Equal shapes compile once, for all masks and windows, and again
-    each time a store without a budget doubles.
+    donate: consume the state's store, as `MaskStore.append` does, where its copy would cost more
+      than the window; an error leaves it as it was. Without it `state` is as before.
+    Equal shapes compile once, for all masks and windows, and again each time a store without a
+    budget doubles.
     Raises TypeError or ValueError before computing for what does not fit, such as a stream of one
     class, and ValueError when training ends with scores or losses that are not finite.
     """
@@ -246,7 +250,6 @@ def observe(
         slots.append(fresh_slot(state.key, slot, net, config))
     if winner != slot:
         slots[slot], slots[winner] = slots[winner], slots[slot]
-        store = store.replace(winner, _task(net, slots[winner], config=config.train))
     after, task, loss, finite = _learn(
         state.key, net, data, index, slots[slot], np.int32(state.windows - 1), config=config.train
     )
@@ -256,8 +259,13 @@ def observe(
             f"training diverged at window {state.windows - 1}: scores or losses are not finite; "
             f"lower learning_rate ({config.train.learning_rate:g}) or check the images for NaN"
         )
+    # From here on nothing fails, so that an error leaves a donated store as it was.
+    if winner != slot:
+        store = store.replace(winner, _task(net, slots[winner], config=config.train), donate=donate)
     appended = slot == int(store.num_tasks)
-    store = store.append(task) if appended else store.replace(slot, task)
+    store = (
+        store.append(task, donate=donate) if appended else store.replace(slot, task, donate=donate)
+    )
     slots[slot] = after
     state = state._replace(store=store, slots=tuple(slots), allocated=max(allocated, slot + 1))
     return state, Decision(slot, slot == allocated, max_nu, threshold, float(loss.mean()))
@@ -321,7 +329,7 @@ def _learn(key, net, data, index, before, window, *, config):
 def _fresh(key, i, net, *, config):
     key = jax.random.fold_in(prng.purpose_key(key, "slots"), i)
     scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
-    return train.init_train_state(net, config, scores)
+    return train.init_train_state(config, scores, net.state)
 
 
 @functools.partial(jax.jit, static_argnames="config")

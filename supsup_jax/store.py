@@ -168,13 +168,14 @@ class MaskStore(TaskStore):
                 leaf.delete()
         return store._with(tasks)
 
-    def replace(self, i: int, task: Task | PyTree) -> "MaskStore":
-        """This store with task i exchanged. Raises as `append` and `mask`.
+    def replace(self, i: int, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
+        """This store with task i exchanged. donate as in `append`; raises as that and `mask`.
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i = self._index(i)
-        return self._with(bank.replace(self._bank, i, *self._fields(task), self.layout))
+        i, fields = self._index(i), self._fields(task)
+        write = bank.replace_in_place if donate and not self._traced else bank.replace
+        return self._with(write(*self._bank, i, *fields, self.layout))
 
     def remove(self, i: int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.

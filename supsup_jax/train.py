@@ -223,16 +223,9 @@ def num_outputs(net: Network, data: TaskData) -> int:
     return jax.eval_shape(logits, net, data).shape[1]
 
 
-def init_train_state(net: Network, config: TrainConfig, scores: PyTree) -> TrainState:
-    """The state before the first step."""
-    return TrainState(scores, config.transformation().init(scores), net.state)
-
-
-def train_step(
-    net: Network, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
-) -> tuple[TrainState, jax.Array]:
-    """One step on network inputs x [B, ...] and labels y [B]; and the loss before it."""
-    return _step(mask_loss(net, config), config, before, x, y)
+def init_train_state(config: TrainConfig, start: PyTree, state: PyTree) -> TrainState:
+    """The state before the first step: what is trained at `start`, the network at `state`."""
+    return TrainState(start, config.transformation().init(start), state)
 
 
 def mask_loss(net: Network, config: TrainConfig) -> Loss:
@@ -261,7 +254,7 @@ def fit(
     augment_key = prng.purpose_key(key, "augment")
     batches = batch_indices(key, data.num_examples, config)
     step = functools.partial(data_step, augment_key, loss, data, config)
-    before = TrainState(start, config.transformation().init(start), state)
+    before = init_train_state(config, start, state)
     return lax.scan(step, before, (jnp.arange(config.steps), batches))
 
 
@@ -278,10 +271,13 @@ def data_step(
     x, y = data.batch(index)
     if config.augment is not None:
         x = config.augment(jax.random.fold_in(augment_key, i), x)
-    return _step(loss, config, before, x, y)
+    return train_step(loss, config, before, x, y)
 
 
-def _step(loss, config, before, x, y):
+def train_step(
+    loss: Loss, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """One step on network inputs x [B, ...] and labels y [B]; and the loss before it."""
     (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
         before.scores, before.state, x, y
     )
@@ -355,7 +351,7 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
     """
 
     def step(key, net, data, scores, batch):
-        before = init_train_state(net, config, scores)
+        before = init_train_state(config, scores, net.state)
         return data_step(key, mask_loss(net, config), data, config, before, batch)
 
     array = jax.ShapeDtypeStruct

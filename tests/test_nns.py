@@ -64,13 +64,13 @@ def test_the_decisions_say_what_the_result_says(finished):
 
 def interrupted_at(monkeypatch, number, function, error=KeyboardInterrupt):
     """nns's `function` fails at its `number`th call."""
-    original, calls = getattr(nns.ss, function) if hasattr(nns.ss, function) else None, []
+    original, calls = getattr(nns.ss, function), []
 
-    def wrapped(*args):
+    def wrapped(*args, **options):
         calls.append(args)
         if len(calls) == number:
             raise error
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(nns.ss, function, wrapped)
     return calls

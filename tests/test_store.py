@@ -290,3 +290,13 @@ def test_bad_input(small_net, norm_net):
     wrong = jax.tree.map(lambda leaf: leaf[:3], norm_net.state)
     with pytest.raises(ValueError, match=r"state must be float32 \(8,\) at 'norm/mean'"):
         ss.MaskStore.create(norm_net).append(ss.Task(norm_mask, wrong))
+
+
+def test_a_donated_replacement_is_the_same_and_consumes(small_net):
+    masks = random_masks(small_net, 4)
+    store = filled_store(small_net, masks[:3])
+    want = store.replace(1, masks[3])
+    got = store.replace(1, masks[3], donate=True)
+    chex.assert_trees_all_equal(got, want)
+    with pytest.raises(ss.StoreError, match="was consumed"):
+        store.mask(0)
