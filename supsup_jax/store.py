@@ -162,7 +162,8 @@ class MaskStore(TaskStore):
             store = self._with(bank.resize(self._bank, self.layout, larger), larger)
         in_place = not self._traced and (donate or store is not self)
         write = bank.append_in_place if in_place else bank.append
-        tasks = write(*store._bank, leaves, state, store.layout, store.capacity)
+        old = bank.held(store._bank, store._bank.num_tasks) if in_place else None
+        tasks = write(*store._bank, old, leaves, state, store.layout, store.capacity)
         if donate and store is not self and not isinstance(tasks.words, jax.core.Tracer):
             for leaf in jax.tree.leaves(self._bank[:3]):
                 leaf.delete()
@@ -174,8 +175,10 @@ class MaskStore(TaskStore):
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
         i, fields = self._index(i), self._fields(task)
-        write = bank.replace_in_place if donate and not self._traced else bank.replace
-        return self._with(write(*self._bank, i, *fields, self.layout))
+        in_place = donate and not self._traced
+        write = bank.replace_in_place if in_place else bank.replace
+        old = bank.held(self._bank, i) if in_place else None
+        return self._with(write(*self._bank, i, old, *fields, self.layout))
 
     def remove(self, i: int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.

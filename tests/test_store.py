@@ -300,3 +300,20 @@ def test_a_donated_replacement_is_the_same_and_consumes(small_net):
     chex.assert_trees_all_equal(got, want)
     with pytest.raises(ss.StoreError, match="was consumed"):
         store.mask(0)
+
+
+def test_changes_in_place_copy_no_masks():
+    net = relu_net((50, 40, 10))
+    store = filled_store(net, random_masks(net, 1), capacity=2048)
+    tasks, leaves = store._bank, net.layout.leaves(random_masks(net, 1, seed=1)[0], "mask")
+    for program in (
+        bank.append_in_place.lower(
+            *tasks, bank.held(tasks, jnp.int32(1)), leaves, None, net.layout, 2048
+        ),
+        bank.replace_in_place.lower(
+            *tasks, jnp.int32(0), bank.held(tasks, jnp.int32(0)), leaves, None, net.layout
+        ),
+    ):
+        used = program.compile().memory_analysis()
+        assert used.alias_size_in_bytes >= tasks.words.nbytes  # written where it was
+        assert used.temp_size_in_bytes < tasks.words.nbytes / 4
