@@ -4,6 +4,7 @@ Thousands of tasks in one fixed network, one bit a weight, the right task found 
 Names listed in `__all__` are the public interface; other modules may change.
 """
 
+from supsup_jax.density import ErdosRenyi, kept_counts
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.infer import alpha_gradient, one_shot, predict
@@ -41,6 +42,7 @@ __all__ = [
     "BestRecovery",
     "CapacityError",
     "Decision",
+    "ErdosRenyi",
     "HopfieldStore",
     "MaskStore",
     "Network",
@@ -69,6 +71,7 @@ __all__ = [
     "evaluate",
     "init_stream",
     "kept_count",
+    "kept_counts",
     "max_confidence",
     "max_logit",
     "observe",

@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from supsup_jax import masks, prng
+from supsup_jax.density import Density, kept_counts
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
 from supsup_jax.transfer import ScoreMean
@@ -37,7 +38,8 @@ class TrainConfig:
     """
 
     rule: str = "threshold"  # or "topk", which needs a density
-    density: float | None = None  # fraction of each masked leaf that topk keeps
+    # Fraction of each masked leaf that topk keeps, or a function of its shape, as ErdosRenyi is.
+    density: Density | None = None
     steps: int = 1000
     batch_size: int = 128
     optimizer: str = "rmsprop"  # or "adam", "sgd"
@@ -79,7 +81,10 @@ class TrainConfig:
             raise ValueError("rule 'topk' needs a density in (0, 1], got None")
         if self.rule == "threshold" and self.density is not None:
             raise ValueError("rule 'threshold' keeps what it keeps: density must be None")
-        if self.density is not None and not 0 < self.density <= 1:
+        if callable(self.density):
+            if not isinstance(self.density, Hashable):
+                raise TypeError(f"density must hash by value, got {self.density!r}")
+        elif self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
 
     def transformation(self) -> optax.GradientTransformation:
@@ -112,8 +117,9 @@ class TrainConfig:
         leaves = layout.leaves(scores, "scores")
         if self.rule == "threshold":
             return layout.tree([masks.threshold_mask(leaf) for leaf in leaves])
+        counts = kept_counts(layout, self.density).values()
         return layout.tree(
-            [masks.topk_mask(leaf, masks.kept_count(self.density, leaf.size)) for leaf in leaves]
+            [masks.topk_mask(leaf, k) for leaf, k in zip(leaves, counts, strict=True)]
         )
 
 
@@ -406,6 +412,8 @@ def _check_types(net, data, config):
         raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    if config.rule == "topk":
+        kept_counts(net.layout, config.density)
 
 
 def _check_scores(layout, scores):

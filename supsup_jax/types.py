@@ -75,14 +75,26 @@ def unit_range(images: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Normalize:
-    """Pixels to (pixels / scale - mean) / std, as float32; equal by value, so it never retraces."""
+    """Pixels to (pixels / scale - mean) / std, as float32; equal by value, so it never retraces.
 
-    mean: float
-    std: float
+    mean, std: one number, or a tuple with one for each channel of images [..., channels].
+    """
+
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     scale: float = 255.0
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        return (images.astype(jnp.float32) / self.scale - self.mean) / self.std
+        def broad(numbers):  # to the rank of the images, which NumPy would do unasked
+            numbers = jnp.asarray(numbers, jnp.float32)
+            return numbers.reshape((1,) * (images.ndim - numbers.ndim) + numbers.shape)
+
+        return (images.astype(jnp.float32) / self.scale - broad(self.mean)) / broad(self.std)
+
+    @property
+    def black(self) -> jax.Array:
+        """What a pixel of 0 becomes: float32 [], or [channels]."""
+        return -jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
 
 
 @jax.tree_util.register_dataclass

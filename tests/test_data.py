@@ -18,6 +18,14 @@ def test_permutations_match_the_reference():
     np.testing.assert_array_equal(got, want)
 
 
+def test_class_order_matches_the_reference():
+    np.testing.assert_array_equal(
+        data.class_order(100, seed=1), golden("orders")["cifar100_classes"]
+    )
+    with pytest.raises(ValueError, match="num_classes must be positive"):
+        data.class_order(0, seed=1)
+
+
 def test_independent_seeds_share_no_task():
     one = [data.permutation(t, 784, seed=0, independent=True) for t in range(5)]
     two = [data.permutation(t, 784, seed=1, independent=True) for t in range(5)]
@@ -216,3 +224,50 @@ def test_importing_the_package_imports_neither_tfds_nor_matplotlib():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --- augmentation
+
+
+def padded_crops(image, padding, black):
+    """Every image that CropAndFlip may make of one, by NumPy."""
+    height, width, _ = image.shape
+    padded = np.full((height + 2 * padding, width + 2 * padding, image.shape[2]), black, np.float32)
+    padded[padding : padding + height, padding : padding + width] = image
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            crop = padded[top : top + height, left : left + width]
+            yield crop
+            yield crop[:, ::-1]
+
+
+def test_crops_and_flips_are_those_of_the_padded_image():
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 4, 2)).astype(np.uint8)
+    images[:] = images[0]
+    normalize = ss.Normalize((0.2, 0.3), (0.5, 0.25))
+    x = normalize(jnp.asarray(images))
+    made = np.asarray(jax.jit(data.CropAndFlip(1, normalize))(jax.random.key(1), x))
+    possible = list(padded_crops(np.asarray(x[0]), 1, np.array([-0.4, -1.2], np.float32)))
+    which = [[np.allclose(each, one, atol=1e-6) for one in possible].index(True) for each in made]
+    counts = np.bincount(which, minlength=len(possible))
+    assert len(possible) == 18
+    # 200 draws of 18: all occur, none much more often than another.
+    assert counts.min() >= 1
+    assert counts.max() <= 30
+
+
+def test_augmentation_hashes_by_value_and_wants_channels():
+    one = data.CropAndFlip(4, ss.Normalize((0.5,), (0.2,)))
+    assert one == data.CropAndFlip(4, ss.Normalize((0.5,), (0.2,)))
+    assert hash(one) == hash(data.CropAndFlip(4, ss.Normalize((0.5,), (0.2,))))
+    with pytest.raises(ValueError, match=r"takes images \[B, H, W, channels\], got shape \(2, 3\)"):
+        one(jax.random.key(0), jnp.zeros((2, 3)))
+
+
+def test_normalisation_by_channel():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 2)).astype(np.uint8)
+    got = ss.Normalize((0.1, 0.2), (0.5, 0.25))(jnp.asarray(images))
+    want = np.stack(
+        [(images[..., 0] / 255 - 0.1) / 0.5, (images[..., 1] / 255 - 0.2) / 0.25], axis=-1
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)

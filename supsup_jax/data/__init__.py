@@ -1,5 +1,6 @@
 """Real data: images read whole into memory, and streams of tasks made of them."""
 
+from supsup_jax.data.augment import CropAndFlip
 from supsup_jax.data.sources import Dataset, MissingDataError, load_dataset, synthetic
 from supsup_jax.data.streams import (
     PermutedStream,
@@ -8,15 +9,17 @@ from supsup_jax.data.streams import (
     ViewStream,
     one_pass,
 )
-from supsup_jax.data.views import permutation, rotation
+from supsup_jax.data.views import class_order, permutation, rotation
 
 __all__ = [
+    "CropAndFlip",
     "Dataset",
     "MissingDataError",
     "PermutedStream",
     "RotatedStream",
     "SplitStream",
     "ViewStream",
+    "class_order",
     "load_dataset",
     "one_pass",
     "permutation",

@@ -19,8 +19,15 @@ import numpy as np
 
 from supsup_jax.types import Normalize, TaskData
 
-# Mean and standard deviation of the pixels in [0, 1], as the reference normalises them.
-NORMALIZATION = {"mnist": (0.1307, 0.3081)}
+# Mean and standard deviation of the pixels in [0, 1], as the reference normalises them; of other
+# datasets they are measured on the training split.
+_CIFAR = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+NORMALIZATION = {
+    "mnist": (0.1307, 0.3081),
+    "cifar10": _CIFAR,
+    "cifar10_jpeg": _CIFAR,
+    "cifar100": _CIFAR,
+}
 
 
 class MissingDataError(FileNotFoundError):
@@ -109,9 +116,21 @@ def _tfds(name, data_dir):
     splits = {split: _decoded(name, folder, split) for split in ("train", "test")}
     mean, std = NORMALIZATION.get(name, (None, None))
     if mean is None:
-        pixels = splits["train"][0] / np.float32(255)
-        mean, std = float(pixels.mean()), float(pixels.std())
+        mean, std = _statistics(splits["train"][0])
     return _dataset(name, splits["train"], splits["test"], Normalize(mean, std))
+
+
+def _statistics(images):
+    """Mean and deviation of pixels in [0, 1], by channel where images have channels."""
+    channels = np.moveaxis(images, -1, 0) if images.ndim == 4 else images[None]
+    # Counts of each byte say it all, and no copy of the images in floats is made.
+    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+    shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ values
+    std = np.sqrt(shares @ values**2 - mean**2)
+    if images.ndim == 4:
+        return tuple(mean.tolist()), tuple(std.tolist())
+    return mean.item(), std.item()
 
 
 def _prepared_folder(name, data_dir):
@@ -170,6 +189,12 @@ def _decode(folder, split):
         raise MissingDataError(f"{folder} has no split {split!r}, only {list(builder.info.splits)}")
     source = builder.as_data_source(split)
     examples = [source[i] for i in range(len(source))]
+    shapes = {example["image"].shape for example in examples}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{folder} has images of {len(shapes)} shapes, such as {sorted(shapes)[:3]}; datasets "
+            "read whole need one shape"
+        )
     images = np.stack([example["image"] for example in examples])
     labels = np.asarray([example["label"] for example in examples], np.int32)
     # A single channel is no axis to a dense network, and a view indexes pixels.

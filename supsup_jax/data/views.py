@@ -21,6 +21,15 @@ def permutation(task: int, num_pixels: int, seed: int = 0, independent: bool = F
     return order.astype(np.int32)
 
 
+def class_order(num_classes: int, seed: int) -> np.ndarray:
+    """int32 [num_classes], the order in which classes are dealt to tasks (`golden/orders.npz`)."""
+    if num_classes < 1 or seed < 0:
+        raise ValueError(
+            f"num_classes must be positive and seed not negative, got {num_classes} and {seed}"
+        )
+    return np.random.RandomState(seed).permutation(num_classes).astype(np.int32)
+
+
 def rotation(degrees: float, shape: tuple[int, int]) -> np.ndarray:
     """int32 [H, W], a rotation about the image's middle, anticlockwise, nearest neighbour.
 

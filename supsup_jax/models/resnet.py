@@ -1,0 +1,142 @@
+"""Residual networks of the SplitCIFAR and SplitImageNet experiments (paper section 4.1).
+
+No biases, and norms without a learned scale or offset: all that a task adds is a mask over the
+kernels and the running statistics of the norms. Images are [B, H, W, channels].
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+MOMENTUM = 0.9  # of the running statistics: what is kept each step; PyTorch calls this .1
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = _conv(num_in, width, 3, stride, rngs)
+        self.norm1 = _norm(width, rngs)
+        self.conv2 = _conv(width, width, 3, 1, rngs)
+        self.norm2 = _norm(width, rngs)
+        self.shortcut = _shortcut(num_in, width, stride, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Bottleneck(nnx.Module):
+    """A 3x3 convolution between two of 1x1, beside a shortcut; the 3x3 one has the stride."""
+
+    expansion = 4
+
+    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        num_out = self.expansion * width
+        self.conv1 = _conv(num_in, width, 1, 1, rngs)
+        self.norm1 = _norm(width, rngs)
+        self.conv2 = _conv(width, width, 3, stride, rngs)
+        self.norm2 = _norm(width, rngs)
+        self.conv3 = _conv(width, num_out, 1, 1, rngs)
+        self.norm3 = _norm(num_out, rngs)
+        self.shortcut = _shortcut(num_in, num_out, stride, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.norm1(self.conv1(x)))
+        y = jax.nn.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class ResNet(nnx.Module):
+    """A stem, four stages of blocks at width, 2, 4 and 8 times width, and a linear classifier.
+
+    block: BasicBlock or Bottleneck, called with (num_in, width, stride, rngs=).
+    depths: blocks of each stage. small_images: a 3x3 stem at stride 1, for images of 32x32; else
+      7x7 at stride 2 and a max-pool.
+    Raises ValueError for a width or number of outputs below 1.
+    """
+
+    def __init__(
+        self,
+        block: Callable[..., nnx.Module],
+        depths: Sequence[int],
+        num_outputs: int,
+        *,
+        width: int,
+        small_images: bool,
+        num_channels: int = 3,
+        rngs: nnx.Rngs,
+    ):
+        if width < 1 or num_outputs < 1:
+            raise ValueError(f"width and num_outputs must be positive, got {width}, {num_outputs}")
+        size, stride = (3, 1) if small_images else (7, 2)
+        self.small_images = small_images
+        self.stem = _conv(num_channels, width, size, stride, rngs)
+        self.stem_norm = _norm(width, rngs)
+        self.blocks = []
+        num_in = width
+        for stage, depth in enumerate(depths):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                name = f"stage{stage + 1}_block{i + 1}"
+                setattr(self, name, block(num_in, width * 2**stage, stride, rngs=rngs))
+                self.blocks.append(name)
+                num_in = width * 2**stage * block.expansion
+        self.blocks = tuple(self.blocks)  # static: NNX looks for modules in lists
+        self.head = nnx.Linear(num_in, num_outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits [B, C] of images [B, H, W, channels]."""
+        if x.ndim != 4:
+            raise ValueError(f"images must be [B, H, W, channels], got shape {x.shape}")
+        x = jax.nn.relu(self.stem_norm(self.stem(x)))
+        if not self.small_images:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for name in self.blocks:
+            x = getattr(self, name)(x)
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def gem_resnet18(num_outputs: int, *, width: int = 20, rngs: nnx.Rngs) -> ResNet:
+    """ResNet-18 for images of 32x32; at 20 base channels and 5 outputs, 1,090,940 weights."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, width=width, small_images=True, rngs=rngs)
+
+
+def resnet18(num_outputs: int, *, width: int = 64, rngs: nnx.Rngs) -> ResNet:
+    """ResNet-18 for ImageNet; at 1,000 outputs, 11,678,912 weights."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, width=width, small_images=False, rngs=rngs)
+
+
+def resnet50(num_outputs: int, *, width: int = 64, rngs: nnx.Rngs) -> ResNet:
+    """ResNet-50 for ImageNet; at 10 outputs, 23,475,392 weights."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, width=width, small_images=False, rngs=rngs)
+
+
+def _conv(num_in, num_out, size, stride, rngs):
+    pad = size // 2  # as PyTorch pads; "SAME" at stride 2 would pad one side only
+    return nnx.Conv(
+        num_in,
+        num_out,
+        (size, size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        rngs=rngs,
+    )
+
+
+def _norm(width, rngs):
+    return nnx.BatchNorm(width, momentum=MOMENTUM, use_bias=False, use_scale=False, rngs=rngs)
+
+
+def _shortcut(num_in, num_out, stride, rngs):
+    """What x passes through where its shape changes."""
+    if stride == 1 and num_in == num_out:
+        return None
+    return nnx.Sequential(_conv(num_in, num_out, 1, stride, rngs), _norm(num_out, rngs))
