@@ -434,6 +434,18 @@ def test_forged_lengths_are_refused_before_memory_is_taken(small, codec, at):
         tracemalloc.stop()
 
 
+def test_more_symbols_than_weights_are_refused_before_memory_is_taken(small):
+    """With states enough for the million symbols that it claims."""
+    layout, mask = small
+    coded = codecs.encode(mask, "enumerative")
+    long = coded[:32] + (10**6).to_bytes(4, "little") + coded[36:-8] + bytes(4 * 1000)
+    tracemalloc.start()
+    with pytest.raises(ss.StoreError, match="makes no sense"):
+        codecs.decode(signed(long), layout)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
 def test_rans_refuses_words_too_few_or_too_many():
     symbols, table = np.arange(100, dtype=np.uint8) % 2, np.array([0, 3000, 4096], np.uint32)
     states, words = rans.encode([symbols], [table])
