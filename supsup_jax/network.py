@@ -101,20 +101,25 @@ class Network:
         Raises ValueError when the mask does not fit, or apply does not return [B, C].
         """
         weights = self.superpose(mask)
-        if self.state is None:
-            logits = self.apply(weights, x)
-        else:
-            if state is None:
-                state = self.batch_state(weights, x)
-            logits, _ = self.apply(weights, state, x, False)
-        return check_logits(logits, x)
+        if self.state is not None and state is None:
+            state = self.batch_state(weights, x)
+        return self.forward(weights, state, x, train=False)[0]
 
     def train_logits(self, mask: PyTree, state: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
         """Logits [B, C] in train mode, and the state behind this batch."""
-        weights = self.superpose(mask)
+        return self.forward(self.superpose(mask), state, x, train=True)
+
+    def forward(
+        self, weights: PyTree, state: PyTree, x: jax.Array, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        """Logits [B, C] under `weights`, a pytree like params, and the state behind x.
+
+        What every use of `apply` comes down to; state is None for a network without.
+        """
         if self.state is None:
-            return check_logits(self.apply(weights, x), x), None
-        logits, state = self.apply(weights, state, x, True)
+            logits, state = self.apply(weights, x), None
+        else:
+            logits, state = self.apply(weights, state, x, train)
         return check_logits(logits, x), state
 
     def superpose(self, mask: PyTree) -> PyTree:

@@ -77,6 +77,25 @@ class NormNet(nnx.Module):
         return self.layer1(x)
 
 
+class ConvNet(nnx.Module):
+    """A residual network over 8x8 images, flat or not; its classifier's name does not sort last."""
+
+    def __init__(self, num_outputs=5, width=4, *, rngs):
+        def norm():
+            return nnx.BatchNorm(width, use_scale=False, use_bias=False, momentum=0.9, rngs=rngs)
+
+        self.stem = nnx.Conv(1, width, (3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.stem_norm = norm()
+        self.block = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
+        self.block_norm = norm()
+        self.head = nnx.Linear(width, num_outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.stem_norm(self.stem(x.reshape(len(x), 8, 8, 1))))
+        x = jax.nn.relu(x + self.block_norm(self.block(x)))
+        return self.head(x.mean((1, 2)))
+
+
 @pytest.fixture
 def norm_net():
     return ss.signed_constant(ss.Network.from_nnx(NormNet(rngs=nnx.Rngs(0))), 0)

@@ -224,12 +224,12 @@ def test_factors_of_a_convolution_are_the_same_at_every_position():
 
 def test_mistakes_are_named(small_net, norm_net, data):
     with pytest.raises(ValueError, match="shared_learns must be one of"):
-        baselines.Baseline("sometimes", True)
+        baselines.Baseline("sometimes", True, small_net)
     with pytest.raises(ValueError, match="without normalisation statistics"):
-        baselines.batche(norm_net)
+        baselines.psp(norm_net)
     with pytest.raises(TypeError, match="net must be a Network, got dict"):
         baselines.upper_bound({})
-    with pytest.raises(ValueError, match="a kernel before the last"):
+    with pytest.raises(ValueError, match="a kernel beside the head"):
         baselines.separate_heads(relu_net((6, 5)))
     loose = ss.Network(relu_apply, {"kernel0": jnp.ones((6, 4)), "kernel1": jnp.ones((3, 5))})
     with pytest.raises(ValueError, match="form a chain"):

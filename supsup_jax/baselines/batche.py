@@ -6,15 +6,13 @@ one, and everything that works on masks works on them: `FactorStore` stands wher
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from supsup_jax import prng
-from supsup_jax.baselines.heads import check_stateless
-from supsup_jax.baselines.sharing import Baseline, put_kernels
+from supsup_jax.baselines.sharing import Baseline, check_kernels, check_state, put_leaves
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.store import TaskStore
@@ -34,8 +32,7 @@ def batche(net: Network, trained: bool = True) -> Baseline:
     trained: the shared kernels learn with the first task (the method as published); otherwise
     they stay random and only factors are learned.
     """
-    layout = check_stateless(net).layout
-    return RankOne("first" if trained else "never", True, net.apply, layout)
+    return RankOne("first" if trained else "never", True, check_kernels(net))
 
 
 def outer(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
@@ -43,27 +40,26 @@ def outer(factors: Factors, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(factors.t[:, None] * factors.s[None], shape)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RankOne(Baseline):
     """A task scales the inputs and outputs of every kernel."""
 
-    apply: Callable
-    layout: Layout
-
     def draw_own(self, key: jax.Array) -> dict[str, Factors]:
-        keys = jax.random.split(prng.purpose_key(key, "factors"), (len(self.layout.shapes), 2))
+        layout = self.net.layout
+        keys = jax.random.split(prng.purpose_key(key, "factors"), (len(layout.shapes), 2))
         return {
             name: Factors(
                 jax.random.rademacher(k[0], shape[-2:-1], jnp.float32),
                 jax.random.rademacher(k[1], shape[-1:], jnp.float32),
             )
-            for k, (name, shape) in zip(keys, self.layout.named_shapes, strict=True)
+            for k, (name, shape) in zip(keys, layout.named_shapes, strict=True)
         }
 
-    def logits(self, shared: PyTree, own: dict[str, Factors], x: jax.Array) -> jax.Array:
+    def weights(self, shared: PyTree, own: dict[str, Factors]) -> PyTree:
         kernels = named_leaves(shared)
         scaled = {name: kernels[name] * outer(own[name], kernels[name].shape) for name in own}
-        return self.apply(put_kernels(shared, scaled), x)
+        return put_leaves(shared, scaled)
 
 
 def mask_of(own: dict[str, Factors], layout: Layout) -> PyTree:
@@ -73,18 +69,20 @@ def mask_of(own: dict[str, Factors], layout: Layout) -> PyTree:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("factors", "num_tasks"),
+    data_fields=("factors", "states", "num_tasks"),
     meta_fields=("layout",),
 )
 @dataclasses.dataclass(frozen=True)
 class FactorStore(TaskStore):
     """The factors of all tasks, for inference without an id (the paper's Figure 5, right).
 
-    factors: by kernel, t [K, in] and s [K, out]. num_tasks: int32 [], T. layout: the network's.
+    factors: by kernel, t [K, in] and s [K, out]. states: each task's normalisation statistics,
+    [K, ...], None for a network without. num_tasks: int32 [], T. layout: the network's.
     one_shot with it is BatchE with one-shot inference; oracle is ABatchE.
     """
 
     factors: dict[str, Factors]
+    states: PyTree
     num_tasks: jax.Array
     layout: Layout
 
@@ -95,25 +93,37 @@ class FactorStore(TaskStore):
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         factors = {
             name: Factors(jnp.zeros((capacity, shape[-2])), jnp.zeros((capacity, shape[-1])))
-            for name, shape in check_stateless(net).layout.named_shapes
+            for name, shape in check_kernels(net).layout.named_shapes
         }
-        return cls(factors, jnp.int32(0), net.layout)
+        states = jax.tree.map(
+            lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), net.state
+        )
+        return cls(factors, states, jnp.int32(0), net.layout)
 
-    def append(self, own: dict[str, Factors]) -> "FactorStore":
-        """With one more task. Raises StoreError when full."""
+    def append(self, own: dict[str, Factors], state: PyTree = None) -> "FactorStore":
+        """With one more task: its factors and statistics, a Learned's `own` and `state`.
+
+        Raises StoreError when full, ValueError unless state is like the network's.
+        """
+        check_state(self.states, state)
         if (held := int(self.num_tasks)) == self.capacity:
             raise StoreError(f"the store is full: its capacity is {self.capacity}")
-        factors = jax.tree.map(lambda rows, row: rows.at[held].set(row), self.factors, own)
-        return dataclasses.replace(self, factors=factors, num_tasks=self.num_tasks + 1)
+        factors, states = jax.tree.map(
+            lambda rows, row: rows.at[held].set(row), (self.factors, self.states), (own, state)
+        )
+        return dataclasses.replace(
+            self, factors=factors, states=states, num_tasks=self.num_tasks + 1
+        )
 
     @property
     def capacity(self) -> int:
         return jax.tree.leaves(self.factors)[0].shape[0]
 
     def task(self, i: jax.Array | int) -> Task:
-        """Task i. Raises as `mask`."""
+        """Task i, with its statistics. Raises as `mask`."""
         i = jnp.clip(self._index(i), 0, jnp.maximum(self.num_tasks - 1, 0))
-        return Task(mask_of(jax.tree.map(lambda rows: rows[i], self.factors), self.layout))
+        own, state = jax.tree.map(lambda rows: rows[i], (self.factors, self.states))
+        return Task(mask_of(own, self.layout), state)
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:
         """sum_i alphas_i t_i s_i' as `MaskStore.mixture`."""
@@ -130,8 +140,8 @@ class FactorStore(TaskStore):
 
     def taken(self, ids: jax.Array, num_tasks: jax.Array) -> "FactorStore":
         """A store of capacity S with the tasks ids [S], the first `num_tasks` of them."""
-        factors = jax.tree.map(lambda rows: rows[ids], self.factors)
-        return dataclasses.replace(self, factors=factors, num_tasks=num_tasks)
+        factors, states = jax.tree.map(lambda rows: rows[ids], (self.factors, self.states))
+        return dataclasses.replace(self, factors=factors, states=states, num_tasks=num_tasks)
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
         """<v, t_i s_i'> for every task: [..., K] of v [..., n]; one form, so any name does."""
