@@ -6,7 +6,6 @@ rows of results, and saves and restores itself in a run's folder.
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +18,7 @@ import supsup_jax as ss
 from experiments import reports
 from experiments.runs import Run
 from supsup_jax import baselines, data, metrics, prng
+from supsup_jax.packing import named_leaves
 
 # Tasks learned at once off the CPU, which gains nothing from several.
 TOGETHER = 100
@@ -140,6 +140,7 @@ class Compared(Learner):
         initializer = XAVIER if config.method == "psp" else baselines.HE_NORMAL
         weights = prng.purpose_key(jax.random.key(config.seed), "baseline")
         self.shared = baselines.shared_weights(net, weights, initializer)
+        self.statistics = net.state  # as the newest task left them
         self.done = 0
         # Accuracy of each task right after it was learned, final where nothing is forgotten.
         self.accuracies = np.full(config.tasks, np.nan)
@@ -162,7 +163,7 @@ class Compared(Learner):
 
     @property
     def net_to_infer(self) -> ss.Network:
-        return ss.Network(self.net.apply, self.shared)
+        return ss.Network(self.net.apply, self.shared, state=self.net.state)
 
     def task_key(self, i: int) -> jax.Array:
         return jax.random.fold_in(self.key, i)
@@ -182,10 +183,11 @@ class Compared(Learner):
             self.stream.train[i],
             self.train_config(first),
             first=first,
+            state=self.statistics,
         )
-        self.shared = learned.shared
+        self.shared, self.statistics = learned.shared, learned.state
         if self.store is not None:
-            self.store = self.store.append(learned.own)
+            self.store = self.store.append(learned.own, learned.state)
         self.accuracies[i] = self._accuracy(i, learned.own)
         self.done = i + 1
 
@@ -193,7 +195,8 @@ class Compared(Learner):
         return self.accuracies[self.done - 1]
 
     def _accuracy(self, i, own) -> float:
-        right = baselines.is_right(self.baseline, self.shared, own, self.stream.test[i])
+        data = self.stream.test[i]
+        right = baselines.is_right(self.baseline, self.shared, own, data, self.statistics)
         return float(right.mean())
 
     def evaluate(self, run: Run) -> list[dict]:
@@ -210,13 +213,16 @@ class Compared(Learner):
         return rows
 
     def _state(self) -> dict:
-        factors = None if self.store is None else self.store.factors
-        return {
+        state = {
             "shared": self.shared,
-            "factors": factors,
+            "factors": None if self.store is None else self.store.factors,
             "accuracies": self.accuracies,
             "done": np.asarray(self.done),
         }
+        if self.net.state is not None:  # no new keys without: earlier runs would not resume
+            state["statistics"] = self.statistics
+            state["states"] = None if self.store is None else self.store.states
+        return state
 
     def save(self, run: Run) -> None:
         with _checkpoints(run) as manager:
@@ -229,24 +235,32 @@ class Compared(Learner):
             if (step := manager.latest_step()) is None:
                 return
             saved = manager.restore(step, args=ocp.args.StandardRestore(self._state()))
-        self.shared, self.accuracies = saved["shared"], np.array(saved["accuracies"])
-        self.done = int(saved["done"])
+        self.shared, self.statistics = saved["shared"], saved.get("statistics")
+        self.accuracies, self.done = np.array(saved["accuracies"]), int(saved["done"])
         if self.store is not None:
             self.store = dataclasses.replace(
-                self.store, factors=saved["factors"], num_tasks=jnp.int32(self.done)
+                self.store,
+                factors=saved["factors"],
+                states=saved.get("states"),
+                num_tasks=jnp.int32(self.done),
             )
 
     def bytes(self, run: Run) -> dict[str, float]:
         """Bytes by kind, at 4 a float; weights that are never trained take their seed."""
         trained = self.baseline.shared_learns != "never"
-        layout, own = self.net.layout, self.config.tasks * baselines.own_bytes(self.baseline)
+        statistics = sum(leaf.nbytes for leaf in jax.tree.leaves(self.net.state))
+        own = self.config.tasks * baselines.own_bytes(self.baseline)
+        if self.baseline.owns_state:
+            statistics *= self.config.tasks
+            own -= statistics
         replaced = getattr(self.baseline, "names", ()) if self.baseline.own_learns else ()
-        shared = sum(math.prod(s) for name, s in layout.named_shapes if name not in replaced)
+        leaves = named_leaves(self.shared)
+        shared = sum(leaf.size for name, leaf in leaves.items() if name not in replaced)
         heads = own if "heads" in self.config.method else 0
         kinds = {
             "shared_weights": 4 * shared * trained,
             "own_weights": own - heads,
-            "norm_statistics": 0,
+            "norm_statistics": statistics,
             "heads": heads,
             "seed": 4,
         }

@@ -1,13 +1,19 @@
 import csv
 import dataclasses
 import json
+import types
 
+import chex
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import supsup_jax as ss
 from experiments import continual, learners, permuted, plots, report, reports, rotated, runs
 from experiments.permuted import Args
+from supsup_jax import data
+from tests.conftest import ConvNet
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +165,6 @@ def test_a_damaged_store_stops_a_resume(tmp_path, capsys, monkeypatch):
 
 
 def test_compile_seconds_are_counted_once(tmp_path):
-    import jax
-
     run = runs.Run(tmp_path, {"seed": 0}, None)
     with run.phase("work"):
         jax.block_until_ready(jax.jit(lambda x: x * 3 + 1.2345)(1.0))
@@ -189,6 +193,35 @@ def test_an_interrupted_baseline_resumes_to_the_same_result(tmp_path, monkeypatc
     got = continual.main(dataclasses.replace(args, resume=True))
     assert len(calls) == 4  # the two tasks saved were not learned again
     assert got["rows"] == want["rows"]
+
+
+@pytest.mark.parametrize("method", ["lower_bound", "abatche"])
+def test_statistics_of_norms_are_saved_restored_and_counted(tmp_path, method):
+    config = Args(tiny=True, method=method, steps=3).config()
+    net = ss.signed_constant(ss.Network.from_nnx(ConvNet(10, rngs=nnx.Rngs(0))), 0)
+    stream = data.PermutedStream(data.synthetic(jax.random.key(0), (8, 8), 10, 128, 40), 3)
+    run = types.SimpleNamespace(out=tmp_path)
+    whole, cut = (learners.Compared(config, net, stream) for _ in range(2))
+    for i in range(2):
+        whole.learn(range(i, i + 1))
+    whole.save(run)
+    cut.restore(run)
+    assert cut.done == 2
+    for learner in (whole, cut):
+        learner.learn(range(2, 3))
+    np.testing.assert_array_equal(cut.accuracies, whole.accuracies)
+    chex.assert_trees_all_equal(cut._state(), whole._state())
+    statistics = 2 * 2 * 4 * 4  # mean and variance of two norms of four features
+    if method == "abatche":
+        first = jax.tree.map(lambda rows: rows[0], cut.store.states)
+        chex.assert_trees_all_equal(first, cut.store.task(0).state)
+        assert not np.array_equal(first["stem_norm"]["mean"], cut.statistics["stem_norm"]["mean"])
+        statistics *= 3
+    counted = cut.bytes(run)
+    assert counted["norm_statistics"] == statistics
+    kernels = (3 * 3 * 4) + (3 * 3 * 4 * 4) + (4 * 10)
+    factors = 3 * ((1 + 4) + (4 + 4) + (4 + 10)) if method == "abatche" else 0
+    assert counted["total"] == 4 * (kernels + factors) + statistics + 4
 
 
 def test_abatche_is_judged_by_every_rule(tmp_path):
