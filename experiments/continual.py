@@ -82,6 +82,23 @@ class Args:
     tiny: bool = False
     """A smoke test of seconds that needs no data: 3 tasks, 50 steps, digits or drawn images."""
 
+    # What a script may do its own way.
+    def load(self, config: Config) -> data.Dataset:
+        """The dataset; raises before anything slow when it is not there."""
+        return load(config, self.data_dir)
+
+    def make_stream(self, config: Config, dataset: data.Dataset) -> Any:
+        """The tasks, as a PermutedStream has them."""
+        return make_stream(config, dataset)
+
+    def build(self, config: Config, dataset: data.Dataset) -> ss.Network:
+        """The fixed network."""
+        return build(config, dataset)
+
+    def configure(self, config: Config) -> Config:
+        """A preset's config, which is SupSup's, made for --method."""
+        return learners.METHODS[self.method].configure(config, self.method)
+
     def config(self) -> Config:
         """The preset with the other arguments put in. Raises UsageError for one out of range."""
         config = dataclasses.replace(
@@ -91,7 +108,7 @@ class Args:
             raise UsageError(
                 f"--method must be one of {', '.join(learners.METHODS)}, got {self.method!r}"
             )
-        config = learners.METHODS[self.method].configure(config, self.method)
+        config = self.configure(config)
         if self.tiny:
             config = dataclasses.replace(
                 config,
@@ -153,9 +170,9 @@ def main(args: Args) -> dict:
             reports.print_table(result)
             return result
         with run.phase("data"):
-            dataset = load(config, args.data_dir)
-            stream = make_stream(config, dataset)
-        learner = learners.METHODS[config.method](config, build(config, dataset), stream)
+            dataset = args.load(config)
+            stream = args.make_stream(config, dataset)
+        learner = learners.METHODS[config.method](config, args.build(config, dataset), stream)
         learner.restore(run)
         run.create()
     if config.dataset == "synthetic":

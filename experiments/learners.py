@@ -50,12 +50,12 @@ class Learner:
 
     def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[dict]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
-        stream = self.stream.on(self.stream.dataset.limit_test(images)) if images else self.stream
+        test = self.stream.first_test(images) if images else self.stream.test
         label = f"  {self.done} tasks, {protocol} {name or ''}"
         measured = ss.evaluate(
             self.net_to_infer,
             self.store,
-            stream.test,
+            test,
             protocol,
             objective=self.objectives.get(name, ss.entropy),
             rule=rule,
@@ -86,8 +86,7 @@ class Masks(Learner):
 
     def learn(self, group: range) -> None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
-        views = jnp.stack([self.stream.view(i) for i in group])
-        many = dataclasses.replace(self.stream.train[group.start], view=views)
+        many = self.stream.together(group)
         learned = ss.train_tasks(keys, self.net, many, self.config.train).task
         for i in range(len(group)):
             task = jax.tree.map(lambda leaf: leaf[i], learned)  # noqa: B023
@@ -124,6 +123,36 @@ class Masks(Learner):
 
     def bytes(self, run: Run) -> dict[str, float]:
         return reports.store_bytes(self.store, run.store_path)
+
+
+class Transfer(Masks):
+    """SupSup whose tasks start from the mean of the earlier tasks' scores (section 3.2)."""
+
+    def __init__(self, config, net, stream):
+        super().__init__(config, net, stream)
+        self.mean, self.together = ss.ScoreMean.create(net), 1
+
+    def learn(self, group: range) -> None:
+        (i,) = group
+        key = jax.random.fold_in(self.key, i)
+        learned = ss.train_task(
+            key, self.net, self.stream.train[i], self.config.train, init_scores=self.mean
+        )
+        self.mean = self.mean.include(learned.scores)
+        self.store = self.store.append(learned.task, donate=True)
+
+    def save(self, run: Run) -> None:
+        with _checkpoints(run) as manager:  # first: the store's tasks are those that count
+            manager.save(self.done, args=ocp.args.StandardSave(self.mean._asdict()))
+        super().save(run)
+
+    def restore(self, run: Run) -> None:
+        super().restore(run)
+        if not self.done:
+            return
+        with _checkpoints(run) as manager:
+            like = ocp.args.StandardRestore(self.mean._asdict())
+            self.mean = ss.ScoreMean(**manager.restore(self.done, args=like))
 
 
 class Compared(Learner):
@@ -278,9 +307,9 @@ BASELINES = {
     "abatche": baselines.batche,
     "psp": baselines.psp,
 }
-METHODS = {"supsup": Masks, **dict.fromkeys(BASELINES, Compared)}
+METHODS = {"supsup": Masks, "supsup_transfer": Transfer, **dict.fromkeys(BASELINES, Compared)}
 # Methods that infer a task, and so take as many outputs as SupSup; the others have the labels'.
-NEED_SUPERFLUOUS = ("supsup", "abatche")
+NEED_SUPERFLUOUS = ("supsup", "supsup_transfer", "abatche")
 # Of abatche: (method of the row, rule, objective). ABatchE tries each task's factors alone.
 INFERENCES = (
     ("abatche", "oracle", "entropy"),
@@ -291,5 +320,5 @@ INFERENCES = (
 
 
 def _checkpoints(run: Run) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager((run.out / CHECKPOINTS).resolve(), options=options)

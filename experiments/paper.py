@@ -40,6 +40,16 @@ CURVES = {
     ("lenet_300_100/500", "nns", "entropy"): {
         10: 0.9358, 500: 0.9349, 1000: 0.9346, 1500: 0.9346, 2000: 0.9345, 2500: 0.9254,
     },
+    # Section 4.1: SplitCIFAR100 at s = 1 and 32, and SplitImageNet at s = 4, 8, 16, with the id.
+    ("cifar100/1", "supsup", None): {20: 0.7756},
+    ("cifar100/32", "supsup", None): {20: 0.8957},
+    ("cifar100/32", "supsup_transfer", None): {20: 0.9166},
+    ("cifar100", "lower_bound", None): {20: 0.245},
+    ("imagenet2012/4", "supsup", None): {100: 0.8637},
+    ("imagenet2012/8", "supsup", None): {100: 0.8868},
+    ("imagenet2012/16", "supsup", None): {100: 0.8958},
+    ("imagenet2012", "upper_bound", None): {100: 0.9255},
+    ("imagenet2012", "batche", None): {100: 0.8150},
     # Section 4.5: SplitMNIST, exact.
     ("bnnet/10", "hopsupsup", "entropy"): {5: 0.9743},
 }  # fmt: skip

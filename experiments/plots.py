@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 # Names of rows as pictures show them.
 METHODS = {
     "supsup": "SupSup",
+    "supsup_transfer": "SupSup, transfer",
     "nns": "SupSup, NNs",
     "upper_bound": "a network a task",
     "lower_bound": "one network",
@@ -38,6 +39,7 @@ COLORS = {
     "batche_one_shot": "#7F3F98",
     "psp": "#56B4E9",
     "nns": "#7F3F98",
+    "supsup_transfer": "#0072B2",
 }
 # Of an accuracy axis: less would draw a tenth of a point as a cliff.
 MIN_SPAN = 0.02

@@ -7,18 +7,17 @@ result.json leaves out.
 """
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from scipy.special import gammaln
 
 import supsup_jax as ss
 from experiments import paper
-from supsup_jax import metrics
+from supsup_jax import codecs, metrics
 
+# Networks of split classes, whose numbers in the paper are all with the id.
+SPLIT = ("gem_resnet18", "small_resnet", "resnet50")
 # Methods whose numbers in the paper are without an id, and by which protocol; the others' are with.
 INFERRED = {"supsup": "paper", "nns": "paper", "hopsupsup": "stream"}
 SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
@@ -120,18 +119,20 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
 
 
 def store_bytes(store: ss.MaskStore, path: Path) -> dict[str, float]:
-    """Bytes of what a run keeps, and the information bound log2 C(n, k) of its masks."""
-    n, num_tasks = store.layout.num_weights, int(store.num_tasks)
-    kept = np.asarray(store.contract(jnp.ones(n)), np.float64)[:num_tasks]
-    bits = (gammaln(n + 1) - gammaln(kept + 1) - gammaln(n - kept + 1)) / math.log(2)
+    """Bytes of what a run keeps; of the masks also as each codec would take, and their bound."""
+    num_tasks = int(store.num_tasks)
+    coded = [codecs.coded_bytes(store.mask(i)) for i in range(num_tasks)]
     masks = num_tasks * store.layout.num_words * 4
+    statistics = num_tasks * store.state_bytes
     return {
         "masks": masks,
-        "masks_bound": round(float(bits.sum()) / 8),
-        "norm_statistics": 0,
+        "masks_bound": round(sum(each.bound for each in coded)),
+        "masks_enumerative": sum(each.enumerative for each in coded),
+        "masks_csc16_indices": sum(each.csc16_indices for each in coded),
+        "norm_statistics": statistics,
         "heads": 0,
         "seed": 4,
-        "total": masks + 4,
+        "total": masks + statistics + 4,
         "store_file": path.stat().st_size,
     }
 
@@ -151,6 +152,8 @@ def figure(config: dict) -> str | None:
 
     Baselines have as many outputs as there are labels, and belong to their network's figure.
     """
+    if config["model"] in SPLIT:
+        return f"{config['dataset']}/{config['scale']:g}" if config["scale"] else config["dataset"]
     if config["dataset"] != "mnist" or config["stream"] == "rotated":
         return None
     if "train" in config and config["train"]["steps"] != 1000:
@@ -169,7 +172,8 @@ def theirs(config: dict, row: dict) -> float | None:
     method = "nns" if row["scenario"] == "nns" else row["method"]
     if row["scenario"] == "gns" or row.get("images_per_task") is not None:
         return None
-    if row["protocol"] != INFERRED.get(method, "given"):
+    inferred = {} if config["model"] in SPLIT else INFERRED
+    if row["protocol"] != inferred.get(method, "given"):
         return None
     curve = paper.CURVES.get((figure(config), method, row["objective"]), {})
     return curve.get(row["tasks_learned"])

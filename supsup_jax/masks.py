@@ -125,8 +125,14 @@ def _largest(magnitudes: jax.Array, k: int) -> jax.Array:
     kth = lax.fori_loop(0, width - 1, settle, zero)
     above, equal = bits > kth, bits == kth
     spare = k - jnp.sum(above, dtype=jnp.int32)
-    place = jnp.cumsum(equal.reshape(-1), dtype=jnp.int32).reshape(equal.shape)
-    return above | (equal & (place <= spare))
+
+    def first(equal):
+        place = jnp.cumsum(equal.reshape(-1), dtype=jnp.int32).reshape(equal.shape)
+        return equal & (place <= spare)
+
+    # Scores seldom tie at the border, and then all that equal the k-th are kept.
+    tied = jnp.sum(equal, dtype=jnp.int32) > spare
+    return above | lax.cond(tied, first, lambda equal: equal, equal)
 
 
 def _checked_floats(scores):

@@ -1,5 +1,6 @@
 """The mask store: every task's mask at one bit a weight, as a pytree of arrays."""
 
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -141,6 +142,12 @@ class MaskStore(TaskStore):
     def nbytes(self) -> int:
         """Bytes of all leaves: masks, counts, statistics, for the whole capacity."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._usable()))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one task's normalisation statistics."""
+        like = jax.tree.leaves(self._like_state)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like)
 
     def append(self, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
         """This store and one more task, behind the others.

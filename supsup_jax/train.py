@@ -180,7 +180,8 @@ def train_tasks(
 
     keys: random keys [T], one a task.
     data: images [N, ...] and labels [N] that all tasks share, never copied; its view is
-      [T, ...], one a task, or None where the tasks differ in their keys only.
+      [T, ...], one a task, or None where the tasks differ in their keys only. Or images
+      [T, N, ...] and labels [T, N], each task its own, without a view.
     init_scores: where scores start, each leaf [T, ...]; drawn when None. It is not consumed.
     Every leaf of the result has a leading T: scores and masks take 5 bytes a weight and task, so
     thousands of tasks are better learned in several calls (of equal T, which compile once).
@@ -201,13 +202,8 @@ def train_tasks(
     if init_scores is not None:
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         _check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
-    data.check()
-    if data.view is not None and (data.view.ndim < 2 or data.view.shape[0] != num_tasks):
-        raise ValueError(
-            f"view must have a leading axis of {num_tasks} tasks, as many as keys has, "
-            f"got shape {data.view.shape}"
-        )
-    data.check_labels(num_outputs(net, _one_view(data)))
+    _check_many(data, num_tasks)
+    data.check_labels(num_outputs(net, _one_task(data)))
     result = _train_tasks(keys, net, data, init_scores, config)
     if not isinstance(result.loss, jax.core.Tracer):
         finite = np.asarray(jax.vmap(all_finite)((result.scores, result.loss)))
@@ -306,13 +302,13 @@ def _train_tasks(keys, net, data, init_scores, config, together=None):
     """Tasks one by one or `together` at a time; None leaves the choice to the platform."""
 
     def one(task):
-        key, view, scores = task
-        return _train(key, net, dataclasses.replace(data, view=view), scores, config)
+        key, own, scores = task
+        return _train(key, net, dataclasses.replace(data, **own), scores, config)
 
-    tasks = (keys, data.view, init_scores)
+    tasks = (keys, _own_fields(data), init_scores)
     if together is not None:
         return _in_chunks(one, tasks, together)
-    size = max(1, CHUNK_BYTES // working_bytes(net, _one_view(data), config))
+    size = max(1, CHUNK_BYTES // working_bytes(net, _one_task(data), config))
     return lax.platform_dependent(
         tasks,
         cpu=lambda tasks: lax.map(one, tasks),
@@ -377,9 +373,38 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def _one_view(data):
+def _own_fields(data):
+    """Of many tasks' data, by name, what each has of its own, [T, ...]."""
+    if data.labels.ndim == 2:
+        return {"images": data.images, "labels": data.labels}
+    return {} if data.view is None else {"view": data.view}
+
+
+def _one_task(data):
     """The data of one of many tasks."""
-    return data if data.view is None else dataclasses.replace(data, view=data.view[0])
+    own = _own_fields(data)
+    return dataclasses.replace(data, **{name: leaf[0] for name, leaf in own.items()})
+
+
+def _check_many(data, num_tasks):
+    """Raises ValueError unless data is of `num_tasks` tasks."""
+    if data.labels.ndim == 2 and data.view is not None:
+        raise ValueError("tasks with images of their own take no view")
+    for name, leaf in _own_fields(data).items():
+        if leaf.ndim < 2 or leaf.shape[0] != num_tasks:
+            raise ValueError(
+                f"{name} must have a leading axis of {num_tasks} tasks, as many as keys has, "
+                f"got shape {leaf.shape}"
+            )
+    if data.labels.ndim == 2 and data.images.shape[:2] != data.labels.shape:
+        raise ValueError(
+            "images must be [T, N, ...] and labels [T, N], got "
+            f"{data.images.shape} and {data.labels.shape}"
+        )
+    if data.view is None:
+        _one_task(data).check()
+    else:
+        data.check()
 
 
 def diverged(config: TrainConfig, where: str = "") -> ValueError:

@@ -334,6 +334,26 @@ def test_many_tasks_from_given_scores_without_a_view(small_net, together):
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("together", [None, 2])
+def test_many_tasks_with_images_of_their_own(small_net, together):
+    tasks = [toy_data(num=20, seed=seed) for seed in range(3)]
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    keys = jax.random.split(jax.random.key(3), 3)
+    got = train._train_tasks(keys, small_net, many, None, FAST, together=together)
+    alone = [
+        ss.train_task(key, small_net, task, FAST) for key, task in zip(keys, tasks, strict=True)
+    ]
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="labels must have a leading axis of 2 tasks"):
+        ss.train_tasks(keys[:2], small_net, dataclasses.replace(many, images=many.images[:2]), FAST)
+    with pytest.raises(ValueError, match=r"images must be \[T, N, ...\] and labels \[T, N\]"):
+        ss.train_tasks(keys, small_net, dataclasses.replace(many, images=many.images[:, 1:]), FAST)
+    with pytest.raises(ValueError, match="take no view"):
+        view = jnp.zeros((3, 6), jnp.int32)
+        ss.train_tasks(keys, small_net, dataclasses.replace(many, view=view), FAST)
+
+
 def test_many_tasks_in_a_store(small_net):
     keys, data = many_data(3)
     result = ss.train_tasks(keys, small_net, data, FAST)
@@ -364,7 +384,7 @@ def test_many_tasks_under_jit_and_by_raw_keys(small_net):
 def test_many_tasks_are_batched_where_there_is_no_cpu(small_net, monkeypatch):
     """On a GPU a chunk is one batch: the loops are those of one task and one over the chunks."""
     keys, data = many_data(5)
-    one = train._one_view(data)
+    one = train._one_task(data)
     monkeypatch.setattr(train, "CHUNK_BYTES", 2 * train.working_bytes(small_net, one, FAST))
 
     def lowered(platform, function, key, data):
@@ -397,7 +417,7 @@ def test_working_bytes_bound_what_a_task_takes():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     each = (temporaries(8) - temporaries(2)) / 6
-    bound = train.working_bytes(net, train._one_view(data), config)
+    bound = train.working_bytes(net, train._one_task(data), config)
     assert bound / 20 < each < bound
 
 

@@ -56,9 +56,18 @@ class ViewStream:
         ViewStream.__init__(other, dataset, self._num_tasks)
         return other
 
+    def first_test(self, count: int) -> Sequence[TaskData]:
+        """The test data of each task, its first `count` images only."""
+        return self.on(self.dataset.limit_test(count)).test
+
     def view(self, task: int) -> jax.Array:
         """Task `task`'s gather index over the pixels, as TaskData takes it."""
         raise NotImplementedError(f"{type(self).__name__} must say what task {task} sees")
+
+    def together(self, tasks: Sequence[int]) -> TaskData:
+        """The training data of several tasks, as `train_tasks` takes it: one copy of the images."""
+        views = jnp.stack([self.view(i) for i in tasks])
+        return dataclasses.replace(self.dataset.train, view=views)
 
     def _split(self, base):
         return _Split(len(self), lambda i: dataclasses.replace(base, view=self.view(i)))
@@ -151,6 +160,29 @@ class SplitStream:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def first_test(self, count: int) -> Sequence[TaskData]:
+        """The test data of each task, its first `count` images only."""
+
+        def few(task):
+            data = self.test[task]
+            return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
+
+        return _Split(len(self), few)
+
+    def together(self, tasks: Sequence[int]) -> TaskData:
+        """The training data of several tasks, as `train_tasks` takes it: images [T, N, ...].
+
+        Raises ValueError unless they hold equally many images.
+        """
+        each = [self.train[i] for i in tasks]
+        sizes = [one.num_examples for one in each]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"tasks learned at once must hold equally many images, got {sizes}: learn them "
+                "one by one"
+            )
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def on(self, dataset: Dataset) -> "SplitStream":
         """The same tasks over other images of the same classes."""
