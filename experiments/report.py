@@ -5,6 +5,8 @@
 Reads every result.json below --runs, averages over seeds, and writes results.md and the figures to
 --out; with --readme also puts the table between that file's two result markers. Each line names
 what it stands on: network, method, scenario, objective, protocol, tasks, seeds, seconds, device.
+With --add the lines of the results.md that is there stay, where no run below --runs has the like:
+runs need not be kept for ever, nor on one machine. So does a figure to which no run adds.
 """
 
 import dataclasses
@@ -51,6 +53,12 @@ EXPERIMENTS = {
 }
 
 
+HEADER = (
+    "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
+    "| difference | GNs | task accuracy | decisions | seeds | seconds a run |"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Gathers result.json files into a table and the paper's figures."""
@@ -62,6 +70,8 @@ class Args:
     """Markdown file whose results section is replaced by the table."""
     scenario: str | None = None
     """Only this one: GG, GNs, GNu, NNs, or task-il, domain-il, class-il, task-free."""
+    add: bool = False
+    """Keep what the report in --out says of other runs."""
     tiny: bool = False
     """A report of one tiny run, made first."""
 
@@ -84,7 +94,11 @@ class Series(NamedTuple):
     @property
     def network(self) -> str:
         width = json.loads(self.setup).get("width")
-        name = NETWORKS.get(self.model, self.model) + (f"-{width}-{width}" if width else "")
+        name = NETWORKS.get(self.model, self.model)
+        if self.model == "bnnet":
+            name += f"-{width}-{width}"
+        elif width:
+            name += f" of width {width}"
         return f"{name}, {self.outputs} outputs"
 
 
@@ -101,6 +115,7 @@ class Mean(NamedTuple):
     seconds: float  # training and evaluation, mean over the seeds' whole runs
     device: str
     last: bool  # of its run
+    added: bool = True  # by a run below --runs, rather than kept from the report before
 
 
 def read(folder: Path) -> list[dict]:
@@ -187,6 +202,85 @@ def _mean(series, found):
     )
 
 
+def kept(path: Path, entries: list[Mean]) -> list[Mean]:
+    """What the results.md at `path` says of other series than `entries`.
+
+    Raises UsageError where there is no table of this release's columns.
+    """
+    text = path.read_text() if path.is_file() else ""
+    rows = [_cells(line) for line in text.splitlines() if line.startswith("| ")]
+    if not rows or rows[0] != _cells(HEADER):
+        raise runs.UsageError(f"{path} has no table of this release's columns to add to")
+    device = text.partition("Devices: ")[2].partition(".\n")[0]
+    try:
+        found = [entry for cells in rows[1:] for entry in _parsed(cells, device)]
+    except (ValueError, KeyError) as error:
+        raise runs.UsageError(
+            f"{path} has a line that this report does not write: {error}"
+        ) from error
+    added = {_shown(entry.series) for entry in entries}
+    return [entry for entry in found if _shown(entry.series) not in added]
+
+
+def _shown(series):
+    return *series._replace(model=series.network, outputs=0, setup=""), series.network
+
+
+def _cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _parsed(cells, device):
+    """The entries behind one line of `table`: itself, and GNs where it has that beside GNu."""
+    experiment, network, method, scenario, objective, protocol, tasks, ours, paper_, _ = cells[:10]
+    shared, task_accuracy, decisions, seeds, seconds = cells[10:]
+    kind, _, dataset = experiment.rpartition(" ")
+    model, _, outputs = network.removesuffix(" outputs").rpartition(", ")
+    protocol, _, images = protocol.removesuffix(" images").partition(", first ")
+    accuracy, _, deviation = ours.partition(" ± ")
+
+    def name_of(names, shown):
+        return next((name for name, label in names.items() if label == shown), shown)
+
+    entry = Mean(
+        Series(
+            name_of(EXPERIMENTS, kind),
+            dataset,
+            name_of(NETWORKS, model),
+            int(outputs),
+            name_of(plots.METHODS, method),
+            scenario.lower(),
+            None if objective == "-" else name_of(plots.OBJECTIVES, objective),
+            protocol,
+            int(images) if images else None,
+            "{}",
+            _whole(tasks),
+        ),
+        float(accuracy),
+        float(deviation) if deviation else None,
+        _optional(task_accuracy),
+        0 if decisions == "-" else _whole(decisions),
+        _whole(seeds),
+        _optional(paper_),
+        _whole(seconds),
+        device,
+        last=True,
+        added=False,
+    )
+    if shared == "-":
+        return [entry]
+    gns = entry.series._replace(scenario="gns")
+    return [entry, entry._replace(series=gns, accuracy=float(shared), deviation=None, paper=None)]
+
+
+def _whole(text):
+    return int(text.replace(",", ""))
+
+
+def _optional(text):
+    return None if text == "-" else float(text)
+
+
 def _seconds(result):
     return sum(result["seconds"].get(phase, 0) for phase in ("train", "evaluate", "compile"))
 
@@ -197,8 +291,7 @@ def table(entries: list[Mean]) -> str:
     GNs stands beside GNu, which is the same decisions judged more strictly.
     """
     text = [
-        "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
-        "| difference | GNs | task accuracy | decisions | seeds | seconds a run |",
+        HEADER,
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_series = {entry.series: entry for entry in entries}
@@ -248,13 +341,20 @@ def _number(value, form):
     return "-" if value is None else f"{value:{form}}"
 
 
-def draw(out: Path, entries: list[Mean]) -> list[str]:
+def draw(out: Path, entries: list[Mean], add: bool = False) -> list[str]:
     """The paper's figures that the runs have something for; the names of the files."""
     named = []
 
+    def stays(name):
+        """A figure of the report before, to which no run adds."""
+        if add and (out / name).exists():
+            named.append(name)
+
     def tasks(name, title, keep, figure=None, least=1, bottom=None):
-        curves = _curves([entry for entry in entries if keep(entry.series)])
-        if len(curves) < least:
+        found = [entry for entry in entries if keep(entry.series)]
+        curves = _curves(found)
+        if len(curves) < least or not any(entry.added for entry in found):
+            stays(name)
             return
         for (of, method, objective), points in paper.CURVES.items():
             twin = objective == "superfluous" and points == paper.CURVES[of, method, "entropy"]
@@ -315,8 +415,11 @@ def draw(out: Path, entries: list[Mean]) -> list[str]:
     )
     for model in ("lenet_300_100", "fc_1024_1024"):
         by_outputs = _by_outputs(entries, model)
-        if len(by_outputs) > 1:
-            name = f"figure_6_{model.split('_')[0]}.png"
+        name = f"figure_6_{model.split('_')[0]}.png"
+        widths = [entry for width in by_outputs.values() for entry in width.values()]
+        if len(by_outputs) < 2 or not any(entry.added for entry in widths):
+            stays(name)
+        else:
             plots.accuracy_against_outputs(
                 out / name, f"Figure 6: permuted MNIST, {NETWORKS[model]}", by_outputs
             )
@@ -400,11 +503,16 @@ def main(args: Args) -> dict[str, Any]:
         if args.scenario is not None:
             wanted = ss.parse_scenario(args.scenario)
             entries = [entry for entry in entries if entry.series.scenario == wanted]
-        section = f"{len(results)} runs, gathered at commit {commit()}.\n\n{table(entries)}"
+        section = f"{len(results)} runs, gathered at commit {commit()}"
+        if args.add:
+            before = kept(args.out / "results.md", entries)
+            entries = sorted(entries + before, key=lambda entry: _order([entry.series]))
+            section += ", beside those of the reports before"
+        section += f".\n\n{table(entries)}"
         if readme:
             put_between_markers(readme, section)  # fails now if it ever will
         runs.writable_folder(args.out)
-    figures = draw(args.out, entries)
+    figures = draw(args.out, entries, args.add)
     (args.out / "results.md").write_text(section + pictures(figures, Path()))
     if readme:
         folder = Path(os.path.relpath(args.out, args.readme.parent))

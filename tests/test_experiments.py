@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import re
 import types
 
 import chex
@@ -316,6 +317,32 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     assert "| 7 |" not in text  # neither the end of a run nor a number of the paper's
 
 
+def test_a_report_adds_to_the_one_before(tmp_path):
+    out = tmp_path / "out"
+    for seed in range(3):
+        fake_run(tmp_path / f"a/{seed}", seed, 0.93 + seed / 100)
+    report.main(report.Args(tmp_path / "a", out))
+    before = (out / "results.md").read_text()
+    picture = (out / "figure_3_left.png").read_bytes()
+    # A run of something else: every line stays to the letter, and so does the picture.
+    fake_run(tmp_path / "b", 0, 0.7, dataset="digits")
+    made = report.main(report.Args(tmp_path / "b", out, add=True))
+    after = (out / "results.md").read_text()
+    assert re.match(r"1 runs, gathered at commit \S+, beside those of the reports before\.", after)
+    lines = [line for line in before.splitlines() if line.startswith("|")]
+    assert set(lines) < set(after.splitlines())
+    assert len([line for line in after.splitlines() if line.startswith("|")]) == len(lines) + 1
+    assert made["figures"] == ["figure_3_left.png"]
+    assert (out / "figure_3_left.png").read_bytes() == picture
+    # A run of the same series takes the line's place, and draws anew.
+    fake_run(tmp_path / "c", 5, 0.8)
+    report.main(report.Args(tmp_path / "c", out, add=True))
+    text = (out / "results.md").read_text()
+    assert "| 0.8000 | 0.9368 |" in text
+    assert "0.9400 ± 0.0100" not in text
+    assert (out / "figure_3_left.png").read_bytes() != picture
+
+
 def test_mistakes_of_the_report(tmp_path, capsys):
     def error(*args):
         with pytest.raises(SystemExit) as exit_:
@@ -327,6 +354,9 @@ def test_mistakes_of_the_report(tmp_path, capsys):
     assert "is no folder" in error(tmp_path / "none", out)
     fake_run(tmp_path / "one", 0, 0.9)
     assert "NNs (task-free), got 'x'" in error(tmp_path / "one", out, None, "x")
+    assert "has no table of this release's columns" in error(
+        tmp_path / "one", out, None, None, True
+    )
     (tmp_path / "runs").mkdir()
     assert "holds no finished run" in error(tmp_path / "runs", out)
     fake_run(tmp_path / "runs/a", 0, 0.9)
