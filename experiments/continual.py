@@ -255,6 +255,7 @@ def finish(run: Run, config: Config, learner: Any) -> dict:
     result = run.finish(
         experiment=config.stream,
         bytes=learner.bytes(run),
+        kept=learner.kept(),
         metrics=reports.continual_metrics(run.rows),
     )
     reports.print_table(result)

@@ -6,6 +6,7 @@ rows of results, and saves and restores itself in a run's folder.
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -47,6 +48,10 @@ class Learner:
     def configure(cls, config: Any, method: str) -> Any:
         """The config of a preset, made for SupSup, for this method."""
         return dataclasses.replace(config, method=method)
+
+    def kept(self) -> dict[str, list[int]] | None:
+        """Weights kept and weights in all of each layer, where every task keeps as many."""
+        return None
 
     def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[dict]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
@@ -123,6 +128,13 @@ class Masks(Learner):
 
     def bytes(self, run: Run) -> dict[str, float]:
         return reports.store_bytes(self.store, run.store_path)
+
+    def kept(self) -> dict[str, list[int]] | None:
+        if self.config.train.rule != "topk":
+            return None
+        layout = self.net.layout
+        counts = ss.kept_counts(layout, self.config.train.density)
+        return {name: [counts[name], math.prod(shape)] for name, shape in layout.named_shapes}
 
 
 class Transfer(Masks):

@@ -274,3 +274,35 @@ def retrieved_against_stored(path: Path, title: str, rows: list[dict]) -> None:
 def _save(fig, path):
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def accuracy_against(path: Path, title: str, xlabel: str, curves: list[dict]) -> None:
+    """curves: dicts of label, points {x: accuracy}, color and style, x on a logarithmic axis."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for curve in curves:
+        x = sorted(curve["points"])
+        ax.plot(
+            x,
+            [curve["points"][each] for each in x],
+            curve["style"],
+            color=curve["color"],
+            label=curve["label"],
+            markersize=5,
+        )
+    ax.set(title=title, xlabel=xlabel, ylabel="accuracy, mean over tasks", xscale="log")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+    _save(fig, path)
+
+
+def gain_of_transfer(path: Path, title: str, gains: dict[str, list[float]]) -> None:
+    """Points of accuracy that each task gained, in the order of learning, by label."""
+    fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for label, gain in gains.items():
+        ax.plot(range(1, len(gain) + 1), 100 * np.asarray(gain), "o-", label=label, markersize=4)
+    ax.axhline(0, color=BOUND, linewidth=1)
+    ax.set(title=title, xlabel="task, in order of learning", ylabel="gain, points of accuracy")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(fig, path)

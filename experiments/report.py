@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import paper, permuted, plots, reports, runs
+from experiments import paper, permuted, plots, report_split, reports, runs
 from supsup_jax.scenarios import SCENARIOS
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
@@ -32,6 +32,8 @@ NETWORKS = {
     "fc_1024_1024": "FC-1024-1024",
     "notebook_300_300": "784-300-300",
     "bnnet": "BNNet",
+    "gem_resnet18": "GEMResNet18",
+    "resnet50": "ResNet-50",
 }
 # Fields of a config that a series names, and those that do not change its numbers.
 NAMED = {"dataset", "model", "outputs", "method", "stream"}
@@ -341,20 +343,14 @@ def _number(value, form):
     return "-" if value is None else f"{value:{form}}"
 
 
-def draw(out: Path, entries: list[Mean], add: bool = False) -> list[str]:
+def draw(out: Path, entries: list[Mean]) -> list[str]:
     """The paper's figures that the runs have something for; the names of the files."""
     named = []
-
-    def stays(name):
-        """A figure of the report before, to which no run adds."""
-        if add and (out / name).exists():
-            named.append(name)
 
     def tasks(name, title, keep, figure=None, least=1, bottom=None):
         found = [entry for entry in entries if keep(entry.series)]
         curves = _curves(found)
         if len(curves) < least or not any(entry.added for entry in found):
-            stays(name)
             return
         for (of, method, objective), points in paper.CURVES.items():
             twin = objective == "superfluous" and points == paper.CURVES[of, method, "entropy"]
@@ -417,9 +413,7 @@ def draw(out: Path, entries: list[Mean], add: bool = False) -> list[str]:
         by_outputs = _by_outputs(entries, model)
         name = f"figure_6_{model.split('_')[0]}.png"
         widths = [entry for width in by_outputs.values() for entry in width.values()]
-        if len(by_outputs) < 2 or not any(entry.added for entry in widths):
-            stays(name)
-        else:
+        if len(by_outputs) > 1 and any(entry.added for entry in widths):
             plots.accuracy_against_outputs(
                 out / name, f"Figure 6: permuted MNIST, {NETWORKS[model]}", by_outputs
             )
@@ -512,7 +506,9 @@ def main(args: Args) -> dict[str, Any]:
         if readme:
             put_between_markers(readme, section)  # fails now if it ever will
         runs.writable_folder(args.out)
-    figures = draw(args.out, entries, args.add)
+    figures = draw(args.out, entries) + report_split.draw(args.out, results)
+    if args.add:  # figures to which no run adds stay as they are
+        figures = sorted({path.name for path in args.out.glob("*.png")})
     (args.out / "results.md").write_text(section + pictures(figures, Path()))
     if readme:
         folder = Path(os.path.relpath(args.out, args.readme.parent))

@@ -103,7 +103,9 @@ def accuracy_matrix(rows: list[dict]) -> np.ndarray:
 
 
 def continual_metrics(rows: list[dict]) -> list[dict]:
-    """ACC, average incremental accuracy, forgetting and BWT of each series."""
+    """ACC, average incremental accuracy, forgetting and BWT of each series; the accuracies of its
+    tasks at the end.
+    """
     return [
         {
             **dict(zip(SERIES, key, strict=True)),
@@ -112,6 +114,7 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
             "average_incremental_accuracy": metrics.average_incremental_accuracy(R),
             "forgetting": metrics.forgetting(R),
             "bwt": metrics.backward_transfer(R),
+            "per_task": found[-1]["per_task"],
         }
         for key, found in series(rows).items()
         for R in [accuracy_matrix(found)]
@@ -197,6 +200,10 @@ def print_table(result: dict) -> None:
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds"].items())
     print(f"\nseconds: {spent}")
     print("bytes: " + ", ".join(f"{name} {size:,}" for name, size in result["bytes"].items()))
+    if layers := result.get("kept"):
+        print("\nkept a task, of each layer:")
+        for name, (kept, size) in layers.items():
+            print(f"{kept:10,} of {size:10,}  {kept / size:7.2%}  {name}")
 
 
 def _number(value, form):
