@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supsup_jax.models.convolution import Conv
+
 MOMENTUM = 0.9  # of the running statistics: what is kept each step; PyTorch calls this .1
 
 
@@ -19,9 +21,9 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = _conv(num_in, width, 3, stride, rngs)
+        self.conv1 = Conv(num_in, width, 3, stride, rngs=rngs)
         self.norm1 = _norm(width, rngs)
-        self.conv2 = _conv(width, width, 3, 1, rngs)
+        self.conv2 = Conv(width, width, 3, 1, rngs=rngs)
         self.norm2 = _norm(width, rngs)
         self.shortcut = _shortcut(num_in, width, stride, rngs)
 
@@ -38,11 +40,11 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
         num_out = self.expansion * width
-        self.conv1 = _conv(num_in, width, 1, 1, rngs)
+        self.conv1 = Conv(num_in, width, 1, 1, rngs=rngs)
         self.norm1 = _norm(width, rngs)
-        self.conv2 = _conv(width, width, 3, stride, rngs)
+        self.conv2 = Conv(width, width, 3, stride, rngs=rngs)
         self.norm2 = _norm(width, rngs)
-        self.conv3 = _conv(width, num_out, 1, 1, rngs)
+        self.conv3 = Conv(width, num_out, 1, 1, rngs=rngs)
         self.norm3 = _norm(num_out, rngs)
         self.shortcut = _shortcut(num_in, num_out, stride, rngs)
 
@@ -77,7 +79,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"width and num_outputs must be positive, got {width}, {num_outputs}")
         size, stride = (3, 1) if small_images else (7, 2)
         self.small_images = small_images
-        self.stem = _conv(num_channels, width, size, stride, rngs)
+        self.stem = Conv(num_channels, width, size, stride, rngs=rngs)
         self.stem_norm = _norm(width, rngs)
         self.blocks = []
         num_in = width
@@ -118,19 +120,6 @@ def resnet50(num_outputs: int, *, width: int = 64, rngs: nnx.Rngs) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, width=width, small_images=False, rngs=rngs)
 
 
-def _conv(num_in, num_out, size, stride, rngs):
-    pad = size // 2  # as PyTorch pads; "SAME" at stride 2 would pad one side only
-    return nnx.Conv(
-        num_in,
-        num_out,
-        (size, size),
-        strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        rngs=rngs,
-    )
-
-
 def _norm(width, rngs):
     return nnx.BatchNorm(width, momentum=MOMENTUM, use_bias=False, use_scale=False, rngs=rngs)
 
@@ -139,4 +128,4 @@ def _shortcut(num_in, num_out, stride, rngs):
     """What x passes through where its shape changes."""
     if stride == 1 and num_in == num_out:
         return None
-    return nnx.Sequential(_conv(num_in, num_out, 1, stride, rngs), _norm(num_out, rngs))
+    return nnx.Sequential(Conv(num_in, num_out, 1, stride, rngs=rngs), _norm(num_out, rngs))
