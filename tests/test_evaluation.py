@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import supsup_jax as ss
 from supsup_jax import evaluation
-from tests.conftest import filled_store, random_masks
+from tests.conftest import NormNet, filled_store, random_masks
 
 
 @pytest.fixture
@@ -279,3 +280,25 @@ def test_bad_input(problem):
         ss.evaluate(net, store, stream, "batch-24")
     assert len(ss.evaluate(net, store, stream, "batch-23", tasks=[0])[0].inferred) == 1
     assert jax.tree.leaves(store)  # and nothing was consumed
+
+
+def test_statistics_shared_between_tasks_lose_all_but_the_last():
+    """The reference's best known bug (its issue 11), and that it is not here."""
+    net = ss.signed_constant(ss.Network.from_nnx(NormNet((16, 64, 4), rngs=nnx.Rngs(0))), 0)
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    means = rng.integers(0, 80, (4, 16))
+    images = (means[labels] + rng.integers(0, 30, (400, 16))).astype(np.uint8)
+    config = ss.TrainConfig(steps=150, batch_size=50, optimizer="adam", learning_rate=0.02)
+    # The second task's images are negatives: bright where the first's are dark.
+    tasks = [ss.TaskData(jnp.asarray(x), jnp.asarray(labels)) for x in (images, 255 - images)]
+    learned = [ss.train_task(jax.random.key(i), net, t, config).task for i, t in enumerate(tasks)]
+    own, shared = ss.MaskStore.create(net, 2), ss.MaskStore.create(net, 2)
+    for task in learned:
+        own = own.append(task)
+        shared = shared.append(task._replace(state=learned[-1].state))
+    kept = [row.accuracy for row in ss.evaluate(net, own, tasks)]
+    lost = [row.accuracy for row in ss.evaluate(net, shared, tasks)]
+    assert min(kept) > 0.9
+    assert lost[1] == kept[1]
+    assert lost[0] < 0.5  # chance is 0.25

@@ -1,0 +1,149 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import supsup_jax as ss
+from experiments import continual, report_split, split_cifar
+from experiments.runs import UsageError
+from supsup_jax import data
+
+
+class SmallNet(nnx.Module):
+    """Stands for a ResNet, which compiles for half a minute."""
+
+    def __init__(self, num_outputs, *, width, rngs):
+        self.conv = nnx.Conv(3, width, (3, 3), strides=8, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, momentum=0.9, use_bias=False, use_scale=False, rngs=rngs)
+        self.head = nnx.Linear(width, num_outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jax.nn.relu(self.norm(self.conv(x))).mean(axis=(1, 2)))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(split_cifar.MODELS, "small_resnet", SmallNet)
+    preset = dataclasses.replace(split_cifar.PRESETS["tiny"], protocols=("batch-16",))
+    monkeypatch.setitem(split_cifar.PRESETS, "tiny", preset)
+
+
+def config_of(**args):
+    return split_cifar.Args(**args).config()
+
+
+def test_the_papers_recipe():
+    config = config_of(preset="cifar100")
+    assert (config.tasks, config.classes_per_task, config.width) == (20, 5, 20)
+    train = config.train
+    # 250 epochs of 5 classes x 500 images in batches of 128.
+    assert train.steps == -(-250 * 2500 // 128)
+    assert (train.optimizer, train.learning_rate, train.schedule) == ("adam", 1e-3, "cosine")
+    assert (train.rule, train.density) == ("topk", ss.ErdosRenyi(32))
+    assert train.augment == data.CropAndFlip(
+        4, ss.Normalize((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
+    )
+    assert config_of(preset="cifar100", scale=4).train.density == ss.ErdosRenyi(4)
+    assert config_of(preset="cifar100", epochs=2).train.steps == 40
+
+
+def test_what_is_compared_learns_no_mask():
+    upper = config_of(preset="cifar100", method="upper_bound")
+    assert (upper.scale, upper.train.rule, upper.later) == (None, "threshold", None)
+    assert upper.outputs == 5
+    batche = config_of(preset="cifar100", method="batche_random")
+    assert (batche.later.learning_rate, batche.later.schedule) == (0.1, "cosine")
+    assert config_of(preset="cifar100", method="separate_heads").later.learning_rate == 0.01
+
+
+def test_tasks_deal_the_classes_in_the_seeds_order(small):
+    args = split_cifar.Args(seed=1)
+    config = args.config()
+    stream = args.make_stream(config, args.load(config))
+    assert [c for task in stream.classes for c in task] == data.class_order(4, 1).tolist()
+    assert set(np.asarray(stream.train[0].labels).tolist()) == {0, 1}
+    few = stream.first_test(3)[1]
+    np.testing.assert_array_equal(few.images, stream.test[1].images[:3])
+    many = stream.together(range(2))
+    np.testing.assert_array_equal(many.images[1], stream.train[1].images)
+    np.testing.assert_array_equal(many.labels[1], stream.train[1].labels)
+
+
+@pytest.mark.parametrize("method", ["supsup", "supsup_transfer"])
+def test_an_interrupted_run_ends_as_a_whole_one(small, monkeypatch, tmp_path, method):
+    whole = continual.main(split_cifar.Args(method=method, out=tmp_path / "whole"))
+    name = "train_task" if method == "supsup_transfer" else "train_tasks"
+    train, calls = getattr(ss, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(ss, name, interrupted)
+    args = split_cifar.Args(method=method, out=tmp_path / "parts", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        continual.main(args)
+    resumed = continual.main(args)
+    assert resumed["rows"] == whole["rows"]
+    for field in ("metrics", "kept"):
+        assert resumed[field] == whole[field]
+    (gg,) = [row for row in whole["rows"] if row["scenario"] == "gg"]
+    assert gg["method"] == method
+    assert {row["protocol"] for row in whole["rows"]} == {"given", "batch-16"}
+    # A Task's statistics: mean and variance of 4 channels.
+    assert whole["bytes"]["norm_statistics"] == 2 * 2 * 4 * 4
+    assert whole["kept"]["head/kernel"] == [4, 8]
+
+
+def test_pictures_of_split_runs(small, tmp_path):
+    results = []
+    for method, scale in (("supsup", 4), ("supsup", 32), ("supsup_transfer", 32)):
+        out = tmp_path / f"{method}{scale}"
+        args = split_cifar.Args(method=method, scale=scale, out=out)
+        continual.main(args)
+        results.append(json.loads((out / "result.json").read_text()))
+    made = report_split.draw(tmp_path, results)
+    assert [name.split("_")[0] for name in made] == ["figure", "density", "transfer"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in made)
+    (gain,) = report_split.transfer_gains(results).values()
+    per_task = [
+        next(m["per_task"] for m in result["metrics"] if m["scenario"] == "gg")
+        for result in results
+    ]
+    np.testing.assert_allclose(gain, np.subtract(per_task[2], per_task[1]))
+    coded, _ = report_split.bytes_curves(results[:1])
+    sizes = results[0]["bytes"]
+    want = (sizes["masks_enumerative"] + sizes["norm_statistics"] + sizes["seed"]) / 1e6
+    assert list(coded["points"]) == [want]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"outputs": 7}, "takes --epochs, and as many outputs"),
+        ({"steps": 7}, "takes --epochs, and as many outputs"),
+        ({"method": "psp"}, "--method psp is none of a split run's"),
+        ({"epochs": 0}, "--epochs must be positive, got 0"),
+        ({"scale": -1.0}, "--scale must be positive, got -1.0"),
+        ({"method": "batche", "scale": 4.0}, "which --method batche does not learn"),
+    ],
+)
+def test_mistakes_on_the_command_line(args, message):
+    with pytest.raises(UsageError, match=message):
+        config_of(**args)
+
+
+def test_data_that_does_not_fit(small, monkeypatch):
+    args = split_cifar.Args(tasks=3)
+    with pytest.raises(UsageError, match="3 tasks of 2 classes need 6, synthetic has 4"):
+        args.make_stream(args.config(), split_cifar.Args().load(config_of()))
+    digits = data.load_dataset("digits")
+    monkeypatch.setattr(data, "load_dataset", lambda *_: digits)
+    args = split_cifar.Args(preset="cifar100")
+    with pytest.raises(UsageError, match=r"takes images of 32x32x3, digits has \(64,\)"):
+        args.load(args.config())
