@@ -4,6 +4,7 @@ Thousands of tasks in one fixed network, one bit a weight, the right task found 
 Names listed in `__all__` are the public interface; other modules may change.
 """
 
+from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
 from supsup_jax.density import ErdosRenyi, kept_counts
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
@@ -60,6 +61,7 @@ __all__ = [
     "TaskBelief",
     "TaskData",
     "TrainConfig",
+    "TrainProgress",
     "TrainResult",
     "alpha_gradient",
     "best_score",
@@ -86,8 +88,10 @@ __all__ = [
     "rerank",
     "signed_constant",
     "signed_topk_mask",
+    "start_training",
     "threshold_mask",
     "topk_mask",
+    "train_on_batches",
     "train_task",
     "train_tasks",
 ]

@@ -153,19 +153,12 @@ def train_task(
     Raises TypeError or ValueError before compiling for inputs that do not fit, and ValueError
     when training ends with scores or losses that are not finite.
     """
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"key must be a JAX random key, got {key!r}")
-    _check_types(net, data, config)
-    if isinstance(init_scores, ScoreMean):
-        _check_scores(net.layout, init_scores.mean)
-    elif init_scores is not None:
-        _check_scores(net.layout, init_scores)
+    check_start(key, net, config, init_scores)
+    check_is_data(data)
     data.check()
     data.check_labels(num_outputs(net, data))
     result = _train(key, net, data, init_scores, config)
-    traced = isinstance(result.loss, jax.core.Tracer)
-    if not traced and not bool(all_finite((result.scores, result.loss))):
-        raise diverged(config)
+    check_finite(result, config)
     return result
 
 
@@ -193,7 +186,8 @@ def train_tasks(
     that diverged are named.
     """
     num_tasks = _num_tasks(keys)
-    _check_types(net, data, config)
+    check_types(net, config)
+    check_is_data(data)
     if isinstance(init_scores, ScoreMean):
         raise TypeError(
             "init_scores must be scores with a leading T: tasks learned at once have no earlier "
@@ -223,6 +217,20 @@ def num_outputs(net: Network, data: TaskData) -> int:
         return net.train_logits(net.layout.tree(ones), net.state, x)[0]
 
     return jax.eval_shape(logits, net, data).shape[1]
+
+
+def start_scores(key: jax.Array, net: Network, init_scores: PyTree | ScoreMean | None) -> PyTree:
+    """Where scores start, as `train_task` says."""
+    if init_scores is not None and not isinstance(init_scores, ScoreMean):
+        return init_scores
+    drawn = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+    return drawn if init_scores is None else init_scores.start(drawn)
+
+
+def learned(net: Network, after: TrainState, loss: jax.Array, config: TrainConfig) -> TrainResult:
+    """What was learned, where training arrived."""
+    mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
+    return TrainResult(Task(mask, after.state), after.scores, loss)
 
 
 def init_train_state(config: TrainConfig, start: PyTree, state: PyTree) -> TrainState:
@@ -289,12 +297,9 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _train(key, net, data, init_scores, config):
-    if init_scores is None or isinstance(init_scores, ScoreMean):
-        drawn = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
-        init_scores = drawn if init_scores is None else init_scores.start(drawn)
-    after, loss = fit(key, mask_loss(net, config), init_scores, net.state, data, config)
-    mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
-    return TrainResult(Task(mask, after.state), after.scores, loss)
+    scores = start_scores(key, net, init_scores)
+    after, loss = fit(key, mask_loss(net, config), scores, net.state, data, config)
+    return learned(net, after, loss, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "together"))
@@ -430,15 +435,36 @@ def _num_tasks(keys):
     return keys.shape[0]
 
 
-def _check_types(net, data, config):
+def check_start(key, net, config, init_scores):
+    """Raises TypeError or ValueError unless a task's training can start from these."""
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a JAX random key, got {key!r}")
+    check_types(net, config)
+    if isinstance(init_scores, ScoreMean):
+        _check_scores(net.layout, init_scores.mean)
+    elif init_scores is not None:
+        _check_scores(net.layout, init_scores)
+
+
+def check_types(net, config):
     if not isinstance(net, Network):
         raise TypeError(f"net must be a Network, got {type(net).__name__}")
-    if not isinstance(data, TaskData):
-        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
     if config.rule == "topk":
         kept_counts(net.layout, config.density)
+
+
+def check_is_data(data, name="data"):
+    if not isinstance(data, TaskData):
+        raise TypeError(f"{name} must be a TaskData, got {type(data).__name__}")
+
+
+def check_finite(result, config):
+    """Raises ValueError unless scores and losses, if concrete, are numbers."""
+    traced = isinstance(result.loss, jax.core.Tracer)
+    if not traced and not bool(all_finite((result.scores, result.loss))):
+        raise diverged(config)
 
 
 def _check_scores(layout, scores):
