@@ -1,6 +1,7 @@
 """Accuracy over a stream of tasks, with the task id given or inferred."""
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -113,6 +114,8 @@ def evaluate(
 ) -> list[Row]:
     """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.
 
+    stream: where memory does not hold a task's images, `stream[i]` may also be an iterable of
+      batches, each a TaskData, if ids are given.
     protocol: "given" (GG); or inferred, "paper" (the first image of each batch names the task for
       the batch), "per_example" (every image its own), "batch-m" (m images decide together).
     objective: what the inference minimises.
@@ -155,30 +158,55 @@ def evaluate(
             f"ids must lie in [{least}, {num_tasks}) under protocol {protocol!r}, "
             f"got {ids[outside[0]]} for task {outside[0]}"
         )
-    outcomes, outputs = [], None
+    outcomes, counts, outputs = [], [], None
     for i in progress(tasks):
-        data = stream[i]
-        if not isinstance(data, TaskData):
-            raise TypeError(f"stream[{i}] must be a TaskData, got {type(data).__name__}")
-        data.check()
-        outputs = outputs or num_outputs(net, data)
-        data.check_labels(outputs)
-        if decide is not None and data.num_examples < decide.deciders:
-            raise ValueError(
-                f"protocol {protocol!r} needs at least {decide.deciders} test images of each task, "
-                f"stream[{i}] holds {data.num_examples}"
+        counts.append(0)
+        for name, data in _parts(stream[i], f"stream[{i}]", decide):
+            data.check()
+            outputs = outputs or num_outputs(net, data)
+            data.check_labels(outputs)
+            if decide is not None and data.num_examples < decide.deciders:
+                raise ValueError(
+                    f"protocol {protocol!r} needs at least {decide.deciders} test images of each "
+                    f"task, {name} holds {data.num_examples}"
+                )
+            if decide is None:
+                outcome = _given(net, store, data, ids[i], batch_size=batch_size)
+            else:
+                outcome = _inferred(
+                    net, store, data, protocol=decide, objective=objective, rule=rule
+                )
+            outcomes.append(outcome)
+            counts[-1] += 1
+            if len(outcomes) > 1:  # one ahead of the device, and no further
+                outcomes[-2] = jax.device_get(outcomes[-2])
+        if not counts[-1]:
+            raise ValueError(f"stream[{i}] must hold at least one batch, got none")
+    parts, rows = iter(jax.device_get(outcomes)), []
+    for i, count in zip(tasks, counts, strict=True):
+        outcome = jax.tree.map(lambda *part: np.concatenate(part), *itertools.islice(parts, count))
+        rows.append(_row(i, ids[i], outcome, decide))
+    return rows
+
+
+def _parts(task, name, decide):
+    """The TaskData of one task of a stream, each with its name."""
+    if isinstance(task, TaskData):
+        yield name, task
+        return
+    if not isinstance(task, Iterable):
+        raise TypeError(f"{name} must be a TaskData, or batches of them, got {type(task).__name__}")
+    if decide is not None:
+        raise TypeError(
+            f"{name} must be a TaskData unless ids are given: batches of one are judged, but not "
+            f"named; got {type(task).__name__}"
+        )
+    for number, batch in enumerate(task):
+        if not isinstance(batch, TaskData):
+            raise TypeError(
+                f"batch {number} of {name} must be a TaskData, got {type(batch).__name__}"
             )
-        if decide is None:
-            outcome = _given(net, store, data, ids[i], batch_size=batch_size)
-        else:
-            outcome = _inferred(net, store, data, protocol=decide, objective=objective, rule=rule)
-        outcomes.append(outcome)
-        if len(outcomes) > 1:  # one task ahead of the device, and no further
-            outcomes[-2] = jax.device_get(outcomes[-2])
-    return [
-        _row(i, ids[i], jax.device_get(outcome), decide)
-        for i, outcome in zip(tasks, outcomes, strict=True)
-    ]
+        yield f"batch {number} of {name}", batch
 
 
 def _row(i, mask, outcome, decide):

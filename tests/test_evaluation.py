@@ -236,6 +236,28 @@ def test_progress_wraps_the_loop(problem):
     assert seen == [0, 1, 2]
 
 
+def test_a_task_may_come_in_batches(problem):
+    net, store, stream = problem
+
+    def batches(data):
+        for start in range(0, 23, 9):
+            yield dataclasses.replace(
+                data, images=data.images[start : start + 9], labels=data.labels[start : start + 9]
+            )
+
+    want = ss.evaluate(net, store, stream)
+    got = ss.evaluate(net, store, [batches(stream[0]), stream[1], list(batches(stream[2]))])
+    assert [row._replace(inferred=None) for row in got] == [
+        row._replace(inferred=None) for row in want
+    ]
+    with pytest.raises(TypeError, match=r"stream\[0\] must be a TaskData unless ids are given"):
+        ss.evaluate(net, store, [[stream[0]]] * 3, "paper")
+    with pytest.raises(TypeError, match=r"batch 1 of stream\[0\] must be a TaskData, got int"):
+        ss.evaluate(net, store, [[stream[0], 1]] * 3)
+    with pytest.raises(ValueError, match=r"stream\[1\] must hold at least one batch, got none"):
+        ss.evaluate(net, store, [stream[0], [], stream[2]])
+
+
 def test_bad_input(problem):
     net, store, stream = problem
     for protocol in ("oracle", "batch-", "batch-0", "batch-x", None):
