@@ -1,6 +1,7 @@
-"""Real data: images read whole into memory, and streams of tasks made of them."""
+"""Real data: images read whole into memory, or left on disk, and streams of tasks made of them."""
 
 from supsup_jax.data.augment import CropAndFlip
+from supsup_jax.data.record_stream import RecordStream
 from supsup_jax.data.sources import Dataset, MissingDataError, load_dataset, synthetic
 from supsup_jax.data.streams import (
     PermutedStream,
@@ -16,6 +17,7 @@ __all__ = [
     "Dataset",
     "MissingDataError",
     "PermutedStream",
+    "RecordStream",
     "RotatedStream",
     "SplitStream",
     "ViewStream",

@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ NORMALIZATION = {
     "cifar10_jpeg": _CIFAR,
     "cifar100": _CIFAR,
     "tiny_imagenet32": ((0.475, 0.446, 0.392), (0.245, 0.237, 0.248)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -114,7 +116,7 @@ def _dataset(name, train, test, transform):
 
 
 def _tfds(name, data_dir):
-    folder = _prepared_folder(name, data_dir)
+    folder = prepared_folder(name, data_dir)
     splits = {split: _decoded(name, folder, split) for split in ("train", "test")}
     mean, std = NORMALIZATION.get(name, (None, None))
     if mean is None:
@@ -135,8 +137,8 @@ def _statistics(images):
     return mean.item(), std.item()
 
 
-def _prepared_folder(name, data_dir):
-    """The newest prepared version of `name` in data_dir."""
+def prepared_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
+    """The newest prepared version of `name` in data_dir. Raises MissingDataError without one."""
     if data_dir is None:
         raise MissingDataError(
             f"{name} needs --data-dir, a folder that holds {name}/ as tensorflow-datasets prepares "
@@ -161,26 +163,41 @@ def _version(folder):
 
 
 def _decoded(name, folder, split):
-    """Images and labels of a split; decoded once, then read from the user's cache."""
+    """Images and labels of a split."""
+
+    def decode():
+        images, labels = _decode(folder, split)
+        return {"images": images, "labels": labels}
+
+    arrays = cached(name, folder, split, decode)
+    return arrays["images"], arrays["labels"]
+
+
+def cached(
+    name: str, folder: Path, part: str, read: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What `read` returns for a part of the dataset in `folder`; read once, then from the user's
+    cache.
+    """
     digest = hashlib.sha256((folder / "dataset_info.json").read_bytes())
     digest.update(str(folder.resolve()).encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = base / "supsup_jax" / f"{name}-{folder.name}-{split}-{digest.hexdigest()[:16]}.npz"
-    if cached.exists():
+    path = base / "supsup_jax" / f"{name}-{folder.name}-{part}-{digest.hexdigest()[:16]}.npz"
+    if path.exists():
         try:
-            with open(cached, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return arrays["images"], arrays["labels"]
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
         except Exception as error:  # a damaged archive fails in a dozen ways, all of one cure
-            warnings.warn(f"{cached} is damaged, decoding {name} again: {error!r}", stacklevel=2)
-    images, labels = _decode(folder, split)
+            warnings.warn(f"{path} is damaged, reading {name} again: {error!r}", stacklevel=2)
+    arrays = read()
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as partial:
-            np.savez(Path(partial) / "arrays.npz", images=images, labels=labels)
-            os.replace(Path(partial) / "arrays.npz", cached)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+            np.savez(Path(partial) / "arrays.npz", **arrays)
+            os.replace(Path(partial) / "arrays.npz", path)
     except OSError as error:
-        warnings.warn(f"{name} is not cached and will be decoded again: {error}", stacklevel=2)
-    return images, labels
+        warnings.warn(f"{name} is not cached and will be read again: {error}", stacklevel=2)
+    return arrays
 
 
 def _decode(folder, split):

@@ -15,7 +15,7 @@ from supsup_jax.data.views import permutation, rotation
 from supsup_jax.types import TaskData
 
 
-class _Split(Sequence):
+class Split(Sequence):
     """One split of a stream as a sequence of TaskData, one a task."""
 
     def __init__(self, num_tasks: int, data_of: Callable[[int], TaskData]):
@@ -70,7 +70,7 @@ class ViewStream:
         return dataclasses.replace(self.dataset.train, view=views)
 
     def _split(self, base):
-        return _Split(len(self), lambda i: dataclasses.replace(base, view=self.view(i)))
+        return Split(len(self), lambda i: dataclasses.replace(base, view=self.view(i)))
 
 
 class PermutedStream(ViewStream):
@@ -133,28 +133,10 @@ class SplitStream:
         order: Sequence[int] | None = None,
         relabel: bool = False,
     ):
-        if isinstance(classes_per_task, bool) or not isinstance(classes_per_task, int | np.integer):
-            raise TypeError(f"classes_per_task must be an int, got {classes_per_task!r}")
-        if classes_per_task < 2:
-            raise ValueError(
-                f"classes_per_task must be at least 2, to tell apart, got {classes_per_task}"
-            )
-        order = np.asarray(range(dataset.num_labels) if order is None else order)
-        if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
-            raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
-        if len(order) == 0 or len(order) % classes_per_task:
-            raise ValueError(
-                f"{len(order)} classes do not divide into tasks of {classes_per_task}; "
-                "pass an order that does"
-            )
-        if len(set(order.tolist())) != len(order):
-            raise ValueError(f"order must name each class once, got {order.tolist()}")
+        self.classes = deal_classes(classes_per_task, dataset.num_labels, order)
         for split, data in (("training", dataset.train), ("test", dataset.test)):
-            if absent := sorted(set(order.tolist()) - set(np.asarray(data.labels).tolist())):
-                raise ValueError(f"{dataset.name} has no {split} images of class {absent[0]}")
-        self.dataset = dataset
-        self.classes = [tuple(row) for row in order.reshape(-1, classes_per_task).tolist()]
-        self._classes_per_task, self._relabel = int(classes_per_task), relabel
+            check_present(self.classes, data.labels, f"{dataset.name} has no {split} images")
+        self.dataset, self._relabel = dataset, relabel
         self.train = self._split(dataset.train)
         self.test = self._split(dataset.test)
 
@@ -168,7 +150,7 @@ class SplitStream:
             data = self.test[task]
             return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
 
-        return _Split(len(self), few)
+        return Split(len(self), few)
 
     def together(self, tasks: Sequence[int]) -> TaskData:
         """The training data of several tasks, as `train_tasks` takes it: images [T, N, ...].
@@ -187,23 +169,59 @@ class SplitStream:
     def on(self, dataset: Dataset) -> "SplitStream":
         """The same tasks over other images of the same classes."""
         order = [label for task in self.classes for label in task]
-        return SplitStream(dataset, self._classes_per_task, order, self._relabel)
+        return SplitStream(dataset, len(self.classes[0]), order, self._relabel)
 
     def _split(self, base):
         # Picked on the host, where an index of any length costs no compilation.
         images, labels = np.asarray(base.images), np.asarray(base.labels)
 
         def data_of(task):
-            classes = np.asarray(self.classes[task])
-            own = np.flatnonzero(np.isin(labels, classes))
-            mine = labels[own]
-            if self._relabel:
-                mine = np.argmax(mine[:, None] == classes[None], axis=1)
+            own, mine = examples_of(self.classes[task], labels, self._relabel)
             return dataclasses.replace(
-                base, images=jnp.asarray(images[own]), labels=jnp.asarray(mine, labels.dtype)
+                base, images=jnp.asarray(images[own]), labels=jnp.asarray(mine)
             )
 
-        return _Split(len(self), data_of)
+        return Split(len(self), data_of)
+
+
+def deal_classes(
+    classes_per_task: int, num_labels: int, order: Sequence[int] | None
+) -> list[tuple[int, ...]]:
+    """Each task's classes, as `SplitStream` says and refuses."""
+    if isinstance(classes_per_task, bool) or not isinstance(classes_per_task, int | np.integer):
+        raise TypeError(f"classes_per_task must be an int, got {classes_per_task!r}")
+    if classes_per_task < 2:
+        raise ValueError(
+            f"classes_per_task must be at least 2, to tell apart, got {classes_per_task}"
+        )
+    order = np.asarray(range(num_labels) if order is None else order)
+    if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
+        raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
+    if len(order) == 0 or len(order) % classes_per_task:
+        raise ValueError(
+            f"{len(order)} classes do not divide into tasks of {classes_per_task}; "
+            "pass an order that does"
+        )
+    if len(set(order.tolist())) != len(order):
+        raise ValueError(f"order must name each class once, got {order.tolist()}")
+    return [tuple(row) for row in order.reshape(-1, classes_per_task).tolist()]
+
+
+def check_present(classes: list[tuple[int, ...]], labels: np.ndarray, absent: str) -> None:
+    """Raises ValueError, `absent` with the class, unless every class is among the labels."""
+    if missing := sorted({label for task in classes for label in task} - set(np.unique(labels))):
+        raise ValueError(f"{absent} of class {missing[0]}")
+
+
+def examples_of(
+    classes: tuple[int, ...], labels: np.ndarray, relabel: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of labels [N] are a task's, [n] in their order, and its labels [n] of those."""
+    own = np.flatnonzero(np.isin(labels, classes))
+    mine = labels[own]
+    if relabel:
+        mine = np.argmax(mine[:, None] == np.asarray(classes), axis=1).astype(labels.dtype)
+    return own, mine
 
 
 def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> jax.Array:

@@ -1,0 +1,117 @@
+"""Labelled images that TFDS has prepared, left on disk: labels at once, an image by its number.
+
+Read through TFDS's data source, so without TensorFlow and in any order. TFDS's own decoder is left
+out: finding which images belong to a class decodes none of them.
+"""
+
+import functools
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from supsup_jax.data.sources import MissingDataError, cached
+
+# Records read at once when labels are looked up: some 100 MB of ImageNet.
+LABELS_AT_ONCE = 1024
+
+
+class ImageRecords:
+    """One split of the dataset that TFDS has prepared in `folder`, a version's folder.
+
+    num_labels: of the dataset. Can be pickled, and read by several threads.
+    Raises MissingDataError for a split that is not there or whose files are not all there and
+    whole, naming them; ValueError for features that are not an image and its label.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(str(folder))
+        info = builder.info
+        self.name, self.split = info.name, split
+        _check_features(folder, info.features)
+        if split not in info.splits:
+            raise MissingDataError(f"{folder} has no split {split!r}, only {list(info.splits)}")
+        self._files = [folder / name for name in sorted(info.splits[split].filenames)]
+        self._sizes = list(info.splits[split].shard_lengths)
+        self._check_files(folder)
+        encoded = {"image": tfds.decode.SkipDecoding()}
+        self._source = builder.as_data_source(split, decoders=encoded)
+        self.num_labels = info.features["label"].num_classes
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image(self, i: int) -> Image.Image:
+        """Image i, decoded to RGB. Raises ValueError, naming the record, when it cannot be."""
+        try:
+            return Image.open(io.BytesIO(self._source[i]["image"])).convert("RGB")
+        except Exception as error:  # damaged bytes fail in a dozen ways, each with its own class
+            shard = int(np.searchsorted(np.cumsum(self._sizes), i, side="right"))
+            place = i - sum(self._sizes[:shard])
+            raise ValueError(
+                f"image {i} of {self.name} {self.split} (record {place} of "
+                f"{self._files[shard]}) cannot be decoded: {error}"
+            ) from error
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int32 [N]. Reads the whole split, once: those of a large one are in the user's cache."""
+        if len(self) <= LABELS_AT_ONCE:
+            return self._read_labels()["labels"]
+        return cached(self.name, self._folder, f"{self.split}-labels", self._read_labels)["labels"]
+
+    def _read_labels(self):
+        parts = []
+        for start in range(0, len(self), LABELS_AT_ONCE):
+            some = range(start, min(start + LABELS_AT_ONCE, len(self)))
+            try:
+                parts += [example["label"] for example in self._source.__getitems__(list(some))]
+            except Exception as error:  # as in `image`
+                raise ValueError(
+                    f"labels {some[0]} to {some[-1]} of {self.name} {self.split} in "
+                    f"{self._folder} cannot be read: {error}"
+                ) from error
+        return {"labels": np.asarray(parts, np.int32)}
+
+    def _check_files(self, folder):
+        from array_record.python import array_record_module
+
+        def holds(path, size):
+            if not path.is_file():
+                return False
+            # The count is at the end of the file: whatever cuts it short loses it.
+            return array_record_module.ArrayRecordReader(str(path)).num_records() == size
+
+        pairs = zip(self._files, self._sizes, strict=True)
+        if bad := [path.name for path, size in pairs if not holds(path, size)]:
+            some = ", ".join(bad[:8]) + (", ..." if len(bad) > 8 else "")
+            raise MissingDataError(
+                f"{folder} is prepared only in part: of the {len(self._files)} files of split "
+                f"{self.split!r} {len(bad)} are missing or cut short ({some}); copy or build them "
+                f"again: tfds build {self.name} --data_dir={folder.parent.parent} "
+                "--file_format=array_record"
+            )
+
+
+def test_split(folder: Path) -> str:
+    """The split to test with: "validation" if there is one, as ImageNet's "test" has no labels."""
+    import tensorflow_datasets as tfds
+
+    splits = tfds.builder_from_directory(str(folder)).info.splits
+    return "validation" if "validation" in splits else "test"
+
+
+def _check_features(folder, features):
+    import tensorflow_datasets as tfds
+
+    want = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    for name, kind in want.items():
+        if not isinstance(dict(features.items()).get(name), kind):
+            raise ValueError(
+                f"{folder} must have a feature {name!r} of type {kind.__name__}, "
+                f"its features are {sorted(features)}"
+            )
