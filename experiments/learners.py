@@ -40,7 +40,6 @@ class Learner:
 
     def __init__(self, config: Any, net: ss.Network, stream: data.ViewStream):
         self.config, self.net, self.stream = config, net, stream
-        self.objectives = objectives(stream.dataset.num_labels)
         self.together = 1
         self.key = prng.purpose_key(jax.random.key(config.seed), "tasks")
 
@@ -62,7 +61,7 @@ class Learner:
             self.store,
             test,
             protocol,
-            objective=self.objectives.get(name, ss.entropy),
+            objective=objectives(self.stream.dataset.num_labels).get(name, ss.entropy),
             rule=rule,
             progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
         )
@@ -154,7 +153,7 @@ class Transfer(Masks):
         self.store = self.store.append(learned.task, donate=True)
 
     def save(self, run: Run) -> None:
-        with _checkpoints(run) as manager:  # first: the store's tasks are those that count
+        with checkpoints(run) as manager:  # first: the store's tasks are those that count
             manager.save(self.done, args=ocp.args.StandardSave(self.mean._asdict()))
         super().save(run)
 
@@ -162,7 +161,7 @@ class Transfer(Masks):
         super().restore(run)
         if not self.done:
             return
-        with _checkpoints(run) as manager:
+        with checkpoints(run) as manager:
             like = ocp.args.StandardRestore(self.mean._asdict())
             self.mean = ss.ScoreMean(**manager.restore(self.done, args=like))
 
@@ -266,13 +265,13 @@ class Compared(Learner):
         return state
 
     def save(self, run: Run) -> None:
-        with _checkpoints(run) as manager:
+        with checkpoints(run) as manager:
             manager.save(self.done, args=ocp.args.StandardSave(self._state()))
 
     def restore(self, run: Run) -> None:
         if not (run.out / CHECKPOINTS).exists():
             return
-        with _checkpoints(run) as manager:
+        with checkpoints(run) as manager:
             if (step := manager.latest_step()) is None:
                 return
             saved = manager.restore(step, args=ocp.args.StandardRestore(self._state()))
@@ -331,6 +330,7 @@ INFERENCES = (
 )
 
 
-def _checkpoints(run: Run) -> ocp.CheckpointManager:
+def checkpoints(run: Run) -> ocp.CheckpointManager:
+    """The checkpoints in a run's folder, of which the last ones are kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager((run.out / CHECKPOINTS).resolve(), options=options)
