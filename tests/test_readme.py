@@ -1,14 +1,16 @@
 import re
 
+import chex
+import jax
 import jax.numpy as jnp
 
-from supsup_jax import data
+from supsup_jax import data, models
 from tests.conftest import ROOT
 
 
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    code, none_of_these = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code, none_of_these, conv_nets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     stream = data.PermutedStream(data.load_dataset("digits"), 2)
     x, y = stream.test[1].batch(jnp.arange(100))
@@ -21,6 +23,19 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     names |= {"x_known": x, "x": unknown.batch(jnp.arange(50))[0]}
     exec(none_of_these, names)
     assert float((names["belief"].task == -1).mean()) > 0.9
+    # As it stands, but for the size of the net and the time it takes.
+    monkeypatch.setattr(models, "gem_resnet18", smaller)
+    drawn = data.synthetic(jax.random.key(0), (32, 32, 3), 5, 128, 5).train
+    assert "steps=5000" in conv_nets
+    names["task_data"] = drawn
+    exec(conv_nets.replace("steps=5000", "steps=2"), names)
+    chex.assert_trees_all_equal(names["mask"], names["task"].mask)
+
+
+def smaller(num_outputs, *, rngs):
+    return models.ResNet(
+        models.BasicBlock, (1,), num_outputs, width=2, small_images=True, rngs=rngs
+    )
 
 
 def test_every_file_the_readme_names_is_there():
