@@ -18,6 +18,7 @@ from supsup_jax import codecs, metrics
 
 # Networks of split classes, whose numbers in the paper are all with the id.
 SPLIT = ("gem_resnet18", "small_resnet", "resnet50")
+EPOCHS = {"cifar100": 250, "imagenet2012": 100}  # of the paper's
 # Methods whose numbers in the paper are without an id, and by which protocol; the others' are with.
 INFERRED = {"supsup": "paper", "nns": "paper", "hopsupsup": "stream"}
 SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
@@ -156,6 +157,8 @@ def figure(config: dict) -> str | None:
     Baselines have as many outputs as there are labels, and belong to their network's figure.
     """
     if config["model"] in SPLIT:
+        if config["epochs"] != EPOCHS.get(config["dataset"]):
+            return None
         return f"{config['dataset']}/{config['scale']:g}" if config["scale"] else config["dataset"]
     if config["dataset"] != "mnist" or config["stream"] == "rotated":
         return None

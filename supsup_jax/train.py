@@ -394,7 +394,10 @@ def _one_task(data):
 def _check_many(data, num_tasks):
     """Raises ValueError unless data is of `num_tasks` tasks."""
     if data.labels.ndim == 2 and data.view is not None:
-        raise ValueError("tasks with images of their own take no view")
+        raise ValueError(
+            "images must be [N, ...] and labels [N], which tasks share, beside a view; "
+            f"tasks with images of their own take none; got labels {data.labels.shape}"
+        )
     for name, leaf in _own_fields(data).items():
         if leaf.ndim < 2 or leaf.shape[0] != num_tasks:
             raise ValueError(

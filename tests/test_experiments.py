@@ -248,7 +248,7 @@ def test_rotated_runs_by_the_binary_rule(tmp_path):
 
 def test_mistakes_of_methods_and_widths(capsys, tmp_path):
     new = ["--out", str(tmp_path / "new"), "--tiny"]
-    assert "--method must be one of supsup, upper_bound" in error_of(
+    assert "--method must be one of supsup, supsup_transfer, upper_bound" in error_of(
         [*new, "--method", "ewc"], capsys
     )
     assert "outputs must be at least 11" in error_of([*new, "--outputs", "10"], capsys)

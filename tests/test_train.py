@@ -349,7 +349,7 @@ def test_many_tasks_with_images_of_their_own(small_net, together):
         ss.train_tasks(keys[:2], small_net, dataclasses.replace(many, images=many.images[:2]), FAST)
     with pytest.raises(ValueError, match=r"images must be \[T, N, ...\] and labels \[T, N\]"):
         ss.train_tasks(keys, small_net, dataclasses.replace(many, images=many.images[:, 1:]), FAST)
-    with pytest.raises(ValueError, match="take no view"):
+    with pytest.raises(ValueError, match="images of their own take none"):
         view = jnp.zeros((3, 6), jnp.int32)
         ss.train_tasks(keys, small_net, dataclasses.replace(many, view=view), FAST)
 
