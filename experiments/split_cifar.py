@@ -17,6 +17,8 @@ decided by one gradient, reported as they are: the network has no superfluous ou
                                                     transfer .9166
     tiny-imagenet32      20 base channels  20 x 5   stands in         hours; made for a GPU
     tiny-imagenet32-cpu  10 base channels  2 x 5    -                 half an hour on 2 CPU cores
+    cifar10              20 base channels  5 x 2    -                 hours; made for a GPU
+    cifar10-jpeg         the same, of images that went through JPEG once more
 
 Adam at 1e-3 with a cosine schedule, 250 epochs of batches of 128 unless --epochs says otherwise;
 random crops and flips on the device.
@@ -84,6 +86,15 @@ PAPER = Config(
     stream="split",
 )
 TINY_IMAGENET = dataclasses.replace(PAPER, dataset="tiny_imagenet32")
+CIFAR10 = dataclasses.replace(
+    PAPER,
+    dataset="cifar10",
+    outputs=2,
+    tasks=5,
+    checkpoints=(5,),
+    classes_per_task=2,
+    images_per_class=5000,
+)
 PRESETS = {
     "tiny": dataclasses.replace(
         PAPER,
@@ -104,6 +115,8 @@ PRESETS = {
     "tiny-imagenet32-cpu": dataclasses.replace(
         TINY_IMAGENET, tasks=2, checkpoints=(2,), width=10, epochs=20
     ),
+    "cifar10": CIFAR10,
+    "cifar10-jpeg": dataclasses.replace(CIFAR10, dataset="cifar10_jpeg"),
 }
 
 
