@@ -6,6 +6,7 @@ Names listed in `__all__` are the public interface; other modules may change.
 
 from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
 from supsup_jax.density import ErdosRenyi, kept_counts
+from supsup_jax.disk_store import DiskStore, TaskInfo
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.infer import alpha_gradient, one_shot, predict
@@ -43,6 +44,7 @@ __all__ = [
     "BestRecovery",
     "CapacityError",
     "Decision",
+    "DiskStore",
     "ErdosRenyi",
     "HopfieldStore",
     "MaskStore",
@@ -60,6 +62,7 @@ __all__ = [
     "Task",
     "TaskBelief",
     "TaskData",
+    "TaskInfo",
     "TrainConfig",
     "TrainProgress",
     "TrainResult",

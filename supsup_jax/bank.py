@@ -4,7 +4,9 @@ Ids are int32 arrays and nothing here reads a value on the host; `store` wraps t
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,6 +72,52 @@ def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
         counts=counts.astype(bank.counts.dtype),
         num_tasks=jnp.asarray(num_tasks, jnp.int32),
     )
+
+
+_holding = jax.jit(holding)
+
+
+def of_tasks(
+    layout: Layout,
+    state: PyTree,
+    capacity: int,
+    tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+) -> Bank:
+    """A bank of tasks that come from files, `capacity` of them at most.
+
+    tasks: words uint32 [nw] and the leaves of the statistics of one task after another.
+    """
+    num_tiles, num_words, lanes = tiling(layout, capacity)
+    words = _aligned_zeros((num_tiles, num_words, lanes))
+    like, treedef = jax.tree.flatten(state)
+    states = [np.zeros((capacity, *leaf.shape), leaf.dtype) for leaf in like]
+    tasks, num_tasks = iter(tasks), 0
+    # A cache line of lanes at a time: several times as fast as the whole transposed at once.
+    while group := list(itertools.islice(tasks, VECTOR_LANES)):
+        tile, lane = divmod(num_tasks, lanes)
+        words[tile, :, lane : lane + len(group)] = np.stack([row for row, _ in group]).T
+        for _, leaves in group:
+            for rows, leaf in zip(states, leaves, strict=True):
+                rows[num_tasks] = leaf
+            num_tasks += 1
+    bank = empty(layout, None, capacity)._replace(
+        states=jax.tree.unflatten(treedef, map(jnp.asarray, states)) if like else None
+    )
+    return _holding(bank, jax.device_put(words), num_tasks)
+
+
+def _aligned_zeros(shape):
+    """uint32 zeros that a CPU backend takes as they are, where others cost it a copy of all."""
+    size, line = 4 * math.prod(shape), 64
+    data = np.zeros(size + line, np.uint8)
+    start = -data.ctypes.data % line
+    return data[start : start + size].view(np.uint32).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def pack_leaves(leaves: list[jax.Array], layout: Layout) -> jax.Array:
+    """uint32 words [nw] of a mask's leaves in the layout's order."""
+    return pack(_bits(leaves, layout))
 
 
 def tiling(layout, capacity):

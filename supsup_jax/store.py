@@ -159,7 +159,7 @@ class MaskStore(TaskStore):
           later use raises StoreError. Inside jit the caller's own donation decides.
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
         """
-        leaves, state = self._usable()._fields(task)
+        leaves, state = self._fields(task)
         store = self
         if not self._traced and int(self.num_tasks) == self.capacity:
             larger = 2 * self.capacity
@@ -287,7 +287,11 @@ class MaskStore(TaskStore):
         """
         if not isinstance(net, Network):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
-        tasks, capacity = store_file.load(path, net)
+        return cls.of_bank(net, *store_file.load(path, net))
+
+    @classmethod
+    def of_bank(cls, net: Network, tasks: bank.Bank, capacity: int) -> "MaskStore":
+        """The store of a bank of tasks of `net`, as loaded from files."""
         return cls.create(net, capacity)._with(tasks)
 
     @property
@@ -318,29 +322,7 @@ class MaskStore(TaskStore):
         return self
 
     def _fields(self, task):
-        if isinstance(task, TrainResult):
-            raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
-        mask, state = task if isinstance(task, Task) else (task, None)
-        leaves = self.layout.leaves(mask, "the mask")
-        for name, leaf in zip(self.layout.shapes, leaves, strict=True):
-            check_binary(name, leaf)
-        like = self._like_state
-        if jax.tree.structure(state) != jax.tree.structure(like):
-            if self._bank.states is None:
-                raise ValueError("the network has no state, but the task brings one")
-            raise ValueError(
-                f"append Task(mask, state) with the statistics {list(named_leaves(like))}: "
-                f"the network has state; got {list(named_leaves(state))}"
-            )
-        for (name, want), got in zip(
-            named_leaves(like).items(), jax.tree.leaves(state), strict=True
-        ):
-            if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
-                raise ValueError(
-                    f"state must be {want.dtype} {want.shape} at {name!r}, "
-                    f"got {jnp.result_type(got)} {jnp.shape(got)}"
-                )
-        return leaves, state
+        return checked_task(task, self.layout, self._usable()._like_state)
 
     @property
     def _like_state(self):
@@ -375,6 +357,38 @@ class MaskStore(TaskStore):
             f"MaskStore({state}capacity={self.capacity}, "
             f"weights={self.layout.num_weights:,} in {len(self.layout.shapes)} leaves)"
         )
+
+
+def checked_task(
+    task: Task | PyTree, layout: Layout, like_state: PyTree
+) -> tuple[list[jax.Array], PyTree]:
+    """The leaves of a task's mask, in order, and its statistics, once they are seen to fit.
+
+    task: a Task, or a bare mask where there are no statistics. like_state: shapes and dtypes.
+    Raises TypeError or ValueError, naming the leaf, as `MaskStore.append`.
+    """
+    if isinstance(task, TrainResult):
+        raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
+    mask, state = task if isinstance(task, Task) else (task, None)
+    leaves = layout.leaves(mask, "the mask")
+    for name, leaf in zip(layout.shapes, leaves, strict=True):
+        check_binary(name, leaf)
+    if jax.tree.structure(state) != jax.tree.structure(like_state):
+        if like_state is None:
+            raise ValueError("the network has no state, but the task brings one")
+        raise ValueError(
+            f"append Task(mask, state) with the statistics {list(named_leaves(like_state))}: "
+            f"the network has state; got {list(named_leaves(state))}"
+        )
+    for (name, want), got in zip(
+        named_leaves(like_state).items(), jax.tree.leaves(state), strict=True
+    ):
+        if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
+            raise ValueError(
+                f"state must be {want.dtype} {want.shape} at {name!r}, "
+                f"got {jnp.result_type(got)} {jnp.shape(got)}"
+            )
+    return leaves, state
 
 
 def check_layout(layout: Layout, net: Network) -> None:

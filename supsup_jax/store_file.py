@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax import bank
@@ -59,7 +58,7 @@ def save(
     rows = bank.untile_words(tasks.words, capacity)[:num_tasks]
     arrays = {"masks": np.asarray(rows)}
     for i, leaf in enumerate(jax.tree.leaves(tasks.states)):
-        arrays[f"state.{i}"] = _as_bytes(np.asarray(leaf[:num_tasks]))
+        arrays[f"state.{i}"] = as_native(np.asarray(leaf[:num_tasks]))
     fields = {
         "num_tasks": num_tasks,
         "capacity": capacity,
@@ -79,17 +78,24 @@ def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
         if not 0 <= num_tasks <= capacity:
             raise ValueError(f"{num_tasks} tasks in a capacity of {capacity}")
         stored = manifest["states"]
-    have = {
-        name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(net.state).items()
-    }
-    if stored != have:
+    if stored != (have := state_fields(net)):
         raise StoreError(f"{path} holds statistics {stored}, the network has {have}")
     want = {"masks": ((num_tasks, net.layout.num_words), "uint32")} | {
-        f"state.{i}": ((num_tasks, *leaf.shape), str(_as_bytes(np.zeros(0, leaf.dtype)).dtype))
+        f"state.{i}": ((num_tasks, *leaf.shape), str(as_native(np.zeros(0, leaf.dtype)).dtype))
         for i, leaf in enumerate(jax.tree.leaves(net.state))
     }
     check_arrays(path, manifest, arrays, want)
-    return _restore(net, arrays, num_tasks, capacity), capacity
+    like = jax.tree.leaves(net.state)
+    states = [arrays[f"state.{i}"].view(leaf.dtype) for i, leaf in enumerate(like)]
+    tasks = ((words, [leaf[i] for leaf in states]) for i, words in enumerate(arrays["masks"]))
+    return bank.of_tasks(net.layout, net.state, capacity, tasks), capacity
+
+
+def state_fields(net: Network) -> dict[str, list]:
+    """What a manifest says of the statistics of `net`'s tasks: {name: [dtype, shape]}."""
+    return {
+        name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named_leaves(net.state).items()
+    }
 
 
 def target(path: str | os.PathLike, origin: Origin, overwrite: bool) -> Path:
@@ -147,7 +153,7 @@ def read(
         arrays = _read(path, file)
     manifest = _manifest(path, arrays, format, version)
     with sensible(path):
-        _check_network(path, manifest, net)
+        check_network(path, manifest, net)
     return manifest, arrays
 
 
@@ -183,20 +189,6 @@ def check_arrays(
             raise StoreError(f"{path}: {name!r} does not match its checksum; the file is damaged")
 
 
-def _restore(net, arrays, num_tasks, capacity):
-    tasks = bank.empty(net.layout, net.state, capacity)
-    rows = np.zeros((capacity, net.layout.num_words), np.uint32)
-    rows[:num_tasks] = arrays["masks"]
-    words = bank.tile_words(jnp.asarray(rows), net.layout)
-    states, treedef = jax.tree.flatten(tasks.states)
-    states = [
-        leaf.at[:num_tasks].set(arrays[f"state.{i}"].view(leaf.dtype))
-        for i, leaf in enumerate(states)
-    ]
-    tasks = tasks._replace(states=jax.tree.unflatten(treedef, states))
-    return bank.holding(tasks, words, num_tasks)
-
-
 def _read(path, file):
     try:
         archive = np.load(file, allow_pickle=False)
@@ -227,7 +219,11 @@ def _manifest(path, arrays, format, version):
     return manifest
 
 
-def _check_network(path, manifest, net):
+def check_network(path: str | os.PathLike, manifest: dict[str, Any], net: Network) -> None:
+    """Raises StoreError, naming both, unless a store's layout and fingerprint are those of `net`.
+
+    KeyError, TypeError or ValueError for a manifest that makes no sense: see `sensible`.
+    """
     stored = {name: tuple(shape) for name, shape in manifest["layout"]}
     if list(stored.items()) != list(net.layout.shapes.items()):
         raise StoreError(
@@ -245,7 +241,7 @@ def _check_network(path, manifest, net):
         )
 
 
-def _as_bytes(array):
+def as_native(array: np.ndarray) -> np.ndarray:
     """`array`; as unsigned integers where its dtype, such as bfloat16, is none of NumPy's own."""
     native = array.dtype.kind in "biufc"
     return array if native else array.view(f"u{array.dtype.itemsize}")

@@ -1,0 +1,574 @@
+"""An append-only folder of checksummed records: what a DiskStore is on disk. Knows bytes, no masks.
+
+`docs/format.md` is the format's page, by which the folder can be read without this library:
+
+    manifest.json   what the store belongs to, under its checksum; written once
+    tasks.bin       the records of task 0, 1, ..., one behind another; the truth
+    index.bin       64 bytes a record: where it is, and its checksum; follows from tasks.bin
+
+*Durability.* An append writes the record, flushes it to the device, then enters it in the index. A
+task counts from the moment its record is wholly there. What a crash leaves behind the last whole
+record was never reported as appended; readers pass over it, and the next writer drops it. The
+index need not be flushed: entries that a crash takes are made again from the records. It is there
+so that opening reads 64 bytes a task, and so that records cut off at the end are missed.
+
+*Concurrency.* One writer, held off by a lock on tasks.bin that the system releases when the writer
+dies, and any number of readers, which take no lock: bytes that count never change.
+
+Reads copy from the file, never map it: a mapped file that is cut short kills its readers.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from supsup_jax.types import StoreError, TaskIdError
+
+MANIFEST, RECORDS, INDEX = "manifest.json", "tasks.bin", "index.bin"
+
+_MAGIC = b"SSRC"
+_HEAD = struct.Struct("<4sIQQ")  # magic, bytes of the metadata, bytes of the body, task
+_ENTRY = struct.Struct("<QQQ32s")  # task, offset, bytes of the record, its sha256
+_CHECK_BYTES = 8
+_SHA_BYTES = 32
+_HEAD_BYTES = _HEAD.size + _CHECK_BYTES
+_ENTRY_BYTES = _ENTRY.size + _CHECK_BYTES
+_ALIGN = 64  # where a body starts in its record
+_MAX_MANIFEST_BYTES = 1 << 24
+_PARTIAL = MANIFEST + ".partial"
+
+# Linux has the cheaper call, which leaves out what a reader does not need, such as times.
+_flush = getattr(os, "fdatasync", os.fsync)
+
+
+class Record(NamedTuple):
+    """One task's record, unharmed. body: as it was given to `append`."""
+
+    metadata: dict[str, Any]
+    body: memoryview
+
+
+class Problem(NamedTuple):
+    """What `verify` found. loses: whether a task cannot be read, which `repair` cannot mend."""
+
+    file: str
+    what: str
+    loses: bool
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+class _Entry(NamedTuple):
+    offset: int
+    length: int
+    sha256: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class TaskLog:
+    """The folder `path` of records 0, 1, ..., open for reading or also for appending.
+
+    manifest: the JSON object that it was created with.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], writes: bool):
+        self.path, self.manifest, self.writes = path, manifest, writes
+        self._file = path / RECORDS
+        self._entries: list[_Entry | None] = []  # None where a damaged record must lie
+        self._end = 0  # of the last record
+        flags = os.O_RDWR if writes else os.O_RDONLY
+        self._records = os.open(path / RECORDS, flags)
+        try:
+            # A lost index is made again, but only by one who may write.
+            self._index = os.open(path / INDEX, flags | (os.O_CREAT if writes else 0), 0o666)
+        except FileNotFoundError:
+            self._index = None
+        except BaseException:
+            os.close(self._records)
+            raise
+
+    @classmethod
+    def create(cls, path: str | os.PathLike, manifest: dict[str, Any]) -> "TaskLog":
+        """A new, empty folder, open for appending.
+
+        Raises FileExistsError where a store or anything else is, FileNotFoundError for a missing
+        parent, StoreError while another process creates it, OSError for the rest.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {path.parent} to create {path.name} in")
+        path.mkdir(exist_ok=True)
+        # A creation cut short leaves empty files and no manifest: a store that never was.
+        unborn = {RECORDS, INDEX, _PARTIAL}
+        if strange := [found.name for found in path.iterdir() if found.name not in unborn]:
+            what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
+            raise FileExistsError(f"{path} holds {what}; name a new folder")
+        _write(path / RECORDS, b"", os.O_CREAT)
+        log = cls(path, manifest, writes=True)
+        try:
+            log._lock(0)
+            if os.fstat(log._records).st_size or (path / MANIFEST).exists():
+                raise FileExistsError(f"{path} holds the records of a store; name a new folder")
+            _write(path / _PARTIAL, _signed_manifest(manifest), os.O_CREAT | os.O_TRUNC)
+            os.replace(path / _PARTIAL, path / MANIFEST)
+            for folder in (path, path.parent):
+                _flush_folder(folder)
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, writes: bool = False, timeout: float = 0.0) -> "TaskLog":
+        """The folder at `path`.
+
+        writes: also to append. First drops what a crash left unfinished, and completes the index.
+        timeout: seconds to wait for another writer.
+        Raises FileNotFoundError where no store is, StoreError for a damaged manifest, another
+        writer, or damage at the end where new records would go, OSError for the rest.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if not (path / RECORDS).is_file():
+            raise StoreError(
+                f"{path} lacks {RECORDS}, the tasks themselves: restore it from a copy"
+            )
+        log = cls(path, manifest, writes)
+        try:
+            if writes:
+                log._lock(timeout)
+            log.refresh()
+            if writes:
+                log._mend()
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, metadata: dict[str, Any], body: Sequence[Any], *, durable: bool = True) -> int:
+        """Adds one record and returns its number.
+
+        metadata: a JSON object. body: buffers, joined.
+        durable: return when the record is on the device; otherwise call `flush` in the end.
+        Raises StoreError unless open for appending; OSError when the disk is full or fails, and
+        then the folder holds what it held.
+        """
+        self._check_open(writes=True)
+        task = len(self._entries)
+        data = _record_bytes(task, metadata, body)
+        entry = _Entry(self._end, len(data), data[-_SHA_BYTES:])
+        try:
+            _write_at(self._records, data, entry.offset)
+            if durable:
+                _flush(self._records)
+            _write_at(self._index, _entry_bytes(task, entry), task * _ENTRY_BYTES)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._records, entry.offset)
+                os.ftruncate(self._index, task * _ENTRY_BYTES)
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: task {task} was not appended, the store holds the "
+                f"{task} tasks it held",
+                str(self.path),
+            ) from error
+        except BaseException:  # such as an interrupt: nothing half-written stays
+            os.ftruncate(self._records, entry.offset)
+            os.ftruncate(self._index, task * _ENTRY_BYTES)
+            raise
+        self._entries.append(entry)
+        self._end = entry.end
+        return task
+
+    def flush(self) -> None:
+        """Returns when every record is on the device."""
+        self._check_open(writes=True)
+        _flush(self._records)
+
+    def read(self, i: int) -> Record:
+        """Record i, once its checksum is seen to be right.
+
+        Raises TaskIdError, an IndexError, unless 0 <= i < len(self), StoreError when it is damaged.
+        """
+        self._check_open()
+        if not 0 <= i < len(self._entries):
+            raise TaskIdError(f"task {i} is not in {self.path}, which holds {len(self)}")
+        entry, file = self._entries[i], self._file
+        if entry is None:
+            raise StoreError(
+                f"{file}: the record of task {i} is damaged, and so is its entry in {INDEX}; "
+                "restore the file from a copy"
+            )
+        if entry.end > (size := os.fstat(self._records).st_size):
+            raise StoreError(
+                f"{file} was cut short: it has {size:,} bytes, and the record of task {i} needs "
+                f"those from {entry.offset:,} to {entry.end:,}"
+            )
+        data = memoryview(_read_at(self._records, entry.offset, entry.length))
+        if _sha256(data[:-_SHA_BYTES]) != entry.sha256 or entry.sha256 != data[-_SHA_BYTES:]:
+            raise StoreError(
+                f"{file}: the record of task {i}, {entry.length:,} bytes at {entry.offset:,}, "
+                "does not match its checksum: it is damaged"
+            )
+        return _parse_record(data, i, file)
+
+    def refresh(self) -> int:
+        """Takes in what was appended since, by any process, and returns how many records there are.
+
+        Records that count now count for ever: this only adds.
+        """
+        self._check_open()
+        start = len(self._entries)
+        rows = [_parse_entry(row, start + i) for i, row in enumerate(self._index_rows(start))]
+        known = 0  # rows up to the last one that makes sense
+        for i, row in enumerate(rows):
+            if row is not None:
+                known = i + 1
+        for row in rows[:known]:
+            after_gap = bool(self._entries) and self._entries[-1] is None
+            if row is None or not (row.offset == self._end or after_gap):
+                row = self._whole_record(self._end, len(self._entries))
+            self._entries.append(row)
+            if row is not None:
+                self._end = row.end
+        while found := self._whole_record(self._end, len(self._entries)):
+            self._entries.append(found)
+            self._end = found.end
+        return len(self._entries)
+
+    def verify(self) -> list[Problem]:
+        """Every byte of the folder against its checksum, and what is wrong with it. Empty: nothing.
+
+        Meant for a folder that nobody writes to meanwhile.
+        """
+        self.refresh()
+        problems = []
+        for task in range(len(self)):
+            try:
+                self.read(task)
+            except StoreError as error:
+                what = str(error).removeprefix(f"{self._file}: ")
+                problems.append(Problem(RECORDS, what, loses=True))
+        tail = os.fstat(self._records).st_size - self._end
+        if tail > 0 and (lost := self._whole_records_behind(self._end)):
+            what = f"{lost} whole record(s) lie behind a damaged one at byte {self._end:,}"
+            problems.append(Problem(RECORDS, what, loses=True))
+        elif tail > 0:
+            what = f"{tail:,} bytes of an unfinished record lie behind the last whole task"
+            problems.append(Problem(RECORDS, what, loses=False))
+        problems += [Problem(INDEX, what, loses=False) for what in self._index_problems()]
+        return problems
+
+    def close(self) -> None:
+        """Closes the files, and lets another write. Further calls do nothing."""
+        for fd in (self._records, self._index):
+            if fd is not None:
+                os.close(fd)
+        self._records = self._index = None
+
+    def _check_open(self, writes=False):
+        if self._records is None:
+            raise StoreError(f"{self.path} was closed; open it again")
+        if writes and not self.writes:
+            raise StoreError(f"{self.path} is open for reading only; open it with mode='a'")
+
+    def _lock(self, timeout):
+        import fcntl  # POSIX only; reading needs no lock
+
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if time.monotonic() >= deadline:
+                    raise StoreError(
+                        f"another writer has {self.path} open, and there can be one: wait for it, "
+                        "with timeout=SECONDS if you like, or open with mode='r'"
+                    ) from None
+            time.sleep(0.02)
+
+    def _mend(self):
+        """Makes the folder end with its last whole record, and the index say what is there."""
+        size = os.fstat(self._records).st_size
+        if size < self._end:
+            raise StoreError(
+                f"{self._file} has {size:,} bytes, and {INDEX} lists records up to "
+                f"{self._end:,}: it was cut short; restore it from a copy, or run supsup repair "
+                "to go on with the tasks that are left"
+            )
+        if lost := self._whole_records_behind(self._end):
+            raise StoreError(
+                f"{self._file} has {lost} whole record(s) behind a damaged one at byte "
+                f"{self._end:,}: restore it from a copy, or run supsup repair to set them aside"
+            )
+        self._write_ends()
+
+    def _write_ends(self):
+        """Drops what lies behind the last record, and completes the index."""
+        if os.fstat(self._records).st_size > self._end:
+            os.ftruncate(self._records, self._end)
+        if self._index_problems():
+            rows = [
+                _entry_bytes(task, entry)
+                if entry
+                else _read_at(self._index, task * _ENTRY_BYTES, _ENTRY_BYTES)
+                for task, entry in enumerate(self._entries)
+            ]
+            _write_at(self._index, b"".join(rows), 0)
+            os.ftruncate(self._index, len(rows) * _ENTRY_BYTES)
+
+    def _index_rows(self, start):
+        """The whole and the last, cut-off entry of the index, from number `start` on."""
+        if self._index is None:
+            return []
+        size = max(0, os.fstat(self._index).st_size - start * _ENTRY_BYTES)
+        data = _read_at(self._index, start * _ENTRY_BYTES, size)
+        return [data[i : i + _ENTRY_BYTES] for i in range(0, len(data), _ENTRY_BYTES)]
+
+    def _index_problems(self):
+        rows = self._index_rows(0)
+        found = []
+        for task, entry in enumerate(self._entries):
+            if task >= len(rows):
+                missing = len(self._entries) - task
+                found.append(f"lacks the entries of the last {missing} task(s), from {task} on")
+                break
+            if entry is None or rows[task] != _entry_bytes(task, entry):
+                found.append(f"the entry of task {task} is damaged")
+        if len(rows) > len(self._entries):
+            found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
+        return found
+
+    def _whole_record(self, offset, task):
+        """The entry of the record of `task` at `offset`, None unless a whole one is there."""
+        length = _record_length(_read_at(self._records, offset, _HEAD_BYTES), task)
+        # The length may be forged, so the file's own bounds what is read.
+        if length is None or offset + length > os.fstat(self._records).st_size:
+            return None
+        data = memoryview(_read_at(self._records, offset, length))
+        sha256 = _sha256(data[:-_SHA_BYTES])
+        return _Entry(offset, length, sha256) if sha256 == data[-_SHA_BYTES:] else None
+
+    def _whole_records_behind(self, offset):
+        """How many whole records lie behind `offset`, where none is: what must not be dropped."""
+        size = os.fstat(self._records).st_size
+        found, start, step = 0, offset, 1 << 24
+        while start < size:
+            # Chunks overlap by what a header spans.
+            chunk = _read_at(self._records, start, step + _HEAD_BYTES)
+            at = chunk.find(_MAGIC)
+            while 0 <= at < step:
+                place = start + at
+                head = chunk[at : at + _HEAD_BYTES]
+                task = _HEAD.unpack_from(head)[3] if len(head) == _HEAD_BYTES else None
+                found += task is not None and self._whole_record(place, task) is not None
+                at = chunk.find(_MAGIC, at + 1)
+            start += step
+        return found
+
+
+def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
+    """Makes the store at `path` one that can be appended to, and says what was done.
+
+    Drops an unfinished record at the end; makes the index again from the records; forgets tasks
+    whose records were cut off, which are gone; sets aside, in a file beside the others, what lies
+    behind a damaged record whose length nobody knows. A whole task is never dropped, and a damaged
+    one in the midst keeps its number. Raises as `TaskLog.open`.
+    """
+    done = []
+    log = TaskLog(Path(path), read_manifest(path), writes=True)
+    try:
+        log._lock(timeout)
+        log.refresh()
+        size, listed = os.fstat(log._records).st_size, len(log)
+        while log._end > size:
+            log._entries.pop()
+            log._end = max((entry.end for entry in log._entries if entry), default=0)
+        if len(log) < listed:
+            done.append(f"forgot tasks {len(log)} to {listed - 1}: {RECORDS} was cut off there")
+        if size > log._end:
+            tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
+            if log._whole_records_behind(log._end):
+                aside = log.path / f"aside-{log._end}.bin"
+                data = _read_at(log._records, log._end, size - log._end)
+                _write(aside, data, os.O_CREAT | os.O_EXCL)
+                done.append(f"set aside in {aside.name}: {tail}, with whole records among them")
+            else:
+                done.append(f"dropped {tail}, of an unfinished record")
+        done += [f"mended {INDEX}: {what}" for what in log._index_problems()]
+        log._write_ends()
+    finally:
+        log.close()
+    return done
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the store in folder `path`. Raises as `TaskLog.open`."""
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        kind = "is a file, not" if Path(path).is_file() else "holds no"
+        raise FileNotFoundError(f"{path} {kind} a store's folder: there is no {file.name} in it")
+    with open(file, "rb") as stream:
+        data = stream.read(_MAX_MANIFEST_BYTES + 1)
+    manifest, rest = split_manifest(data, file)
+    if rest:
+        raise StoreError(f"{file} has {len(rest)} bytes too many: it is damaged")
+    return manifest
+
+
+def split_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], bytes]:
+    """A manifest, and what follows it in `data`. Raises StoreError, naming `file`."""
+    text, _, rest = data.partition(b"\n")
+    check, rest = rest[:65], rest[65:]
+    if check != _sha256(text).hex().encode() + b"\n":
+        raise StoreError(f"{file} does not match its checksum: it is damaged, or of something else")
+    try:
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it is a {type(manifest).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file} makes no sense: {error}") from error
+    return manifest, rest
+
+
+def write_alone(
+    path: str | os.PathLike, manifest: dict[str, Any], metadata: dict[str, Any], body: Sequence[Any]
+) -> None:
+    """One record as a file of its own, under its manifest: what `read_alone` takes back.
+
+    Raises FileExistsError where something is, OSError for the rest; nothing half-written stays.
+    """
+    path = Path(path)
+    whole = _signed_manifest(manifest) + _record_bytes(0, metadata, body)
+    partial = path.with_name(f".{path.name}.partial")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name a new file")
+    try:
+        _write(partial, whole, os.O_CREAT | os.O_TRUNC)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
+    """The manifest and the record of a file of `write_alone`.
+
+    Raises FileNotFoundError, and StoreError when it is damaged or something else.
+    """
+    path = Path(path)
+    manifest, data = split_manifest(path.read_bytes(), path)
+    data = memoryview(data)
+    if len(data) < _HEAD_BYTES + _SHA_BYTES or _sha256(data[:-_SHA_BYTES]) != data[-_SHA_BYTES:]:
+        raise StoreError(f"{path}: the task's record does not match its checksum: it is damaged")
+    return manifest, _parse_record(data, 0, path)
+
+
+def _record_bytes(task, metadata, body):
+    text = json.dumps(metadata, separators=(",", ":")).encode()
+    text += b" " * (-(_HEAD_BYTES + len(text)) % _ALIGN)
+    body = [memoryview(part).cast("B") for part in body]
+    head = _HEAD.pack(_MAGIC, len(text), sum(map(len, body)), task)
+    data = b"".join([head, _sha256(head)[:_CHECK_BYTES], text, *body])
+    return data + _sha256(data)
+
+
+def _record_length(head, task):
+    """Bytes of the record that starts with `head`; None unless that is the head of `task`'s."""
+    if len(head) != _HEAD_BYTES or _sha256(head[: _HEAD.size])[:_CHECK_BYTES] != head[_HEAD.size :]:
+        return None
+    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(head)
+    if magic != _MAGIC or number != task:
+        return None
+    return _HEAD_BYTES + text_bytes + body_bytes + _SHA_BYTES
+
+
+def _parse_record(data, task, file):
+    """The Record in `data`, whose checksum is right: what fails here was forged."""
+    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(data)
+    body = _HEAD_BYTES + text_bytes
+    if (magic, number, body + body_bytes) != (_MAGIC, task, len(data) - _SHA_BYTES):
+        raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
+    try:
+        metadata = json.loads(bytes(data[_HEAD_BYTES:body]))
+        if not isinstance(metadata, dict):
+            raise ValueError(f"it is a {type(metadata).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: the metadata of task {task} makes no sense: {error}") from error
+    return Record(metadata, data[body:-_SHA_BYTES])
+
+
+def _entry_bytes(task, entry):
+    row = _ENTRY.pack(task, *entry)
+    return row + _sha256(row)[:_CHECK_BYTES]
+
+
+def _parse_entry(row, task):
+    """The entry in 64 bytes of the index; None unless it is that of `task`, unharmed."""
+    if len(row) != _ENTRY_BYTES or _sha256(row[: _ENTRY.size])[:_CHECK_BYTES] != row[_ENTRY.size :]:
+        return None
+    number, *fields = _ENTRY.unpack_from(row)
+    return _Entry(*fields) if number == task else None
+
+
+def _signed_manifest(manifest):
+    text = json.dumps(manifest).encode()
+    return text + b"\n" + _sha256(text).hex().encode() + b"\n"
+
+
+def _sha256(data):
+    return hashlib.sha256(data).digest()
+
+
+def _read_at(fd, offset, size):
+    """Up to `size` bytes, fewer only where the file ends."""
+    data = os.pread(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # the system returns 2 GiB at most at a time
+    while data and (size := size - len(data)):
+        offset += len(data)
+        data = os.pread(fd, size, offset)
+        parts.append(data)
+    return b"".join(parts)
+
+
+def _write_at(fd, data, offset):
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _write(path, data, flags):
+    """A file of `data`, flushed to the device."""
+    fd = os.open(path, os.O_WRONLY | flags, 0o666)
+    try:
+        _write_at(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _flush_folder(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,329 @@
+"""The folder of records: what it holds, refuses and mends. Kills and cuts: `test_stress_store`."""
+
+import hashlib
+import json
+import struct
+
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import task_log
+from supsup_jax.task_log import TaskLog
+
+MANIFEST = {"format": "test", "answer": 42}
+BODIES = [b"first", b"", bytes(range(256)) * 300]
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "log"
+    with_records(path, BODIES)
+    return path
+
+
+def with_records(path, bodies):
+    log = TaskLog.create(path, MANIFEST)
+    for i, body in enumerate(bodies):
+        assert log.append({"name": f"task {i}"}, [body]) == i
+    log.close()
+
+
+def bodies(path, **options):
+    log = TaskLog.open(path, **options)
+    try:
+        return [bytes(log.read(i).body) for i in range(len(log))]
+    finally:
+        log.close()
+
+
+def change(file, **ranges):
+    """Bytes of a file replaced."""
+    data = bytearray(file.read_bytes())
+    for where, new in ranges.items():
+        start = int(where.removeprefix("at"))
+        data[start : start + len(new)] = new
+    file.write_bytes(data)
+
+
+def test_round_trip(path):
+    log = TaskLog.open(path)
+    assert len(log) == 3
+    assert log.manifest == MANIFEST
+    assert [bytes(log.read(i).body) for i in range(3)] == BODIES
+    assert [log.read(i).metadata for i in range(3)] == [{"name": f"task {i}"} for i in range(3)]
+    assert log.verify() == []
+
+
+def test_the_folder_reads_as_its_page_says(path):
+    """`docs/format.md`, followed without the library."""
+    text, check = (path / "manifest.json").read_bytes().splitlines()
+    assert hashlib.sha256(text).hexdigest() == check.decode()
+    assert json.loads(text) == MANIFEST
+    data, index = (path / "tasks.bin").read_bytes(), (path / "index.bin").read_bytes()
+    offset = 0
+    for task, body in enumerate(BODIES):
+        magic, text_bytes, body_bytes, number = struct.unpack_from("<4sIQQ", data, offset)
+        assert (magic, number, body_bytes) == (b"SSRC", task, len(body))
+        assert data[offset + 24 : offset + 32] == sha256(data[offset : offset + 24])[:8]
+        start = offset + 32 + text_bytes
+        assert (start - offset) % 64 == 0
+        assert json.loads(data[offset + 32 : start])["name"] == f"task {task}"
+        end = start + body_bytes
+        assert data[start:end] == body
+        assert data[end : end + 32] == sha256(data[offset:end])
+        row = index[64 * task : 64 * task + 64]
+        assert struct.unpack_from("<QQQ", row) == (task, offset, end + 32 - offset)
+        assert row[24:56] == data[end : end + 32]
+        assert row[56:] == sha256(row[:56])[:8]
+        offset = end + 32
+    assert offset == len(data)
+    assert len(index) == 64 * len(BODIES)
+
+
+def sha256(data):
+    return hashlib.sha256(data).digest()
+
+
+def test_an_append_costs_its_own_bytes(path):
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    log = TaskLog.open(path, writes=True)
+    log.append({}, [b"more"])
+    for name, content in before.items():
+        assert (path / name).read_bytes().startswith(content)
+    assert (path / "manifest.json").read_bytes() == before["manifest.json"]
+    assert (path / "tasks.bin").stat().st_size - len(before["tasks.bin"]) == 64 + 4 + 32
+
+
+@pytest.mark.parametrize("torn", [1, 24, 31, 32, 70, -1])
+def test_an_unfinished_record_is_passed_over_and_dropped(path, torn):
+    log = TaskLog.open(path, writes=True)
+    log.append({}, [b"unfinished" * 50])
+    log.close()
+    whole = (path / "tasks.bin").read_bytes()
+    start = TaskLog.open(path)._entries[-1].offset
+    tail = whole[start:][:torn]
+    (path / "tasks.bin").write_bytes(whole[:start] + tail)
+    (path / "index.bin").write_bytes((path / "index.bin").read_bytes()[: 3 * 64])
+    assert bodies(path) == BODIES
+    (problem,) = TaskLog.open(path).verify()
+    assert str(problem) == (
+        f"tasks.bin: {len(tail)} bytes of an unfinished record lie behind the last whole task"
+    )
+    assert not problem.loses
+    if torn % 2:  # repaired by a writer, or by name
+        (done,) = task_log.repair(path)
+        assert done.startswith(f"dropped {len(tail)} bytes behind task 2")
+    assert bodies(path, writes=True) == BODIES
+    assert TaskLog.open(path).verify() == []
+    assert (path / "tasks.bin").stat().st_size == start
+
+
+@pytest.mark.parametrize("kept", [0, 1, 64, 100, 128, 191])
+def test_a_lost_index_is_made_again_from_the_records(path, kept):
+    whole = (path / "index.bin").read_bytes()
+    (path / "index.bin").write_bytes(whole[:kept])
+    assert bodies(path) == BODIES
+    problems = TaskLog.open(path).verify()
+    assert problems and all(p.file == "index.bin" and not p.loses for p in problems)
+    TaskLog.open(path, writes=True).close()
+    assert (path / "index.bin").read_bytes() == whole
+
+
+def test_without_an_index_every_record_is_found(path):
+    (path / "index.bin").unlink()
+    assert bodies(path) == BODIES
+    assert bodies(path, writes=True) == BODIES
+    assert TaskLog.open(path).verify() == []
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_a_damaged_entry_harms_no_record(path, task):
+    change(path / "index.bin", **{f"at{64 * task + 9}": b"!"})
+    assert bodies(path) == BODIES
+    (problem,) = TaskLog.open(path).verify()
+    assert str(problem).startswith("index.bin: ")
+    assert bodies(path, writes=True) == BODIES
+    assert TaskLog.open(path).verify() == []
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_a_damaged_record_is_named_and_the_others_read(path, task):
+    log = TaskLog.open(path)
+    place = log._entries[task].offset + 40
+    change(path / "tasks.bin", **{f"at{place}": b"\xff"})
+    for i in range(3):
+        if i != task:
+            assert log.read(i).body == BODIES[i]
+    with pytest.raises(ss.StoreError, match=rf"tasks.bin: the record of task {task}.*damaged"):
+        log.read(task)
+    (problem,) = log.verify()
+    assert problem.loses and f"task {task}" in problem.what
+    # A writer may go on behind it, and drops nothing.
+    log = TaskLog.open(path, writes=True)
+    assert log.append({}, [b"new"]) == 3
+    assert log.read(3).body == b"new"
+
+
+def test_a_record_and_its_entry_damaged_at_once(path):
+    log = TaskLog.open(path)
+    change(path / "tasks.bin", **{f"at{log._entries[1].offset + 40}": b"\xff"})
+    change(path / "index.bin", at70=b"!")
+    log = TaskLog.open(path)
+    assert len(log) == 3
+    assert log.read(0).body == BODIES[0] and log.read(2).body == BODIES[2]
+    with pytest.raises(ss.StoreError, match="task 1 is damaged, and so is its entry"):
+        log.read(1)
+    assert {problem.loses for problem in log.verify()} == {True, False}
+
+
+def test_whole_records_behind_a_damaged_one_are_never_dropped(path):
+    """As when a crash takes the index's last entries, and a record they listed is damaged."""
+    offset = TaskLog.open(path)._entries[1].offset
+    change(path / "tasks.bin", **{f"at{offset + 40}": b"\xff"})
+    (path / "index.bin").write_bytes((path / "index.bin").read_bytes()[:64])
+    size = (path / "tasks.bin").stat().st_size
+    assert bodies(path) == BODIES[:1]
+    (problem, *_) = TaskLog.open(path).verify()
+    assert problem.loses and "1 whole record" in problem.what
+    with pytest.raises(ss.StoreError, match="whole record.* behind a damaged one"):
+        TaskLog.open(path, writes=True)
+    data = (path / "tasks.bin").read_bytes()
+    assert len(data) == size
+    (done,) = task_log.repair(path)
+    assert done.startswith(f"set aside in aside-{offset}.bin: ")
+    assert (path / f"aside-{offset}.bin").read_bytes() == data[offset:]
+    assert bodies(path, writes=True) == BODIES[:1]
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+def test_records_cut_off_at_the_end_are_missed(path, boundary):
+    offset = TaskLog.open(path)._entries[2].offset
+    data = (path / "tasks.bin").read_bytes()
+    (path / "tasks.bin").write_bytes(data[: offset if boundary else offset + 50])
+    log = TaskLog.open(path)
+    assert log.read(1).body == BODIES[1]
+    with pytest.raises(ss.StoreError, match="was cut short.*task 2"):
+        log.read(2)
+    assert log.verify()[0].loses
+    with pytest.raises(ss.StoreError, match="cut short; restore"):
+        TaskLog.open(path, writes=True)
+    assert task_log.repair(path)[0] == "forgot tasks 2 to 2: tasks.bin was cut off there"
+    assert bodies(path, writes=True) == BODIES[:2]
+    assert TaskLog.open(path).verify() == []
+
+
+@pytest.mark.parametrize("place", [0, 5, -10, -1])
+def test_a_damaged_manifest_is_named(path, place):
+    data = bytearray((path / "manifest.json").read_bytes())
+    data[place] ^= 4
+    (path / "manifest.json").write_bytes(data)
+    with pytest.raises(ss.StoreError, match=r"manifest.json"):
+        TaskLog.open(path)
+
+
+def test_one_writer_at_a_time(path):
+    first = TaskLog.open(path, writes=True)
+    with pytest.raises(ss.StoreError, match="another writer has .* open"):
+        TaskLog.open(path, writes=True)
+    assert bodies(path) == BODIES
+    first.close()
+    assert bodies(path, writes=True, timeout=1.0) == BODIES
+
+
+def test_readers_see_what_is_appended(path):
+    reader, writer = TaskLog.open(path), TaskLog.open(path, writes=True)
+    for i in range(3, 6):
+        writer.append({}, [b"more"], durable=False)
+        assert len(reader) == i
+        assert reader.refresh() == i + 1
+        assert reader.read(i).body == b"more"
+
+
+def test_what_a_folder_may_not_be(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match="manifest.json"):
+        TaskLog.open(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="holds a store"):
+        TaskLog.create(path, MANIFEST)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("hello")
+    with pytest.raises(FileExistsError, match=r"letter.txt"):
+        TaskLog.create(tmp_path / "other", MANIFEST)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        TaskLog.create(tmp_path / "a" / "b", MANIFEST)
+    (path / "tasks.bin").unlink()
+    with pytest.raises(ss.StoreError, match="lacks tasks.bin"):
+        TaskLog.open(path)
+
+
+def test_a_manifest_that_was_lost_is_not_made_anew(path):
+    (path / "manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="holds the records of a store"):
+        TaskLog.create(path, MANIFEST)
+
+
+def test_a_creation_cut_short_can_be_repeated(tmp_path):
+    path = tmp_path / "log"
+    path.mkdir()
+    for name in ("tasks.bin", "index.bin", "manifest.json.partial"):
+        (path / name).touch()
+    TaskLog.create(path, MANIFEST).close()
+    assert sorted(file.name for file in path.iterdir()) == [
+        "index.bin",
+        "manifest.json",
+        "tasks.bin",
+    ]
+
+
+def test_a_closed_log_says_so(path):
+    log = TaskLog.open(path)
+    log.close()
+    log.close()
+    with pytest.raises(ss.StoreError, match="closed"):
+        log.read(0)
+    log = TaskLog.open(path)
+    with pytest.raises(ss.StoreError, match="reading only"):
+        log.append({}, [b""])
+    with pytest.raises(IndexError, match="task 3 is not in"):
+        log.read(3)
+
+
+def test_forged_lengths_are_not_believed(path):
+    """A head that claims 2**60 bytes, and is signed, asks for no memory."""
+    offset = TaskLog.open(path)._entries[2].offset
+    head = struct.pack("<4sIQQ", b"SSRC", 32, 1 << 60, 2)
+    change(path / "tasks.bin", **{f"at{offset}": head + sha256(head)[:8]})
+    (path / "index.bin").write_bytes((path / "index.bin").read_bytes()[:128])
+    assert bodies(path) == BODIES[:2]
+    row = struct.pack("<QQQ32s", 2, offset, 1 << 60, bytes(32))
+    with open(path / "index.bin", "ab") as file:
+        file.write(row + sha256(row)[:8])
+    log = TaskLog.open(path)
+    with pytest.raises(ss.StoreError, match="cut short"):
+        log.read(2)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"nonsense", b"[" * 100_000, b'"text"', b"\xff\xfe"])
+def test_forged_json_is_refused(path, text):
+    (path / "manifest.json").write_bytes(text + b"\n" + sha256(text).hex().encode() + b"\n")
+    with pytest.raises(ss.StoreError, match="makes no sense"):
+        TaskLog.open(path)
+
+
+def test_a_record_alone_in_a_file(tmp_path, path):
+    alone = tmp_path / "task.ssrc"
+    task_log.write_alone(alone, MANIFEST, {"name": "alone"}, [b"body"])
+    manifest, record = task_log.read_alone(alone)
+    assert (manifest, record.metadata, bytes(record.body)) == (MANIFEST, {"name": "alone"}, b"body")
+    with pytest.raises(FileExistsError):
+        task_log.write_alone(alone, MANIFEST, {}, [])
+    whole = alone.read_bytes()
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        alone.write_bytes(damaged)
+        with pytest.raises(ss.StoreError, match=r"task.ssrc"):
+            task_log.read_alone(alone)
+        alone.write_bytes(whole[:place])
+        with pytest.raises(ss.StoreError, match=r"task.ssrc"):
+            task_log.read_alone(alone)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "task.ssrc"]
