@@ -185,7 +185,7 @@ def test_whole_records_behind_a_damaged_one_are_never_dropped(path):
     assert bodies(path) == BODIES[:1]
     (problem, *_) = TaskLog.open(path).verify()
     assert problem.loses and "1 whole record" in problem.what
-    with pytest.raises(ss.StoreError, match="whole record.* behind a damaged one"):
+    with pytest.raises(ss.StoreError, match=r"whole record.* behind a damaged one"):
         TaskLog.open(path, writes=True)
     data = (path / "tasks.bin").read_bytes()
     assert len(data) == size
@@ -202,7 +202,7 @@ def test_records_cut_off_at_the_end_are_missed(path, boundary):
     (path / "tasks.bin").write_bytes(data[: offset if boundary else offset + 50])
     log = TaskLog.open(path)
     assert log.read(1).body == BODIES[1]
-    with pytest.raises(ss.StoreError, match="was cut short.*task 2"):
+    with pytest.raises(ss.StoreError, match=r"was cut short.*task 2"):
         log.read(2)
     assert log.verify()[0].loses
     with pytest.raises(ss.StoreError, match="cut short; restore"):
@@ -223,7 +223,7 @@ def test_a_damaged_manifest_is_named(path, place):
 
 def test_one_writer_at_a_time(path):
     first = TaskLog.open(path, writes=True)
-    with pytest.raises(ss.StoreError, match="another writer has .* open"):
+    with pytest.raises(ss.StoreError, match=r"another writer has .* open"):
         TaskLog.open(path, writes=True)
     assert bodies(path) == BODIES
     first.close()
@@ -240,7 +240,7 @@ def test_readers_see_what_is_appended(path):
 
 
 def test_what_a_folder_may_not_be(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match="manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"manifest.json"):
         TaskLog.open(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="holds a store"):
         TaskLog.create(path, MANIFEST)
@@ -251,7 +251,7 @@ def test_what_a_folder_may_not_be(tmp_path, path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         TaskLog.create(tmp_path / "a" / "b", MANIFEST)
     (path / "tasks.bin").unlink()
-    with pytest.raises(ss.StoreError, match="lacks tasks.bin"):
+    with pytest.raises(ss.StoreError, match=r"lacks tasks.bin"):
         TaskLog.open(path)
 
 
