@@ -501,6 +501,8 @@ def main(args: Args) -> dict:
     print(f"{'':20}" + "".join(f"{name:>11}" for name in fields))
     for name, tally in tallies.items():
         print(f"{name:20}" + "".join(f"{getattr(tally, field):11,}" for field in fields))
+    if any(t.lost or t.wrong or t.unopened or t.unnoticed for t in tallies.values()):
+        raise SystemExit("error: something was lost, or damaged and not noticed")
     return result
 
 

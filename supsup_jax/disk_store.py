@@ -96,7 +96,7 @@ class DiskStore:
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
         path = Path(path)
         if mode == "x" or (mode == "a" and not (path / "manifest.json").exists()):
-            return cls(TaskLog.create(path, _manifest_of(net)), net)
+            return cls(TaskLog.create(path, manifest_of(net)), net)
         check_manifest(read_manifest(path), path, net)
         return cls(TaskLog.open(path, writes=mode == "a", timeout=timeout), net)
 
@@ -384,12 +384,13 @@ def check_manifest(manifest: dict[str, Any], path: Path, net: Network | None) ->
             "upgrade supsup_jax to read it"
         )
     with store_file.sensible(path):
-        for _, shape in manifest["layout"]:
-            if not all(type(size) is int and size >= 0 for size in shape):
-                raise ValueError(f"a leaf of shape {shape}")
-        for dtype, shape in manifest["states"].values():
-            if np.dtype(dtype).hasobject or not all(type(size) is int for size in shape):
-                raise ValueError(f"statistics of {dtype} {shape}")
+        shapes = [shape for _, shape in manifest["layout"]]
+        for dtype, shape in dict(manifest["states"]).values():
+            if np.dtype(dtype).hasobject:
+                raise ValueError(f"statistics of {dtype}")
+            shapes.append(shape)
+        if not all(type(size) is int and size >= 0 for shape in shapes for size in shape):
+            raise ValueError(f"the shapes {shapes}")
         if net is not None:
             store_file.check_network(path, manifest, net)
             if manifest["states"] != (have := store_file.state_fields(net)):
@@ -398,7 +399,8 @@ def check_manifest(manifest: dict[str, Any], path: Path, net: Network | None) ->
                 )
 
 
-def _manifest_of(net):
+def manifest_of(net: Network) -> dict[str, Any]:
+    """The manifest of a store of `net`'s tasks; `docs/format.md` says what stands in it."""
     return {
         "format": FORMAT,
         "version": VERSION,

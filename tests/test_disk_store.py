@@ -1,0 +1,317 @@
+"""Tasks on disk: what comes back is what went in. The bytes underneath: `test_task_log`."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import disk_store
+from supsup_jax.task_log import TaskLog
+from tests.conftest import filled_store, random_masks, relu_net
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks"
+
+
+def normed_tasks(net, count):
+    return [
+        ss.Task(mask, jax.tree.map(lambda leaf, i=i: leaf + i, net.state))
+        for i, mask in enumerate(random_masks(net, count))
+    ]
+
+
+def test_round_trip(small_net, path):
+    masks = random_masks(small_net, 5)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        for i, mask in enumerate(masks):
+            assert disk.append(mask, name=f"task {i}", labels=["yes", "no"]) == i
+    with ss.DiskStore.open(path, small_net) as disk:
+        assert len(disk) == disk.num_tasks == 5
+        chex.assert_trees_all_equal(disk.load(), filled_store(small_net, masks, capacity=5))
+        for i, mask in enumerate(masks):
+            chex.assert_trees_all_equal(disk.task(i), ss.Task(mask))
+            info = disk.info(i)
+            assert (info.name, info.labels, info.codec) == (f"task {i}", ("yes", "no"), "words")
+            assert info.kept == {
+                name: np.count_nonzero(leaf)
+                for name, leaf in zip(small_net.layout.shapes, jax.tree.leaves(mask), strict=True)
+            }
+
+
+def test_statistics_round_trip(norm_net, path):
+    tasks = normed_tasks(norm_net, 3)
+    with ss.DiskStore.open(path, norm_net, mode="x") as disk:
+        for task in tasks:
+            disk.append(task)
+        chex.assert_trees_all_equal(disk.load(), filled_store(norm_net, tasks, capacity=3))
+        chex.assert_trees_all_equal(disk.task(2), jax.tree.map(np.asarray, tasks[2]))
+        assert disk.info(0).state_bytes == disk.load().state_bytes
+
+
+def test_statistics_in_bfloat16_round_trip(path):
+    state = {"mean": jnp.asarray([1.5, -2.25], jnp.bfloat16)}
+    net = ss.Network(lambda p, s, x, train: (x @ p["k"], s), {"k": jnp.ones((4, 2))}, state=state)
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        disk.append(ss.Task(random_masks(net, 1)[0], state))
+        chex.assert_trees_all_equal(disk.load().task(0).state, state)
+
+
+@pytest.mark.parametrize("codec", [*disk_store.CODECS[:-1], "auto"])
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_every_codec_gives_back_the_mask(path, codec, density):
+    net = relu_net((40, 30, 20))
+    masks = random_masks(net, 3, density=density)
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        for mask in masks:
+            disk.append(mask, codec=codec)
+        chex.assert_trees_all_equal(disk.load(), filled_store(net, masks, capacity=3))
+        chex.assert_trees_all_equal(disk.task(1).mask, masks[1])
+        chosen = {0.02: "enumerative", 0.5: "words"}[density] if codec == "auto" else codec
+        assert disk.info(0).codec == chosen
+
+
+def test_deltas_are_coded_against_earlier_tasks(path):
+    net = relu_net((40, 30, 20))
+    first, second = random_masks(net, 2)
+    second = jax.tree.map(
+        lambda a, b: a ^ (b & (np.arange(a.size) < 9).reshape(a.shape)), first, second
+    )
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        disk.append(first)
+        disk.append(second, codec="xor-delta", base=0)
+        disk.append(first, codec="xor-delta", base=1)
+    with ss.DiskStore.open(path, net) as disk:
+        chex.assert_trees_all_equal(disk.load(), filled_store(net, [first, second, first], 3))
+        assert disk.info(2).base == 1
+        assert disk.info(1).mask_bytes < disk.info(0).mask_bytes / 2
+
+
+def test_slices_and_lists_of_tasks(small_net, path):
+    masks = random_masks(small_net, 7)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        assert disk.extend(filled_store(small_net, masks), names=list("abcdefg")) == range(7)
+        for tasks in (slice(2, 5), slice(None, None, 3), slice(-2, None)):
+            chosen = masks[tasks]
+            expected = filled_store(small_net, chosen, capacity=len(chosen))
+            chex.assert_trees_all_equal(disk.load(tasks), expected)
+        chex.assert_trees_all_equal(
+            disk.load([6, 0]), filled_store(small_net, [masks[6], masks[0]], capacity=2)
+        )
+        assert disk.info(6).name == "g"
+        with pytest.raises(ValueError, match="leaves none of the 7 tasks"):
+            disk.load(slice(9, 10))
+
+
+def test_loading_in_tiles_equals_appending_one_by_one(path):
+    """More tasks than fill a cache line of lanes, or a tile: 1,040 is 65 lines in two tiles."""
+    net = relu_net((5, 5))
+    masks = random_masks(net, 1040)
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        for mask in masks:
+            disk.append(mask, durable=False)
+        disk.flush()
+        store = disk.load()
+    for i in (0, 15, 16, 17, 519, 520, 1023, 1024, 1039):
+        chex.assert_trees_all_equal(store.mask(i), masks[i])
+    kept = sum(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(m)]) for m in masks)
+    np.testing.assert_array_equal(store.counts()[: net.layout.num_weights], kept)
+
+
+def test_decisions_among_streamed_parts(small_net, path):
+    masks = random_masks(small_net, 10)
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.extend(filled_store(small_net, masks))
+        parts = disk.parts(size=4)
+        assert [int(part.num_tasks) for part in parts] == [4, 4, 2] and len(parts) == 3
+        belief = ss.one_shot_streamed(small_net, parts, x)
+    expected = ss.one_shot(small_net, filled_store(small_net, masks), x)
+    np.testing.assert_array_equal(belief.task, expected.task)
+    np.testing.assert_allclose(belief.scores, expected.scores[:, :10], rtol=1e-4, atol=1e-6)
+
+
+def test_a_reader_beside_the_writer(small_net, path):
+    first, second = random_masks(small_net, 2)
+    with ss.DiskStore.open(path, small_net, mode="a") as writer:
+        writer.append(first)
+        reader = ss.DiskStore.open(path, small_net)
+        writer.append(second)
+        assert len(reader) == 1 and reader.refresh() == 2
+        chex.assert_trees_all_equal(reader.task(1).mask, second)
+        with pytest.raises(ss.StoreError, match="another writer"):
+            ss.DiskStore.open(path, small_net, mode="a")
+
+
+def test_without_a_network(small_net, path):
+    (mask,) = random_masks(small_net, 1)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        for codec in ("words", "enumerative"):
+            disk.append(mask, name="one", codec=codec)
+        words = disk.words(0)
+    with ss.DiskStore.open(path) as disk:
+        assert disk.info(0).name == "one"
+        assert disk.verify() == []
+        for i in range(2):
+            np.testing.assert_array_equal(disk.words(i), words)
+        with pytest.raises(ss.StoreError, match="without a network"):
+            disk.load()
+        with pytest.raises(ss.StoreError, match="without a network"):
+            disk.task(0)
+    with pytest.raises(TypeError, match="net must be a Network"):
+        ss.DiskStore.open(path, mode="a")
+
+
+def test_another_network_is_refused_and_both_are_named(small_net, norm_net, path):
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.append(random_masks(small_net, 1)[0])
+    other = relu_net((6, 6, 5), seed=1)
+    with pytest.raises(
+        ss.StoreError, match=f"{small_net.fingerprint[:12]}.*{other.fingerprint[:12]}"
+    ):
+        ss.DiskStore.open(path, other)
+    with pytest.raises(ss.StoreError, match="holds masks of"):
+        ss.DiskStore.open(path, norm_net, mode="a")
+    with pytest.raises(FileExistsError):
+        ss.DiskStore.open(path, small_net, mode="x")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        ss.DiskStore.open(path, small_net, mode="w")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": "supsup_jax.MaskStore"}, "is not a supsup_jax.DiskStore"),
+        ({"version": 2}, "has format version 2, this release reads 1: upgrade"),
+        ({"layout": 7}, "makes no sense"),
+        ({"layout": [["kernel0", [1 << 80]]]}, "holds masks of"),
+        ({"states": {"mean": ["object", [3]]}}, "makes no sense"),
+        ({"states": {"mean": ["float32", [-3]]}}, "makes no sense"),
+        ({"states": None}, "makes no sense"),
+    ],
+)
+def test_forged_manifests(small_net, path, change, message):
+    TaskLog.create(path, disk_store.manifest_of(small_net) | change).close()
+    with pytest.raises(ss.StoreError, match=message):
+        ss.DiskStore.open(path, small_net)
+
+
+def test_a_forged_layout_takes_no_memory(small_net, path):
+    huge = {"layout": [["kernel0", [1 << 60]]]}
+    log = TaskLog.create(path, disk_store.manifest_of(small_net) | huge)
+    log.append(metadata_of(), [bytes(12)])
+    log.close()
+    with pytest.raises(ss.StoreError, match="task 0 in 12 bytes"):
+        ss.DiskStore.open(path).words(0)
+
+
+def metadata_of(**changes):
+    fields = {"name": None, "labels": None, "codec": "words", "base": None, "kept": [1, 1]}
+    return fields | {"mask_bytes": 12} | changes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "pickle"},
+        {"codec": ["words"]},
+        {"codec": "xor-delta"},
+        {"codec": "xor-delta", "base": 0},
+        {"codec": "xor-delta", "base": True},
+        {"codec": "enumerative"},
+        {"base": 0},
+        {"mask_bytes": 8},
+        {"mask_bytes": -12},
+        {"mask_bytes": 1 << 60},
+        {"mask_bytes": "12"},
+        {"mask_bytes": None},
+    ],
+)
+def test_forged_records(small_net, path, change):
+    log = TaskLog.create(path, disk_store.manifest_of(small_net))
+    log.append(metadata_of(**change), [bytes(12)])
+    log.close()
+    with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError):
+        disk.load()
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": 7}, {"labels": 3}, {"labels": [3]}, {"kept": [1]}, {"kept": [1, "x"]}]
+)
+def test_forged_names(small_net, path, change):
+    log = TaskLog.create(path, disk_store.manifest_of(small_net))
+    log.append(metadata_of(**change), [bytes(12)])
+    log.close()
+    with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError):
+        disk.info(0)
+
+
+def test_bad_input(small_net, norm_net, path):
+    (mask,) = random_masks(small_net, 1)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        with pytest.raises(ValueError, match="lacks the masked leaf"):
+            disk.append({"kernel0": mask["kernel0"]})
+        with pytest.raises(ValueError, match="only 0 and 1"):
+            disk.append(jax.tree.map(lambda leaf: leaf * 2, mask))
+        with pytest.raises(ValueError, match="no state"):
+            disk.append(ss.Task(mask, {"mean": np.zeros(3)}))
+        with pytest.raises(TypeError, match="name must be a str"):
+            disk.append(mask, name=3)
+        with pytest.raises(TypeError, match="labels must be a list of str"):
+            disk.append(mask, labels="yes")
+        with pytest.raises(ValueError, match="codec must be"):
+            disk.append(mask, codec="zip")
+        with pytest.raises(ValueError, match=r"takes base="):
+            disk.append(mask, codec="xor-delta")
+        with pytest.raises(ValueError, match=r"takes base="):
+            disk.append(mask, base=0)
+        with pytest.raises(IndexError, match="task 0 is not in"):
+            disk.append(mask, codec="xor-delta", base=0)
+        with pytest.raises(ss.StoreError, match="the network masks"):
+            disk.extend(filled_store(norm_net, normed_tasks(norm_net, 1)))
+        with pytest.raises(ValueError, match="names must be 1"):
+            disk.extend(filled_store(small_net, [mask]), names=["a", "b"])
+        assert len(disk) == 0
+        disk.append(mask)
+        for i in (1, -1):
+            with pytest.raises(IndexError):
+                disk.task(i)
+        with pytest.raises(TypeError, match="must be an integer"):
+            disk.task("0")
+        with pytest.raises(ValueError, match="size must be a positive int"):
+            disk.parts(size=0)
+    with pytest.raises(ss.StoreError, match="closed"):
+        disk.task(0)
+    with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError, match="reading"):
+        disk.append(mask)
+
+
+def test_a_damaged_mask_is_named_and_never_returned(small_net, path):
+    masks = random_masks(small_net, 3)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.extend(filled_store(small_net, masks))
+    file = path / "tasks.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with ss.DiskStore.open(path, small_net) as disk:
+        with pytest.raises(ss.StoreError, match=r"tasks.bin: the record of task 1"):
+            disk.load()
+        chex.assert_trees_all_equal(
+            disk.load([0, 2]), filled_store(small_net, [masks[0], masks[2]], capacity=2)
+        )
+        assert "task 1" in str(disk.verify()[0])
+
+
+def test_the_manifest_says_what_the_store_belongs_to(small_net, path):
+    ss.DiskStore.open(path, small_net, mode="x").close()
+    manifest = json.loads((path / "manifest.json").read_text().splitlines()[0])
+    assert manifest["fingerprint"] == small_net.fingerprint
+    assert (manifest["initializer"], manifest["seed"]) == ("signed_constant", 0)
+    assert manifest["layout"] == [["kernel0", [6, 6]], ["kernel1", [6, 5]]]
+    assert manifest["versions"]["supsup_jax"] == ss.__version__
