@@ -169,10 +169,13 @@ def coded_bytes(mask: PyTree, base: PyTree = None) -> CodedBytes:
 
 def bound_bytes(mask: PyTree) -> float:
     """The information bound: sum over leaves of log2 C(n, k) / 8 bytes. Raises as `encode`."""
-    nats = 0.0
-    for leaf in _bits(_layout_of(mask), mask, "the mask"):
-        n, k = leaf.size, _kept(leaf)
-        nats += math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    leaves = _bits(_layout_of(mask), mask, "the mask")
+    return sum(bound_of(leaf.size, _kept(leaf)) for leaf in leaves)
+
+
+def bound_of(n: int, k: int) -> float:
+    """log2 C(n, k) / 8 bytes: the information in which k of n weights are kept."""
+    nats = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return nats / math.log(2) / 8
 
 

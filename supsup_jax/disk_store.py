@@ -13,7 +13,14 @@ from supsup_jax import bank, codecs, store_file
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
 from supsup_jax.store import MaskStore, checked_task
-from supsup_jax.task_log import Problem, TaskLog, read_manifest
+from supsup_jax.task_log import (
+    MANIFEST,
+    Problem,
+    TaskLog,
+    read_alone,
+    read_manifest,
+    write_alone,
+)
 from supsup_jax.types import PyTree, StoreError, Task
 from supsup_jax.version import __version__
 
@@ -82,8 +89,8 @@ class DiskStore:
     ) -> "DiskStore":
         """The store in the folder `path`.
 
-        net: the network whose tasks it holds. Without one, in mode "r", the store can be looked at
-          and verified, but neither `task` nor `load` has a network to make pytrees for.
+        net: the network whose tasks it holds. Without one, a store that is there can be looked at,
+          verified and copied from, but there is nothing to make pytrees like.
         mode: "r" to read; "a" to append, to a new store where there is none; "x" to create one.
         timeout: seconds to wait while another process has the store open for appending.
         Raises FileNotFoundError where no store is (mode "r"), FileExistsError where one is (mode
@@ -92,10 +99,11 @@ class DiskStore:
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-        if not isinstance(net, Network) and not (net is None and mode == "r"):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
         path = Path(path)
-        if mode == "x" or (mode == "a" and not (path / "manifest.json").exists()):
+        new = mode == "x" or (mode == "a" and not (path / MANIFEST).exists())
+        if not isinstance(net, Network) and (new or net is not None):
+            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        if new:
             return cls(TaskLog.create(path, manifest_of(net)), net)
         check_manifest(read_manifest(path), path, net)
         return cls(TaskLog.open(path, writes=mode == "a", timeout=timeout), net)
@@ -158,6 +166,41 @@ class DiskStore:
             self.append(store.task(i), name=name, durable=False)
         self.flush()
         return range(first, len(self))
+
+    def export(self, i: int, path: str | os.PathLike) -> None:
+        """Writes task i to the file `path`, which `append_file` takes into a store like this one.
+
+        Raises as `task`, FileExistsError where something is, OSError for the rest.
+        """
+        record = self._log.read(self._index(i))
+        coding = self._coding(record, i)
+        metadata, body = record.metadata, [record.body]
+        if coding.base is not None:  # which the other store need not hold
+            mask = self._layout.tree(self._read_leaves(coding, i))
+            coded = codecs.encode(mask)
+            metadata |= {"codec": codecs.codec_of(coded), "base": None, "mask_bytes": len(coded)}
+            body = [coded, record.body[len(coding.mask) :]]
+        write_alone(path, self.manifest, metadata, body)
+
+    def append_file(self, path: str | os.PathLike) -> int:
+        """Adds the task in a file of `export`, and returns its number.
+
+        Raises FileNotFoundError, StoreError where it is damaged or of another network, and as
+        `append`.
+        """
+        manifest, record = read_alone(path)
+        check_manifest(manifest, Path(path), self._net)
+        for field in ("layout", "states", "fingerprint"):
+            if manifest.get(field) != self.manifest[field]:
+                raise StoreError(
+                    f"{path} holds a task of another network: its {field} is "
+                    f"{manifest.get(field)}, that of {self.path} is {self.manifest[field]}"
+                )
+        with store_file.sensible(path):
+            if record.metadata["base"] is not None:
+                raise ValueError("a mask coded against another task")
+        self._read_words(self._coding(record, 0), 0)
+        return self._log.append(record.metadata, [record.body])
 
     def flush(self) -> None:
         """Returns when all tasks are on the device: for `append(durable=False)`."""

@@ -164,7 +164,9 @@ def test_without_a_network(small_net, path):
         with pytest.raises(ss.StoreError, match="without a network"):
             disk.task(0)
     with pytest.raises(TypeError, match="net must be a Network"):
-        ss.DiskStore.open(path, mode="a")
+        ss.DiskStore.open(path.parent / "new", mode="a")
+    with ss.DiskStore.open(path, mode="a") as disk, pytest.raises(ss.StoreError, match="without"):
+        disk.append(mask)
 
 
 def test_another_network_is_refused_and_both_are_named(small_net, norm_net, path):
@@ -289,6 +291,32 @@ def test_bad_input(small_net, norm_net, path):
         disk.task(0)
     with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError, match="reading"):
         disk.append(mask)
+
+
+def test_a_task_travels_as_a_file(small_net, norm_net, path, tmp_path):
+    masks = random_masks(small_net, 3)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.append(masks[0], name="zero")
+        disk.append(masks[1], name="one", labels=["a", "b"], codec="enumerative")
+        disk.append(masks[2], name="two", codec="xor-delta", base=0)
+        for i in range(3):
+            disk.export(i, tmp_path / f"{i}.task")
+        with pytest.raises(FileExistsError):
+            disk.export(0, tmp_path / "0.task")
+    with ss.DiskStore.open(tmp_path / "other", small_net, mode="a") as other:
+        for i in (2, 1, 0):
+            other.append_file(tmp_path / f"{i}.task")
+        assert [other.info(i).name for i in range(3)] == ["two", "one", "zero"]
+        assert other.info(1).labels == ("a", "b")
+        chex.assert_trees_all_equal(other.load(), filled_store(small_net, masks[::-1], capacity=3))
+    with ss.DiskStore.open(tmp_path / "stranger", relu_net((6, 6, 5), seed=3), "x") as stranger:
+        with pytest.raises(ss.StoreError, match="other weights"):
+            stranger.append_file(tmp_path / "0.task")
+        assert len(stranger) == 0
+    # Nor where no network is at hand to compare with.
+    stranger = ss.DiskStore.open(tmp_path / "stranger", mode="a")
+    with stranger, pytest.raises(ss.StoreError, match="of another network: its fingerprint is"):
+        stranger.append_file(tmp_path / "0.task")
 
 
 def test_a_damaged_mask_is_named_and_never_returned(small_net, path):
