@@ -52,7 +52,8 @@ def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, data.ViewStream
     net = continual.build(config, dataset)
     stream = continual.make_stream(config, dataset)
     if not args.tiny:
-        return net, ss.MaskStore.load(args.run / "store.npz", net), stream
+        with ss.DiskStore.open(args.run / "tasks", net) as disk:
+            return net, disk.load(), stream
     store = ss.MaskStore.create(net, config.tasks)
     for i in range(config.tasks):
         result = ss.train_task(jax.random.key(i), net, stream.train[i], config.train)

@@ -224,7 +224,7 @@ def learn(run: Run, config: Config, learner: Any) -> None:
                 accuracy = learner.last_accuracy()
             bar.set_postfix(task=group.stop - 1, accuracy=f"{accuracy:.4f}", refresh=False)
             bar.update(len(group))
-            if group.stop in stops:
+            if group.stop in stops or learner.appends:
                 with run.phase("save"):
                     learner.save(run)
                 run.write_progress()

@@ -4,6 +4,7 @@ A learner knows how many tasks it has learned (`done`), learns some more at once
 rows of results, and saves and restores itself in a run's folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -36,7 +37,12 @@ def objectives(num_labels: int) -> dict[str, Any]:
 
 
 class Learner:
-    """What all learners share: the run's settings, and evaluation without ids."""
+    """What all learners share: the run's settings, and evaluation without ids.
+
+    appends: whether saving costs what is new only, so that no task need be learned again.
+    """
+
+    appends: ClassVar = False
 
     def __init__(self, config: Any, net: ss.Network, stream: data.ViewStream):
         self.config, self.net, self.stream = config, net, stream
@@ -73,6 +79,8 @@ class Learner:
 
 class Masks(Learner):
     """SupSup: a mask a task in one fixed network."""
+
+    appends = True
 
     def __init__(self, config, net, stream):
         super().__init__(config, net, stream)
@@ -119,14 +127,20 @@ class Masks(Learner):
         return rows
 
     def save(self, run: Run) -> None:
-        self.store.save(run.store_path, overwrite=True)
+        with ss.DiskStore.open(run.tasks_path, self.net, "a") as disk:
+            for i in range(len(disk), self.done):
+                disk.append(self.store.task(i), durable=False)
+            disk.flush()
 
     def restore(self, run: Run) -> None:
-        if run.store_path.exists():
-            self.store = ss.MaskStore.load(run.store_path, self.net)
+        # A run killed before its first task has no folder, or one that is no store yet.
+        found = contextlib.suppress(FileNotFoundError)
+        with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
+            if len(disk):
+                self.store = disk.load()
 
     def bytes(self, run: Run) -> dict[str, float]:
-        return reports.store_bytes(self.store, run.store_path)
+        return reports.store_bytes(self.store, run.tasks_path)
 
     def kept(self) -> dict[str, list[int]] | None:
         if self.config.train.rule != "topk":
@@ -138,6 +152,8 @@ class Masks(Learner):
 
 class Transfer(Masks):
     """SupSup whose tasks start from the mean of the earlier tasks' scores (section 3.2)."""
+
+    appends = False  # a task counts with the mean behind it
 
     def __init__(self, config, net, stream):
         super().__init__(config, net, stream)

@@ -123,7 +123,11 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
 
 
 def store_bytes(store: ss.MaskStore, path: Path) -> dict[str, float]:
-    """Bytes of what a run keeps; of the masks also as each codec would take, and their bound."""
+    """Bytes of what a run keeps; of the masks also as each codec would take, and their bound.
+
+    path: of the file, or the folder of files, that the store is saved in.
+    """
+    files = list(path.iterdir()) if path.is_dir() else [path]
     num_tasks = int(store.num_tasks)
     coded = [codecs.coded_bytes(store.mask(i)) for i in range(num_tasks)]
     masks = num_tasks * store.layout.num_words * 4
@@ -137,7 +141,7 @@ def store_bytes(store: ss.MaskStore, path: Path) -> dict[str, float]:
         "heads": 0,
         "seed": 4,
         "total": masks + statistics + 4,
-        "store_file": path.stat().st_size,
+        "store_file": sum(file.stat().st_size for file in files),
     }
 
 

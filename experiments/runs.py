@@ -1,7 +1,8 @@
 """The folder of one run: claimed before work starts, resumed after a crash, finished once.
 
 progress.json   config, seconds and rows so far, tasks saved; present from the start
-store.npz       the masks, saved every so many tasks
+tasks/          the masks, a DiskStore: each as soon as it is learned; or, where a store is not of
+store.npz       masks appended, that store, saved every so many tasks
 result.json     the finished run; its presence means that nothing is left to do
 """
 
@@ -91,6 +92,10 @@ class Run:
     @property
     def store_path(self) -> Path:
         return self.out / "store.npz"
+
+    @property
+    def tasks_path(self) -> Path:
+        return self.out / "tasks"
 
     @property
     def result(self) -> dict[str, Any] | None:

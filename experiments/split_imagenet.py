@@ -18,7 +18,7 @@ epochs of the mean task, so that one program serves all. `--workers` processes d
 some 240 a second. A run is saved every 500 steps and continues inside a task with --resume, to the
 same bits on the same device.
 
-Writes result.json, accuracy.csv, store.npz and pictures to --out.
+Writes result.json, accuracy.csv, the store (tasks/) and pictures to --out.
 """
 
 import contextlib

@@ -313,7 +313,8 @@ class Disk:
             if offset is None or rng.random() < 0.3:
                 self.apply(files, name, offset, data)
                 continue
-            end = rng.randrange(len(data) + 1)  # the size may be on disk, and blocks not
+            # The size may be on disk, and blocks not.
+            end = len(data) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
             self.apply(files, name, offset, bytes(end))
             for start in range(0, end, BLOCK):
                 if rng.random() < 0.7:

@@ -34,7 +34,7 @@ def test_a_run_writes_what_it_promises(finished):
         "matrix.png",
         "progress.json",
         "result.json",
-        "store.npz",
+        "tasks",
     }
     for key in ("schema", "config", "seed", "seconds", "bytes", "versions", "device", "rows"):
         assert key in result
@@ -83,8 +83,10 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
     got = continual.main(dataclasses.replace(args, resume=True))
     assert len(calls) == 4  # the two tasks saved were not learned again
     assert got["rows"] == want["rows"]
-    with np.load(args.out / "store.npz") as a, np.load(finished_out / "store.npz") as b:
-        np.testing.assert_array_equal(a["masks"], b["masks"])
+    for name in ("tasks.bin", "index.bin", "manifest.json"):
+        assert (args.out / "tasks" / name).read_bytes() == (
+            finished_out / "tasks" / name
+        ).read_bytes()
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, capsys, monkeypatch):
@@ -159,10 +161,10 @@ def test_a_damaged_store_stops_a_resume(tmp_path, capsys, monkeypatch):
     args = Args(tiny=True, out=tmp_path / "run")
     monkeypatch.setattr(continual, "finish", lambda *_: {})
     continual.main(args)
-    store = args.out / "store.npz"
-    store.write_bytes(store.read_bytes()[:-100])
+    tasks = args.out / "tasks" / "tasks.bin"
+    tasks.write_bytes(tasks.read_bytes()[:-100])
     capsys.readouterr()
-    assert "not a whole store" in error_of(["--tiny", "--out", str(args.out), "--resume"], capsys)
+    assert "was cut short" in error_of(["--tiny", "--out", str(args.out), "--resume"], capsys)
 
 
 def test_compile_seconds_are_counted_once(tmp_path):

@@ -4,13 +4,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+import supsup_jax as ss
 from supsup_jax import data, models
 from tests.conftest import ROOT
 
 
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    code, none_of_these, conv_nets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code, none_of_these, conv_nets, on_disk = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     stream = data.PermutedStream(data.load_dataset("digits"), 2)
     x, y = stream.test[1].batch(jnp.arange(100))
@@ -19,6 +20,9 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     assert (tmp_path / "masks.npz").exists()
     assert float((names["belief"].task == 1).mean()) > 0.9
     assert float((names["logits"].argmax(-1) == y).mean()) > 0.9
+    exec(on_disk, dict(names))
+    with ss.DiskStore.open("tasks", names["net"]) as disk:
+        assert [disk.info(i).name for i in range(2)] == ["customer 0", "customer 1"]
     unknown = data.PermutedStream(data.load_dataset("digits"), 3).test[2]
     names |= {"x_known": x, "x": unknown.batch(jnp.arange(50))[0]}
     exec(none_of_these, names)
