@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark_store
 
-LeNet-300-100 (s=100), whose mask is 35,600 bytes.
+LeNet-300-100 (s=100), whose mask is 34,400 bytes.
 
     append    one task to a store of T = 10 to 10,000: milliseconds beyond the flush, and the flush
     open      a store of 2,500: its manifest, and where each task is

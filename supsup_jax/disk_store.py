@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from supsup_jax import bank, codecs, store_file
+from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
 from supsup_jax.store import MaskStore, checked_task
@@ -29,6 +30,7 @@ VERSION = 1
 WORDS = "words"  # the packed masks of a MaskStore as they are: nothing to decode
 CODECS = (WORDS, *codecs.CODECS)
 MODES = ("r", "a", "x")
+RESERVOIR = "reservoir.bin"
 
 
 class TaskInfo(NamedTuple):
@@ -202,6 +204,42 @@ class DiskStore:
         self._read_words(self._coding(record, 0), 0)
         return self._log.append(record.metadata, [record.body])
 
+    def save_reservoir(self, store: HopfieldStore) -> None:
+        """Keeps the Hopfield networks of HopSupSup in the folder, in place of those before.
+
+        Raises StoreError unless they are of this network and the folder is open for appending.
+        """
+        store.check_fits(self._network())
+        self._log.check_writable()
+        metadata = {"rule": store.rule, "num_tasks": int(store.num_tasks)}
+        arrays = jax.tree.leaves((store.weights, store.total))
+        body = [
+            np.asarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays
+        ]
+        write_alone(self.path / RESERVOIR, self.manifest, metadata, body, overwrite=True)
+
+    def load_reservoir(self) -> HopfieldStore:
+        """What `save_reservoir` keeps.
+
+        Raises FileNotFoundError where nothing is kept, StoreError where it is damaged.
+        """
+        net, path = self._network(), self.path / RESERVOIR
+        manifest, record = read_alone(path)
+        check_manifest(manifest, path, net)
+        sizes = [math.prod(shape) for _, shape in self._shapes]
+        kinds = [("<f4", (d, d)) for d in sizes] + [("<i4", (d,)) for d in sizes]
+        arrays, data = [], record.body
+        with store_file.sensible(path):
+            for dtype, shape in kinds:
+                size = 4 * math.prod(shape)
+                arrays.append(np.frombuffer(data[:size], dtype).reshape(shape))
+                data = data[size:]
+            rule, num_tasks = record.metadata["rule"], record.metadata["num_tasks"]
+            if data or type(num_tasks) is not int or num_tasks < 0:
+                raise ValueError(f"{num_tasks!r} tasks, and {len(data):,} bytes too many")
+            half = len(sizes)
+            return HopfieldStore.of_arrays(net, rule, num_tasks, arrays[:half], arrays[half:])
+
     def flush(self) -> None:
         """Returns when all tasks are on the device: for `append(durable=False)`."""
         self._log.flush()
@@ -267,7 +305,14 @@ class DiskStore:
 
     def verify(self) -> list[Problem]:
         """Every byte of the folder against its checksums: what is wrong with it, or nothing."""
-        return self._log.verify()
+        problems = self._log.verify()
+        try:
+            read_alone(self.path / RESERVOIR)
+        except FileNotFoundError:
+            pass
+        except StoreError as error:
+            problems.append(Problem(RESERVOIR, str(error), loses=True))
+        return problems
 
     def close(self) -> None:
         """Closes the files and lets others append. Later calls raise StoreError."""

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -172,6 +173,11 @@ class HopfieldStore:
         return self.layout.tree(list(self._weights))
 
     @property
+    def total(self) -> PyTree:
+        """Sum of the +-1 masks, each int32 [d], in a pytree like a mask."""
+        return self.layout.tree(list(self._total))
+
+    @property
     def mean(self) -> PyTree:
         """Mean of the +-1 masks, float32 pytree like a mask; zeros where there is none."""
         count = jnp.maximum(1, self.num_tasks).astype(jnp.float32)
@@ -272,11 +278,24 @@ class HopfieldStore:
         for i, d in enumerate(_sizes(net.layout).values()):
             want |= {f"weights.{i}": ((d, d), "float32"), f"total.{i}": ((d,), "int32")}
         store_file.check_arrays(path, manifest, arrays, want)
+        places = range(len(net.layout.shapes))
+        weights, totals = ([arrays[f"{name}.{i}"] for i in places] for name in ("weights", "total"))
+        return cls.of_arrays(net, rule, num_tasks, weights, totals)
+
+    @classmethod
+    def of_arrays(
+        cls,
+        net: Network,
+        rule: str,
+        num_tasks: int,
+        weights: Sequence[np.ndarray],
+        totals: Sequence[np.ndarray],
+    ) -> "HopfieldStore":
+        """The store of arrays as loaded from files: float32 [d, d] and int32 [d] a masked leaf."""
         empty = cls.create(net, rule)
-        places = range(len(empty._weights))
         return cls(
-            weights=tuple(jnp.asarray(arrays[f"weights.{i}"]) for i in places),
-            total=tuple(jnp.asarray(arrays[f"total.{i}"]) for i in places),
+            weights=tuple(map(jnp.asarray, weights)),
+            total=tuple(map(jnp.asarray, totals)),
             num_tasks=jnp.int32(num_tasks),
             fingerprint=empty._fingerprint,
             seed=empty._seed,

@@ -280,6 +280,10 @@ class TaskLog:
                 os.close(fd)
         self._records = self._index = None
 
+    def check_writable(self) -> None:
+        """Raises StoreError unless the folder is open for appending."""
+        self._check_open(writes=True)
+
     def _check_open(self, writes=False):
         if self._records is None:
             raise StoreError(f"{self.path} was closed; open it again")
@@ -448,16 +452,21 @@ def split_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def write_alone(
-    path: str | os.PathLike, manifest: dict[str, Any], metadata: dict[str, Any], body: Sequence[Any]
+    path: str | os.PathLike,
+    manifest: dict[str, Any],
+    metadata: dict[str, Any],
+    body: Sequence[Any],
+    overwrite: bool = False,
 ) -> None:
     """One record as a file of its own, under its manifest: what `read_alone` takes back.
 
-    Raises FileExistsError where something is, OSError for the rest; nothing half-written stays.
+    Raises FileExistsError where something is, unless it is to be overwritten; OSError for the
+    rest. Nothing half-written stays.
     """
     path = Path(path)
     whole = _signed_manifest(manifest) + _record_bytes(0, metadata, body)
     partial = path.with_name(f".{path.name}.partial")
-    if path.exists():
+    if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; name a new file")
     try:
         _write(partial, whole, os.O_CREAT | os.O_TRUNC)

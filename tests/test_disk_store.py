@@ -319,6 +319,33 @@ def test_a_task_travels_as_a_file(small_net, norm_net, path, tmp_path):
         stranger.append_file(tmp_path / "0.task")
 
 
+def test_reservoirs_round_trip(small_net, path):
+    first = ss.HopfieldStore.create(small_net)
+    for mask in random_masks(small_net, 2):
+        first = first.append(mask)
+    second = first.append(random_masks(small_net, 3)[2])
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        with pytest.raises(FileNotFoundError):
+            disk.load_reservoir()
+        for store in (first, second):
+            disk.save_reservoir(store)
+            chex.assert_trees_all_equal(disk.load_reservoir(), store)
+        assert disk.verify() == []
+        with pytest.raises(ss.StoreError):
+            disk.save_reservoir(ss.HopfieldStore.create(relu_net((6, 6, 5), seed=1)))
+    with ss.DiskStore.open(path, small_net) as disk:
+        with pytest.raises(ss.StoreError, match="reading only"):
+            disk.save_reservoir(first)
+        file = path / "reservoir.bin"
+        whole = file.read_bytes()
+        for place in range(0, len(whole), 97):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(ss.StoreError, match=r"reservoir.bin"):
+                disk.load_reservoir()
+            (problem,) = disk.verify()
+            assert problem.file == "reservoir.bin"
+
+
 def test_a_damaged_mask_is_named_and_never_returned(small_net, path):
     masks = random_masks(small_net, 3)
     with ss.DiskStore.open(path, small_net, mode="a") as disk:
