@@ -12,6 +12,7 @@ Expected: every run ends, and equal. Writes stress_runs.json to --out. 10 minute
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
@@ -49,18 +50,26 @@ def command(script: str, *options: str, out: Path) -> list[str]:
     return [sys.executable, "-m", f"experiments.{script}", "--tiny", *options, "--out", str(out)]
 
 
-def finished(argv: list[str]) -> float:
+def environment(folder: Path) -> dict[str, str]:
+    """With a cache of compiled programs, so that most of a run is work to be killed in."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def finished(argv: list[str], env: dict[str, str]) -> float:
     """Runs to the end; returns the seconds it took."""
     start = time.monotonic()
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}: {done.stderr[-800:]}")
     return time.monotonic() - start
 
 
-def killed(argv: list[str], seconds: float) -> bool:
+def killed(argv: list[str], env: dict[str, str], seconds: float) -> bool:
     """Runs for so long at most; whether it had to be killed."""
-    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(seconds)
     if child.poll() is None:
@@ -79,20 +88,20 @@ def outcome(out: Path) -> dict:
 
 
 def measure(folder: Path, name: str, kills: int, rng: random.Random) -> dict:
-    script = RUNS[name]
+    script, env = RUNS[name], environment(folder)
     whole, broken = folder / f"{name}-whole", folder / f"{name}-broken"
-    finished(command(*script, out=whole))
+    finished(command(*script, out=whole), env)
     # Again, with what is compiled by now, for how long it takes.
-    again = finished(command(*script, out=folder / f"{name}-again"))
+    again = finished(command(*script, out=folder / f"{name}-again"), env)
     argv = [*command(*script, out=broken), "--resume"]
     done, ends = 0, []
     while done < kills:
         # Rarely later than the start-up takes, half the time in the midst of the work.
-        done += killed(argv, rng.uniform(0.3, 1.0) * again)
+        done += killed(argv, env, rng.uniform(0.3, 1.0) * again)
         if done < kills and (broken / "result.json").exists():
             ends.append(outcome(whole) == outcome(broken))
             shutil.rmtree(broken)
-    finished(argv)
+    finished(argv, env)
     ends.append(outcome(whole) == outcome(broken))
     return {"run": name, "kills": done, "ends": len(ends), "equal": all(ends)}
 
@@ -107,7 +116,10 @@ def main(args: Args) -> dict:
         for name in names:
             rows.append(measure(Path(folder), name, kills, rng))
             row = rows[-1]
-            print(f"{name}: killed {row['kills']} times, {row['ends']} ends, equal: {row['equal']}")
+            print(
+                f"{name}: killed {row['kills']} times, {row['ends']} ends, equal: {row['equal']}",
+                flush=True,
+            )
     result = {
         "schema": runs.SCHEMA,
         "seed": args.seed,
