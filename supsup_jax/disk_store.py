@@ -66,11 +66,7 @@ class DiskStore:
     def __init__(self, log: TaskLog, net: Network | None):
         # Made by `open` alone, which checks that log and network belong together.
         self._log, self._net = log, net
-        self._shapes = tuple((name, tuple(shape)) for name, shape in log.manifest["layout"])
-        self._states = {
-            name: (np.dtype(dtype), tuple(shape))
-            for name, (dtype, shape) in log.manifest["states"].items()
-        }
+        self._shapes, self._states = _leaves_of(log.manifest)
         # Without a network, masks are lists of their leaves.
         self._layout = (
             net.layout if net else Layout(jax.tree.structure([0] * len(self._shapes)), self._shapes)
@@ -472,19 +468,34 @@ def check_manifest(manifest: dict[str, Any], path: Path, net: Network | None) ->
             "upgrade supsup_jax to read it"
         )
     with store_file.sensible(path):
-        shapes = [shape for _, shape in manifest["layout"]]
-        for dtype, shape in dict(manifest["states"]).values():
-            if np.dtype(dtype).hasobject:
-                raise ValueError(f"statistics of {dtype}")
-            shapes.append(shape)
-        if not all(type(size) is int and size >= 0 for shape in shapes for size in shape):
-            raise ValueError(f"the shapes {shapes}")
+        _leaves_of(manifest)
         if net is not None:
             store_file.check_network(path, manifest, net)
             if manifest["states"] != (have := store_file.state_fields(net)):
                 raise StoreError(
                     f"{path} holds statistics {manifest['states']}, the network has {have}"
                 )
+
+
+def _leaves_of(manifest):
+    """((name, shape), ...) of the masked leaves, and {name: (dtype, shape)} of the statistics.
+
+    Raises KeyError, TypeError or ValueError for a manifest that makes no sense.
+    """
+    shapes = tuple((name, tuple(shape)) for name, shape in manifest["layout"])
+    if not isinstance(manifest["states"], dict):
+        raise TypeError(f"the statistics {manifest['states']!r}")
+    states = {
+        name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in manifest["states"].items()
+    }
+    if any(dtype.hasobject or not isinstance(name, str) for name, (dtype, _) in states.items()):
+        raise ValueError(f"the statistics {states!r}")
+    if not (shapes and all(isinstance(name, str) for name, _ in shapes)):
+        raise ValueError(f"the leaves {shapes!r}")
+    sizes = [size for _, shape in (*shapes, *states.values()) for size in shape]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"the shapes {shapes!r} and {states!r}")
+    return shapes, states
 
 
 def manifest_of(net: Network) -> dict[str, Any]:
