@@ -95,12 +95,15 @@ class Series(NamedTuple):
 
     @property
     def network(self) -> str:
-        width = json.loads(self.setup).get("width")
+        setup = json.loads(self.setup)
+        width, scale = setup.get("width"), setup.get("scale")
         name = NETWORKS.get(self.model, self.model)
         if self.model == "bnnet":
             name += f"-{width}-{width}"
         elif width:
             name += f" of width {width}"
+        if scale:
+            name += f", density by s = {scale:g}"
         return f"{name}, {self.outputs} outputs"
 
 
