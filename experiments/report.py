@@ -426,8 +426,14 @@ def draw(out: Path, entries: list[Mean]) -> list[str]:
 
 def _curves(entries):
     grouped: dict[Series, list[Mean]] = {}
-    for entry in entries:
-        grouped.setdefault(entry.series._replace(tasks=0), []).append(entry)
+    # A line of an earlier report says nothing of its setup: it goes on with a curve of its name.
+    names: dict[tuple, Series] = {}
+    for entry in sorted(entries, key=lambda entry: not entry.added):
+        series = entry.series._replace(tasks=0)
+        if not entry.added:
+            series = names.get(_shown(series), series)
+        names.setdefault(_shown(series), series)
+        grouped.setdefault(series, []).append(entry)
     curves = []
     for series, found in grouped.items():
         label = plots.METHODS.get(series.method, series.method)
