@@ -228,7 +228,9 @@ def kept(path: Path, entries: list[Mean]) -> list[Mean]:
 
 
 def _shown(series):
-    return *series._replace(model=series.network, outputs=0, setup=""), series.network
+    """What a line says of its series: two experiments may go by one name there."""
+    experiment = EXPERIMENTS.get(series.experiment, series.experiment)
+    return series._replace(experiment=experiment, model=series.network, outputs=0, setup="")
 
 
 def _cells(line):

@@ -257,7 +257,16 @@ def test_mistakes_of_methods_and_widths(capsys, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def fake_run(folder, seed, accuracy, method="supsup", outputs=100, tasks=50, **config):
+def fake_run(
+    folder,
+    seed,
+    accuracy,
+    method="supsup",
+    outputs=100,
+    tasks=50,
+    experiment="permuted",
+    **config,
+):
     """A result.json as a run of permuted MNIST would leave it."""
     folder.mkdir(parents=True)
     scenario = "gnu" if method == "supsup" else "gg"
@@ -274,7 +283,7 @@ def fake_run(folder, seed, accuracy, method="supsup", outputs=100, tasks=50, **c
     }
     result = {
         "schema": runs.SCHEMA,
-        "experiment": "permuted",
+        "experiment": experiment,
         "seed": seed,
         "seconds": {"train": 2.0, "evaluate": 1.0, "compile": 0.5},
         "device": "1 x cpu, 2 cores",
@@ -343,6 +352,20 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert "| 0.8000 | 0.9368 |" in text
     assert "0.9400 ± 0.0100" not in text
     assert (out / "figure_3_left.png").read_bytes() != picture
+
+
+def test_a_report_added_to_itself_stays_as_it_is(tmp_path):
+    """Two experiments go by one name in the table; no line may come twice for that."""
+    out = tmp_path / "out"
+    for experiment in ("permuted", "rotated", "split", "split_mnist", "nns"):
+        for scale in (None, 8, 32):
+            folder = tmp_path / "runs" / f"{experiment}{scale}"
+            fake_run(folder, 0, 0.9, experiment=experiment, width=10, scale=scale)
+    report.main(report.Args(tmp_path / "runs", out))
+    before = (out / "results.md").read_text().splitlines()
+    report.main(report.Args(tmp_path / "runs", out, add=True))
+    after = (out / "results.md").read_text().splitlines()
+    assert sorted(after[1:]) == sorted(before[1:])
 
 
 def test_mistakes_of_the_report(tmp_path, capsys):
