@@ -360,7 +360,7 @@ def test_a_report_added_to_itself_stays_as_it_is(tmp_path):
     for experiment in ("permuted", "rotated", "split", "split_mnist", "nns"):
         for scale in (None, 8, 32):
             folder = tmp_path / "runs" / f"{experiment}{scale}"
-            made = {"experiment": experiment, "dataset": f"the {experiment}'s"}
+            made = {"experiment": experiment, "dataset": f"{experiment}_data"}
             fake_run(folder, 0, 0.9, width=10, scale=scale, **made)
     report.main(report.Args(tmp_path / "runs", out))
     before = (out / "results.md").read_text().splitlines()
