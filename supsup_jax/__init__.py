@@ -24,6 +24,7 @@ from supsup_jax.scenarios import (
     parse_scenario,
 )
 from supsup_jax.search import Rule, binary_search, descend, oracle, rerank
+from supsup_jax.sharding import ShardedStore, shard
 from supsup_jax.store import MaskStore
 from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
@@ -55,6 +56,7 @@ __all__ = [
     "Rejection",
     "Rule",
     "ScoreMean",
+    "ShardedStore",
     "StoreError",
     "StreamConfig",
     "StreamState",
@@ -89,6 +91,7 @@ __all__ = [
     "recover_best",
     "reject",
     "rerank",
+    "shard",
     "signed_constant",
     "signed_topk_mask",
     "start_training",

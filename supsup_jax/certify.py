@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from supsup_jax import contraction, fixed_point
+from supsup_jax.devices import ONE_DEVICE, OneDevice
 from supsup_jax.packing import WORD_BITS, column, unpack
 
 # Among 2,500 masks (500 trained on permuted MNIST, the others random), 9 planes settle 95% of
@@ -22,10 +23,13 @@ COARSE_PLANES = 9
 SHORTLIST = 16
 
 
-def best_scores(words: jax.Array, v: jax.Array, num_tasks: jax.Array) -> jax.Array:
+def best_scores(
+    words: jax.Array, v: jax.Array, num_tasks: jax.Array, devices: OneDevice = ONE_DEVICE
+) -> jax.Array:
     """Scores [num_tiles * lanes] of v [32 nw] whose argmax over the first T is the exact one.
 
     Those in doubt are exact (float32), the others within the bound; beyond T they are -inf.
+    devices: those among whose masks the largest score is sought.
     """
     v = v.astype(jnp.float32)
     live = jnp.arange(words.shape[0] * words.shape[2]) < num_tasks
@@ -36,8 +40,9 @@ def best_scores(words: jax.Array, v: jax.Array, num_tasks: jax.Array) -> jax.Arr
 
     coarse = scores(COARSE_PLANES)
     # Written so that a slack that is not a number leaves nothing out.
-    in_doubt = live & ~(coarse < coarse.max() - slack(words, v, COARSE_PLANES))
-    count = in_doubt.sum()
+    best = devices.largest(coarse.max())
+    in_doubt = live & ~(coarse < best - slack(words, v, COARSE_PLANES))
+    count = devices.total(in_doubt.sum())
     ids = jnp.nonzero(in_doubt, size=SHORTLIST, fill_value=0)[0].astype(jnp.int32)
 
     def certain():
@@ -47,7 +52,7 @@ def best_scores(words: jax.Array, v: jax.Array, num_tasks: jax.Array) -> jax.Arr
         def exact(n, s):
             return s.at[ids[n]].set(jnp.vdot(v, unpack(column(words, ids[n])).reshape(-1)))
 
-        return lax.fori_loop(0, count, exact, coarse)
+        return lax.fori_loop(0, in_doubt.sum(), exact, coarse)
 
     def all_exact():
         return scores(contraction.PLANES)

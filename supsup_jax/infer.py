@@ -6,7 +6,8 @@ that vector with the packed masks (paper section 3.3). Every function returns sc
 higher is better and -inf marks an empty slot.
 
 Called on concrete arrays each function checks its arguments, then runs one jitted program; inside
-the caller's own jit the same code becomes part of the caller's program.
+the caller's own jit the same code becomes part of the caller's program. With a store over a mesh
+each device runs that program on its own tasks and rows: `store.spread` sees to it.
 """
 
 import functools
@@ -18,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import contraction
+from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore, TaskStore
@@ -191,23 +193,27 @@ def decide_tasks(
     Never holds the scores of more than a piece of the decisions.
     """
 
-    def ids(x, implementation):
-        return gradient_scores(
-            net,
-            store,
-            mixture,
-            x,
-            state,
-            objective,
-            implementation,
-            finish=lambda gradient: belief(store, -gradient).task,
-        )
+    def decide(store, net, mixture, x, state):
+        def best(x, implementation):
+            return gradient_scores(
+                net,
+                store,
+                mixture,
+                x,
+                state,
+                objective,
+                implementation,
+                finish=lambda gradient: _best(store, _live(store, -gradient)),
+            )
 
-    exact = functools.partial(ids, implementation=None)
-    if _few_tasks(store, x):
-        return exact(x)
-    certified = functools.partial(ids, implementation=CERTIFIED)
-    return lax.platform_dependent(x, cpu=certified, default=exact)
+        exact = functools.partial(best, implementation=None)
+        if _few_tasks(store, x):
+            return store.devices.best(*exact(x))
+        certified = functools.partial(best, implementation=CERTIFIED)
+        return store.devices.best(*lax.platform_dependent(x, cpu=certified, default=exact))
+
+    args = ((net, WHOLE), (mixture, WHOLE), (x, ROWS), (state, WHOLE))
+    return store.spread(decide, *args, out=ROWS)
 
 
 def gradient_scores(
@@ -219,6 +225,7 @@ def gradient_scores(
     objective: Objective,
     implementation: str | None = None,
     finish: Callable[[jax.Array], PyTree] = lambda gradient: gradient,
+    together: bool = False,
 ) -> PyTree:
     """dF/da [D, K] of D decisions, each by the mean objective of m examples, x [D, m, ...].
 
@@ -227,8 +234,10 @@ def gradient_scores(
     tasks: for one mask after another, the derivative of all D outputs along it, about a forward
     pass each.
     finish: what to keep of gradients [d, K], with a leading d, before the next piece is computed.
+    together: the examples here and those of the other devices make one decision, D = 1.
     """
     num_decisions, num_deciders = x.shape[:2]
+    mean = store.devices.mean if together else _unchanged
 
     def contract(v):
         if implementation == CERTIFIED:
@@ -236,7 +245,7 @@ def gradient_scores(
         return store.contract(v, implementation)
 
     def one(x):
-        gradient = contract(weight_gradient(net, mixture, x, state, objective))
+        gradient = contract(mean(weight_gradient(net, mixture, x, state, objective)))
         return jax.tree.map(lambda row: row[0], finish(gradient[None]))
 
     def many(x):
@@ -343,41 +352,84 @@ def frozen_state(net: Network, mixture: PyTree, x: jax.Array) -> PyTree:
 
 @functools.partial(jax.jit, static_argnames=("objective", "per_example"))
 def _alpha_gradient(net, store, x, alphas, *, objective, per_example):
-    mixture = store.mixture(alphas)
-    state = frozen_state(net, mixture, x)
-    decisions = x[:, None] if per_example else x[None]
-    gradient = gradient_scores(net, store, mixture, decisions, state, objective)
-    return gradient if per_example else gradient[0]
+    def gradient(store, net, x, alphas):
+        mixture = store.mixture(alphas)
+        state = frozen_state(net, mixture, store.devices.all_rows(x))
+        decisions = x[:, None] if per_example else x[None]
+        gradient = gradient_scores(
+            net, store, mixture, decisions, state, objective, together=not per_example
+        )
+        return gradient if per_example else gradient[0]
+
+    out = ROWS_OF_SLOTS if per_example else SLOTS
+    return store.spread(gradient, (net, WHOLE), (x, ROWS), (alphas, SLOTS), out=out)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "per_example", "implementation"))
 def _one_shot(net, store, x, *, objective, per_example, implementation):
-    mixture = store.mixture()
-    state = frozen_state(net, mixture, x)
-    decisions = x[:, None] if per_example else x[None]
-    gradient = gradient_scores(net, store, mixture, decisions, state, objective, implementation)
-    found = belief(store, -gradient)
-    return found if per_example else jax.tree.map(lambda rows: rows[0], found)
+    def decide(store, net, x):
+        mixture = store.mixture()
+        state = frozen_state(net, mixture, store.devices.all_rows(x))
+        decisions = x[:, None] if per_example else x[None]
+        gradient = gradient_scores(
+            net,
+            store,
+            mixture,
+            decisions,
+            state,
+            objective,
+            implementation,
+            together=not per_example,
+        )
+        return belief(store, -gradient if per_example else -gradient[0])
+
+    return store.spread(decide, (net, WHOLE), (x, ROWS), out=belief_spec(per_example))
+
+
+def belief_spec(per_example: bool) -> TaskBelief:
+    """Where a belief lies over a mesh."""
+    return TaskBelief(ROWS, ROWS_OF_SLOTS) if per_example else TaskBelief(WHOLE, SLOTS)
 
 
 def belief(store: MaskStore, scores: jax.Array) -> TaskBelief:
-    """The belief of scores [..., K], empty slots ruled out."""
+    """The belief of scores [..., K], empty slots ruled out; task is the best on all devices."""
+    scores = _live(store, scores)
+    return TaskBelief(store.devices.best(*_best(store, scores)), scores)
+
+
+def _live(store, scores):
+    """The scores [..., K], -inf in empty slots."""
     live = store.slots.reshape(*[1] * (scores.ndim - 1), store.capacity)
-    scores = jnp.where(live, scores, -jnp.inf)
-    return TaskBelief(jnp.argmax(scores, axis=-1).astype(jnp.int32), scores)
+    return jnp.where(live, scores, -jnp.inf)
 
 
-def _task_logits(net, store, x, i):
-    task = store.task(i)
-    return net(task.mask, x, task.state)
+def _best(store, scores):
+    """The best of scores [..., K], and its task."""
+    slot = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    score = jnp.take_along_axis(scores, slot[..., None], axis=-1)[..., 0]
+    return score, store.devices.first(store.capacity) + slot
+
+
+def _unchanged(value):
+    return value
+
+
+def _logits_under(net, store, x, slot):
+    return store.under(slot, lambda task: net(task.mask, x, task.state))
 
 
 @jax.jit
 def _predict(net, store, x, task):
-    if task.ndim == 0:
-        return _task_logits(net, store, x, task)
-    rows = jnp.arange(len(task), dtype=jnp.int32)
-    return grouped(functools.partial(_task_logits, net, store), x, rows, task)
+    def logits(store, net, x, task):
+        slot = store.slot_of(jnp.clip(task, 0, store.all_tasks - 1))
+        if task.ndim == 0:
+            return store.devices.total(_logits_under(net, store, x, slot))
+        rows = jnp.arange(len(task), dtype=jnp.int32)
+        found = grouped(functools.partial(_logits_under, net, store), x, rows, slot)
+        return store.devices.total(found)
+
+    where = ROWS if task.ndim else WHOLE
+    return store.spread(logits, (net, WHOLE), (x, ROWS), (task, where), out=ROWS)
 
 
 def grouped(

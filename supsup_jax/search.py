@@ -19,6 +19,7 @@ import optax
 from jax import lax
 
 from supsup_jax import infer
+from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore
@@ -171,35 +172,45 @@ def _check_count(name, value, least):
 
 @functools.partial(jax.jit, static_argnames=("objective", "optimizer", "steps", "per_example"))
 def _descend(net, store, x, *, objective, optimizer, steps, per_example):
-    decisions = x[:, None] if per_example else x[None]
-    state = infer.frozen_state(net, store.mixture(), x)
-    start = store.slots / store.num_tasks.astype(jnp.float32)
-    alphas = varying_like(jnp.broadcast_to(start[None], (len(decisions), store.capacity)), x)
-    moments = jax.tree.map(
-        lambda leaf: varying_like(leaf, x) if jnp.ndim(leaf) else leaf, optimizer.init(alphas)
-    )
-
-    def gradient(alphas):
-        # One mixture a decision: alphas are batched, so the masks are read once for all of them.
-        mixtures = jax.vmap(store.mixture)(alphas)
-        v = jax.vmap(infer.weight_gradient, (None, 0, 0, None, None))(
-            net, mixtures, decisions, state, objective
+    def decide(store, net, x):
+        devices = store.devices
+        decisions = x[:, None] if per_example else x[None]
+        state = infer.frozen_state(net, store.mixture(), devices.all_rows(x))
+        # Every device moves the coefficients of all tasks, so that the simplex is one.
+        live = devices.all_slots(store.slots)
+        start = live / store.all_tasks.astype(jnp.float32)
+        alphas = varying_like(jnp.broadcast_to(start[None], (len(decisions), len(live))), x)
+        moments = jax.tree.map(
+            lambda leaf: varying_like(leaf, x) if jnp.ndim(leaf) else leaf, optimizer.init(alphas)
         )
-        return store.contract(v)
 
-    def step(carry, _):
-        alphas, moments = carry
-        updates, moments = optimizer.update(gradient(alphas), moments, alphas)
-        moved = optax.apply_updates(alphas, updates)
-        # More than 1 below the largest lies outside the simplex: empty slots stay at 0.
-        live = store.slots[None]
-        top = jnp.max(jnp.where(live, moved, -jnp.inf), axis=-1, keepdims=True)
-        moved = jnp.where(live, moved, top - 2)
-        projected = jax.vmap(optax.projections.projection_simplex)(moved)
-        return (projected.astype(jnp.float32), moments), None
+        def gradient(alphas):
+            # One mixture a decision: alphas are batched, so the masks are read once for all.
+            mixtures = jax.vmap(store.mixture)(devices.own_slots(alphas))
+            v = jax.vmap(infer.weight_gradient, (None, 0, 0, None, None))(
+                net, mixtures, decisions, state, objective
+            )
+            return devices.all_slots(store.contract(v if per_example else devices.mean(v)))
 
-    (alphas, _), _ = lax.scan(step, (alphas, moments), None, length=steps)
-    return infer.belief(store, alphas if per_example else alphas[0])
+        def step(carry, _):
+            alphas, moments = carry
+            updates, moments = optimizer.update(gradient(alphas), moments, alphas)
+            moved = optax.apply_updates(alphas, updates)
+            # More than 1 below the largest lies outside the simplex: empty slots stay at 0.
+            top = jnp.max(jnp.where(live[None], moved, -jnp.inf), axis=-1, keepdims=True)
+            moved = jnp.where(live[None], moved, top - 2)
+            projected = jax.vmap(optax.projections.projection_simplex)(moved)
+            return (projected.astype(jnp.float32), moments), None
+
+        (alphas, _), _ = lax.scan(step, (alphas, moments), None, length=steps)
+        return infer.belief(store, devices.own_slots(alphas if per_example else alphas[0]))
+
+    return _spread(decide, net, store, x, per_example)
+
+
+def _spread(decide, net, store, x, per_example):
+    out = infer.belief_spec(per_example)
+    return store.spread(decide, (net, WHOLE), (x, ROWS), out=out)
 
 
 class _Field(NamedTuple):
@@ -210,31 +221,44 @@ class _Field(NamedTuple):
     survived: jax.Array  # float32 [K], rounds
 
 
-def _narrow(field, gradient, base):
+def _narrow(field, gradient, base, devices=ONE_DEVICE):
     """The field after a round in which dF/da was `gradient` [K]; of one survivor, as it is."""
     keep = (field.num_alive - 1) // base + 1
+    gradient, alive = map(devices.all_slots, (gradient, field.alive))
     # The sort is stable and takes -0 for 0: of equals the lower id stays. The dead come last.
-    order = jnp.lexsort((gradient, ~field.alive))
-    alive = jnp.zeros_like(field.alive).at[order].set(jnp.arange(len(order)) < keep)
+    order = jnp.lexsort((gradient, ~alive))
+    alive = jnp.zeros_like(alive).at[order].set(jnp.arange(len(order)) < keep)
+    alive = devices.own_slots(alive)
     return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "per_example", "base"))
 def _binary_search(net, store, x, *, objective, per_example, base):
+    def decide(store, net, x):
+        return _search(net, store, x, objective, per_example, base)
+
     # Loops as long as T asks for cannot be differentiated, and here nothing depends on anything.
     net, x = lax.stop_gradient((net, x))
+    return _spread(decide, net, store, x, per_example)
+
+
+def _search(net, store, x, objective, per_example, base):
     decisions = x[:, None] if per_example else x[None]
+    everything = store.devices.all_rows(x)
     mixture = store.mixture()
-    state = infer.frozen_state(net, mixture, x)
+    state = infer.frozen_state(net, mixture, everything)
     # The first round is one_shot: all decisions share its mixture, which the counts hold ready.
-    first = infer.gradient_scores(net, store, mixture, decisions, state, objective)
+    first = infer.gradient_scores(
+        net, store, mixture, decisions, state, objective, together=not per_example
+    )
 
     def play(store, field, decision, until):
         def play_round(field):
             mixture = store.mixture_of(field.alive)
-            state = infer.frozen_state(net, mixture, x)
+            state = infer.frozen_state(net, mixture, everything)
             v = infer.weight_gradient(net, mixture, decision, state, objective)
-            return _narrow(field, store.contract(v), base)
+            v = v if per_example else store.devices.mean(v)
+            return _narrow(field, store.contract(v), base, store.devices)
 
         return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
 
@@ -252,10 +276,12 @@ def _binary_search(net, store, x, *, objective, per_example, base):
 
     def decide(each, shrink):
         gradient, decision = each
-        start = _Field(store.slots, store.num_tasks, jnp.zeros(store.capacity, jnp.float32))
-        return search(store, _narrow(start, gradient, base), decision, shrink)
+        start = _Field(store.slots, store.all_tasks, jnp.zeros(store.capacity, jnp.float32))
+        return search(store, _narrow(start, gradient, base, store.devices), decision, shrink)
 
-    one_by_one = functools.partial(lax.map, functools.partial(decide, shrink=True))
+    # Over a mesh the survivors stay where they are: some devices may hold many, others none.
+    alone = store.devices is ONE_DEVICE
+    one_by_one = functools.partial(lax.map, functools.partial(decide, shrink=alone))
     floats = max(net.layout.num_weights, store.capacity)
     many = functools.partial(
         infer.in_pieces,
@@ -270,41 +296,70 @@ def _binary_search(net, store, x, *, objective, per_example, base):
 
 @functools.partial(jax.jit, static_argnames=("objective", "per_example"))
 def _oracle(net, store, x, *, objective, per_example):
-    scores = infer.over_tasks(
-        store, functools.partial(_judge, net, store, objective, x), -jnp.inf, x
-    )
-    return infer.belief(store, scores if per_example else scores.mean(axis=0))
+    def decide(store, net, x):
+        alone = functools.partial(_judge, net, store, objective, x)
+        scores = infer.over_tasks(store, alone, -jnp.inf, x)
+        return infer.belief(
+            store, scores if per_example else store.devices.mean(scores.mean(axis=0))
+        )
+
+    return _spread(decide, net, store, x, per_example)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "per_example", "best", "judge"))
 def _rerank(net, store, x, *, objective, per_example, best, judge):
-    mixture = store.mixture()
-    state = infer.frozen_state(net, mixture, x)
-    decisions = x[:, None] if per_example else x[None]
+    def decide(store, net, x):
+        ids = _shortlist(net, store, x, objective, per_example, best)
+        slots, devices = store.slot_of(ids), store.devices
+        if per_example:
+            rows = jnp.repeat(jnp.arange(len(x), dtype=jnp.int32), best)
+            alone = functools.partial(_judge, net, store, judge)
+            judged = infer.grouped(alone, x, rows, slots.reshape(-1)).reshape(slots.shape)
+        else:
+            judged = lax.map(lambda slot: _judge(net, store, judge, x, slot).mean(), slots[0])
+            judged = devices.mean(judged)[None]
+        # Each device has judged its own, and puts them where its own are.
+        scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
+        scores = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))(
+            scores, slots, judged
+        )
+        return infer.belief(store, scores if per_example else scores[0])
 
-    def shortlist(gradient):
-        """Ids [d, best]; beyond the tasks there are, of empty slots."""
+    return _spread(decide, net, store, x, per_example)
+
+
+def _shortlist(net, store, x, objective, per_example, best):
+    """Ids [D, best] of the best of one_shot; beyond the tasks there are, of empty slots."""
+    mixture = store.mixture()
+    state = infer.frozen_state(net, mixture, store.devices.all_rows(x))
+    decisions = x[:, None] if per_example else x[None]
+    few = min(best, store.capacity)
+
+    def own_best(gradient):
         # Where argmax, and so one_shot, sees no difference between 0 and -0, top_k does.
         scores = jnp.where(gradient == 0, 0, -gradient)
         scores = jnp.where(store.slots[None], scores, -jnp.inf)
-        return lax.top_k(scores, best)[1].astype(jnp.int32)
+        scores, slots = lax.top_k(scores, few)
+        return scores, store.devices.first(store.capacity) + slots.astype(jnp.int32)
 
-    ids = infer.gradient_scores(net, store, mixture, decisions, state, objective, finish=shortlist)
-    if per_example:
-        rows = jnp.repeat(jnp.arange(len(x), dtype=jnp.int32), best)
-        alone = functools.partial(_judge, net, store, judge)
-        judged = infer.grouped(alone, x, rows, ids.reshape(-1)).reshape(ids.shape)
-    else:
-        judged = lax.map(lambda i: _judge(net, store, judge, x, i).mean(), ids[0])[None]
-    scores = jnp.full((len(ids), store.capacity), -jnp.inf, jnp.float32)
-    scores = jax.vmap(lambda row, i, new: row.at[i].set(new))(scores, ids, judged)
-    return infer.belief(store, scores if per_example else scores[0])
+    scores, ids = infer.gradient_scores(
+        net,
+        store,
+        mixture,
+        decisions,
+        state,
+        objective,
+        finish=own_best,
+        together=not per_example,
+    )
+    return store.devices.best_few(scores, ids, best)
 
 
-def _judge(net, store, objective, x, i):
-    """-F [B] of x under mask i alone, with the task's own statistics."""
-    task = store.task(i)
-    return -infer.uncertainty(net, task.mask, x, task.state, objective)
+def _judge(net, store, objective, x, slot):
+    """-F [B] of x under the mask in `slot` alone, with the task's own statistics."""
+    return store.under(
+        slot, lambda task: -infer.uncertainty(net, task.mask, x, task.state, objective)
+    )
 
 
 _OPTIONS = {

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax import bank, certify, contraction, memory, store_file
+from supsup_jax.devices import ONE_DEVICE
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
@@ -20,12 +22,45 @@ class TaskStore:
     A subclass, a pytree, has `layout`, `capacity` (K, static), `num_tasks` (int32 []), `task(i)`,
     `mixture(alphas)`, `contract(v, implementation)`, `certified_scores(v)` and `taken(ids,
     num_tasks)` as MaskStore has; its masks may hold any real numbers.
+
+    The rest is here as it is for a store on one device. Over a mesh (see `sharding`) every device
+    has a store of its own slots, whose `devices` reaches the others' and whose masks and rows are
+    a part of all; there a *slot* is a place in this store, and a task's id counts through all.
     """
+
+    devices = ONE_DEVICE
+    num_devices = 1
 
     @property
     def slots(self) -> jax.Array:
         """bool [K], whether each slot holds a task."""
         return jnp.arange(self.capacity) < self.num_tasks
+
+    @property
+    def all_tasks(self) -> jax.Array:
+        """T, int32 [], over all devices."""
+        return self.num_tasks
+
+    def slot_of(self, ids: jax.Array) -> jax.Array:
+        """The slots here of the tasks `ids`; `capacity` where another device has the task."""
+        return ids
+
+    def under(self, slot: jax.Array, function: Callable[[Task], jax.Array]) -> jax.Array:
+        """function(the task in `slot`), zeros for a slot that is not here."""
+        return function(self.task(slot))
+
+    def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
+        """function(the store of a device, *arrays), on every device of this store.
+
+        args: pairs (arrays, where they lie: a PartitionSpec of `devices`); out: where the results
+        lie. A device sees its own part of each.
+        """
+        del out
+        return function(self, *(value for value, _ in args))
+
+    def place(self, tree: PyTree) -> PyTree:
+        """`tree` on every device of this store. Outside jit."""
+        return tree
 
     def mask(self, i: int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
@@ -206,19 +241,19 @@ class MaskStore(TaskStore):
         """
         self.check_holds_tasks()
         if alphas is None:
-            mean = self._bank.counts.astype(jnp.float32) / self.num_tasks.astype(jnp.float32)
+            mean = self._bank.counts.astype(jnp.float32) / self.all_tasks.astype(jnp.float32)
             return self.layout.unravel(mean)
         if jnp.ndim(alphas) != 1:
             raise ValueError(f"alphas must be [{self.capacity}], got shape {jnp.shape(alphas)}")
         alphas = self.per_slot(alphas)
-        return self.layout.unravel(
-            contraction.superpose(self._bank.words, self._pad_slots(alphas), self.num_tasks)
-        )
+        mixed = contraction.superpose(self._bank.words, self._pad_slots(alphas), self.num_tasks)
+        return self.layout.unravel(self.devices.total(mixed))
 
     def mixture_of(self, kept: jax.Array) -> PyTree:
         """As `TaskStore.mixture_of`, by counting: not differentiable."""
         counts = contraction.count(self._bank.words, self._pad_slots(kept), self.num_tasks)
-        return self.layout.unravel(counts / kept.sum().astype(jnp.float32))
+        total = self.devices.total
+        return self.layout.unravel(total(counts) / total(kept.sum()).astype(jnp.float32))
 
     def taken(self, ids: jax.Array, num_tasks: jax.Array) -> "MaskStore":
         """A store of capacity S with the tasks ids [S], the first `num_tasks` of them.
@@ -244,7 +279,8 @@ class MaskStore(TaskStore):
     def certified_scores(self, v: jax.Array) -> jax.Array:
         """[K] of v [n], whose argmax is that of `contract`: see `certify`. -inf if no task."""
         words = self._usable()._bank.words
-        return certify.best_scores(words, self.layout.pad(v), self.num_tasks)[: self.capacity]
+        v = self.layout.pad(v)
+        return certify.best_scores(words, v, self.num_tasks, self.devices)[: self.capacity]
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty, consumed or overfull."""

@@ -1,0 +1,141 @@
+"""What devices of a mesh tell each other: everything that crosses between them is on this page.
+
+Tasks lie along the mesh axis `task`: with K slots on D devices, device s holds the ids from s K / D
+up to (s + 1) K / D. The rows of a batch lie along the axis `data`, where the mesh has one. Every
+device runs inference on its own tasks and rows, and asks `store.devices` where it needs those of
+others; on one device, asking costs nothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TASK, DATA = "task", "data"
+# Where the arrays of a program lie.
+WHOLE = P()
+ROWS = P(DATA)
+SLOTS = P(TASK)
+ROWS_OF_SLOTS = P(DATA, TASK)
+SCATTERED = P((TASK, DATA))  # along the first axis, over all devices
+
+
+class OneDevice:
+    """All slots and all rows are here. k and K, the slots here and the slots there are, agree."""
+
+    def first(self, capacity: int) -> jax.Array | int:
+        """The id of the first of the `capacity` slots here."""
+        del capacity
+        return 0
+
+    def best(self, score: jax.Array, task: jax.Array) -> jax.Array:
+        """The best of every device's best, score and task [...]; of equal ones the lower task."""
+        del score
+        return task
+
+    def best_few(self, scores: jax.Array, tasks: jax.Array, count: int) -> jax.Array:
+        """As `best`, the best `count` of every device's best few, [..., few] -> [..., count]."""
+        del scores
+        return tasks[..., :count]
+
+    def all_slots(self, values: jax.Array) -> jax.Array:
+        """[..., k] -> [..., K]."""
+        return values
+
+    def own_slots(self, values: jax.Array) -> jax.Array:
+        """[..., K] -> [..., k]."""
+        return values
+
+    def total(self, value: jax.Array) -> jax.Array:
+        """The sum over the axis `task`."""
+        return value
+
+    def largest(self, value: jax.Array) -> jax.Array:
+        """The maximum over the axis `task`."""
+        return value
+
+    def mean(self, value: jax.Array) -> jax.Array:
+        """The mean over the axis `data`: of means over the rows here, that over all rows."""
+        return value
+
+    def all_rows(self, x: jax.Array) -> jax.Array:
+        """The rows of all devices, [b, ...] -> [B, ...]."""
+        return x
+
+
+ONE_DEVICE = OneDevice()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshDevices(OneDevice):
+    """Inside shard_map over a mesh with the axis `task`.
+
+    rows_split: whether rows lie along `data`, or are all on every device.
+    """
+
+    rows_split: bool
+
+    def first(self, capacity):
+        return lax.axis_index(TASK).astype(jnp.int32) * capacity
+
+    def best(self, score, task):
+        scores, tasks = lax.all_gather((score, task), TASK)  # [D, ...], in order of id
+        return jnp.take_along_axis(tasks, jnp.argmax(scores, axis=0)[None], axis=0)[0]
+
+    def best_few(self, scores, tasks, count):
+        scores, tasks = self.all_slots(scores), self.all_slots(tasks)
+        return jnp.take_along_axis(tasks, lax.top_k(scores, count)[1], axis=-1)
+
+    def all_slots(self, values):
+        return lax.all_gather(values, TASK, axis=values.ndim - 1, tiled=True)
+
+    def own_slots(self, values):
+        size = values.shape[-1] // lax.axis_size(TASK)
+        return lax.dynamic_slice_in_dim(values, self.first(size), size, axis=-1)
+
+    def total(self, value):
+        return lax.psum(value, TASK)
+
+    def largest(self, value):
+        return lax.pmax(value, TASK)
+
+    def mean(self, value):
+        return lax.pmean(value, DATA) if self.rows_split else value
+
+    def all_rows(self, x):
+        return lax.all_gather(x, DATA, tiled=True) if self.rows_split else x
+
+
+def check_mesh(mesh: Mesh, axis: str) -> None:
+    """Raises TypeError or ValueError unless `mesh` has this axis, and none but task and data."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if axis not in mesh.axis_names:
+        raise ValueError(f"mesh must have an axis named {axis!r}, got the axes {mesh.axis_names}")
+    if foreign := [name for name in mesh.axis_names if name not in (TASK, DATA)]:
+        raise ValueError(
+            f"the axes of mesh must be {TASK!r} and {DATA!r} at most, got {foreign[0]!r}"
+        )
+
+
+def on_axes(names: tuple[str, ...], spec: P) -> P:
+    """The spec without the axes that are not among `names`."""
+
+    def there(entry):
+        entry = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in entry if name in names) or None
+
+    return P(*map(there, spec))
+
+
+def on_mesh(mesh: Mesh, spec: P) -> NamedSharding:
+    """The sharding of arrays that lie by `spec`, of whose axes `mesh` need not have all."""
+    return NamedSharding(mesh, on_axes(mesh.axis_names, spec))
+
+
+def auto(mesh: Mesh) -> Mesh:
+    """The same devices with axes that the compiler sees to (jax.sharding.AxisType.Auto)."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)

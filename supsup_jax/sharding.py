@@ -1,0 +1,427 @@
+"""Tasks over many devices: a store whose masks lie along the axis `task` of a mesh.
+
+    mesh = jax.make_mesh((8,), ("task",))
+    store = ss.shard(store, mesh)
+    belief = ss.one_shot(net, store, x)
+
+With K slots on D devices along `task`, device s holds the tasks s K / D to (s + 1) K / D - 1, in
+tiles of its own, and the counts of all masks, so that the uniform mixture is at hand everywhere.
+Products with masks need no other device; what does cross is written down in `devices`. A mesh that
+has an axis `data` too splits the rows of a batch over it where its size divides them; otherwise
+each device has all rows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from supsup_jax import bank, memory
+from supsup_jax.devices import (
+    DATA,
+    ROWS,
+    SLOTS,
+    TASK,
+    WHOLE,
+    MeshDevices,
+    auto,
+    check_mesh,
+    on_axes,
+    on_mesh,
+)
+from supsup_jax.network import Network
+from supsup_jax.packing import Layout, unpack
+from supsup_jax.store import MaskStore, TaskStore
+from supsup_jax.types import PyTree, Task
+
+# Where a bank's arrays lie: words by tiles, statistics by slots, the rest on every device.
+BANK = bank.Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
+
+
+def shard(
+    store: "MaskStore | ShardedStore", mesh: Mesh, capacity: int | None = None
+) -> "ShardedStore":
+    """The store's tasks spread over the devices along the axis `task` of `mesh`.
+
+    mesh: its axes are `task` and, where rows of a batch shall be split, `data`; of any axis type.
+    capacity: for how many tasks there is room before the store grows, rounded up to a multiple of
+      the devices along `task`. None: for those it holds, so that all devices have as much to do.
+    The arrays go through the memory of the host, each device getting its part of them.
+    Raises TypeError for what is no MaskStore or Mesh, and ValueError for a mesh of other axes, less
+    room than tasks, or more (CapacityError) than a device has.
+    """
+    if not isinstance(store, MaskStore | ShardedStore):
+        raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
+    check_mesh(mesh, TASK)
+    least = max(1, int(store.num_tasks))
+    capacity = least if capacity is None else capacity
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
+        raise TypeError(f"capacity must be an int, got {capacity!r}")
+    if capacity < least:
+        raise ValueError(f"capacity must be at least {least}, got {capacity}")
+    parts = mesh.shape[TASK]
+    capacity = parts * -(-int(capacity) // parts)
+    held, held_parts = store, 1
+    if isinstance(store, ShardedStore):
+        held, held_parts = store._store, store._parts
+    memory.check_room(bank.nbytes(held.layout, held._like_state, capacity // parts), capacity)
+    tasks = _tiled_anew(held, held_parts, capacity, parts)
+    return ShardedStore(_moved(held, tasks, capacity, mesh), mesh)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class ShardedStore(TaskStore):
+    """The masks of a `MaskStore` over a mesh; made by `shard`.
+
+    A pytree: it goes through jit, vmap and grad, but into no shard_map, being one. Every function
+    of inference, and `evaluate`, takes it where it takes a MaskStore, and returns the same to
+    rounding: scores [B, K] lie along `task`, and along `data` where rows are split; tasks and
+    logits on every device along `task`.
+    `append` fills one device after another. Share out anew, `shard(store, mesh)`, to even that out.
+    """
+
+    def __init__(self, store: MaskStore, mesh: Mesh):
+        # A MaskStore whose arrays lie on the mesh, and whose words are tiled device by device: only
+        # what does not read them is asked of it.
+        self._store, self._mesh = store, mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        return self._mesh
+
+    @property
+    def num_tasks(self) -> jax.Array:
+        """T, int32 []."""
+        return self._store.num_tasks
+
+    @property
+    def capacity(self) -> int:
+        """K: slots of all devices, filled or not."""
+        return self._store.capacity
+
+    @property
+    def layout(self) -> Layout:
+        """Which leaves are masked, and their order."""
+        return self._store.layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves, those that every device has a copy of counted once."""
+        return self._store.nbytes
+
+    @property
+    def num_devices(self) -> int:
+        return self._mesh.size
+
+    def append(self, task: Task | PyTree, *, donate: bool = False) -> "ShardedStore":
+        """As `MaskStore.append`: outside jit a full store grows to twice its capacity.
+
+        Growing moves tasks from device to device, by way of the host.
+        """
+        leaves, state = self._store._usable()._fields(task)
+        store = self
+        if not self._traced and int(self.num_tasks) == self.capacity:
+            store = shard(self, self._mesh, 2 * self.capacity)
+        in_place = not self._traced and (donate or store is not self)
+        written = store._written(store.num_tasks, leaves, state, in_place, append=True)
+        if donate and store is not self:
+            for leaf in jax.tree.leaves(self._store._bank[:3]):
+                leaf.delete()
+        return written
+
+    def replace(self, i: int, task: Task | PyTree, *, donate: bool = False) -> "ShardedStore":
+        """As `MaskStore.replace`."""
+        i, (leaves, state) = self._index(i), self._store._fields(task)
+        return self._written(i, leaves, state, donate and not self._traced, append=False)
+
+    def task(self, i: int) -> Task:
+        """Task i on every device, with its statistics, its mask bool. Raises as `mask`."""
+        return _task(self, self._index(i))
+
+    def mixture(self, alphas: jax.Array | None = None) -> PyTree:
+        """As `MaskStore.mixture`. Any but the uniform one is a sum over all devices, n floats."""
+        if alphas is None:
+            return self._store.mixture()
+        self.check_holds_tasks()
+        if jnp.ndim(alphas) != 1:
+            raise ValueError(f"alphas must be [{self.capacity}], got shape {jnp.shape(alphas)}")
+        return _mixture(self, self.per_slot(alphas))
+
+    def counts(self) -> jax.Array:
+        """How many tasks keep each weight: unsigned [32 nw], in the layout's order."""
+        return self._store.counts()
+
+    def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
+        """As `MaskStore.contract`: [..., K] along `task`, of v [..., n] on every device."""
+        self._store._usable()
+        return _contract(self, v, implementation)
+
+    def certified_scores(self, v: jax.Array) -> jax.Array:
+        """As `MaskStore.certified_scores`: devices tell each other their best, and how many doubts
+        they have.
+        """
+        self._store._usable()
+        return _certified_scores(self, v)
+
+    def gathered(self) -> MaskStore:
+        """The same tasks in one store on one device."""
+        store = self._store._usable()
+        tasks = _tiled_anew(store, self._parts, self.capacity, 1)
+        rest = jax.device_get((store._fingerprint, store._seed))
+        tasks, fingerprint, seed = jax.tree.map(jnp.asarray, (tasks, *rest))
+        return MaskStore(tasks, fingerprint, seed, store._static)
+
+    def save(self, path: Any, overwrite: bool = False) -> None:
+        """Writes the gathered store, as `MaskStore.save`; `MaskStore.load` and `shard` read it."""
+        self.gathered().save(path, overwrite)
+
+    def check_holds_tasks(self) -> None:
+        """Raises StoreError when the store is known to be empty, consumed or overfull."""
+        self._store.check_holds_tasks()
+
+    def check_fits(self, net: Network) -> None:
+        """Raises StoreError as `MaskStore.check_fits`."""
+        self._store.check_fits(net)
+
+    def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
+        """As `TaskStore.spread`: one shard_map over the whole mesh."""
+        mesh, names = self._mesh, self._mesh.axis_names
+        rows = [len(leaf) for value, spec in args if spec == ROWS for leaf in jax.tree.leaves(value)]
+        if any(number % mesh.shape.get(DATA, 1) for number in rows):
+            names = (TASK,)
+        devices = MeshDevices(rows_split=DATA in names)
+
+        def there(spec):
+            return on_axes(names, spec)
+
+        def local(tasks, *values):
+            return function(_Shard(tasks, self._store._static, self._parts, devices), *values)
+
+        specs = [there(spec) for _, spec in args]
+        values = [_resharded(mesh, value, spec) for (value, _), spec in zip(args, specs)]
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(BANK, *specs),
+            out_specs=jax.tree.map(there, out, is_leaf=_is_spec),
+            # A network may loop from constants of its own, whose type the check would refuse.
+            check_vma=False,
+        )(self._store._bank, *values)
+
+    def place(self, tree: PyTree) -> PyTree:
+        """`tree` on every device of the mesh."""
+        return jax.device_put(tree, on_mesh(self._mesh, WHOLE))
+
+    def untyped(self) -> "ShardedStore":
+        mesh = auto(self._mesh)
+        return ShardedStore(_moved(self._store, self._store._bank, self.capacity, mesh), mesh)
+
+    @property
+    def _parts(self):
+        return self._mesh.shape[TASK]
+
+    @property
+    def _traced(self):
+        return self._store._traced
+
+    def _index(self, i):
+        return self._store._index(i)
+
+    def _written(self, i, leaves, state, in_place, append):
+        mesh, static = self._mesh, self._store._static
+        if not self._traced:
+            leaves, state = self.place((leaves, state))
+        write, old = (_write_in_place, _held(self, i)) if in_place else (_write, None)
+        tasks = write(
+            *self._store._bank, i, old, leaves, state, mesh=mesh, static=static, append=append
+        )
+        return ShardedStore(self._store._with(tasks), mesh)
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("store"), self._store)], self._mesh
+
+    @classmethod
+    def tree_unflatten(cls, mesh, leaves):
+        return cls(*leaves, mesh)
+
+    def __repr__(self) -> str:
+        return f"ShardedStore({self._store!r} over {dict(self._mesh.shape)})"
+
+
+class _Shard(MaskStore):
+    """What one device holds of a ShardedStore, inside its shard_map: a store of K / D slots."""
+
+    def __init__(self, tasks, static, parts, devices):
+        capacity = static.capacity // parts
+        first = devices.first(capacity)
+        here = jnp.clip(tasks.num_tasks - first, 0, capacity)
+        super().__init__(
+            tasks._replace(num_tasks=here), None, None, static._replace(capacity=capacity)
+        )
+        self.devices, self._first, self._all_tasks = devices, first, tasks.num_tasks
+
+    @property
+    def all_tasks(self):
+        return self._all_tasks
+
+    def slot_of(self, ids):
+        slots = ids - self._first
+        return jnp.where((slots >= 0) & (slots < self.capacity), slots, self.capacity)
+
+    def under(self, slot, function):
+        def here(slot):
+            return function(self.task(slot))
+
+        like = jax.eval_shape(here, slot)
+
+        def elsewhere(_):
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+        return lax.cond(slot < self.capacity, here, elsewhere, slot)
+
+
+@jax.jit
+def _task(store, i):
+    def read(store, i):
+        slot = store.slot_of(jnp.clip(i, 0, jnp.maximum(store.all_tasks - 1, 0)))
+        mine = bank.held(store._bank, jnp.minimum(slot, store.capacity - 1))
+
+        def from_holder(leaf):
+            there = jnp.where(slot < store.capacity, leaf, 0).astype(leaf.dtype)
+            return store.devices.total(there).astype(leaf.dtype)
+
+        words, state = jax.tree.map(from_holder, mine)
+        return Task(store.layout.unravel(unpack(words).reshape(-1) != 0), state)
+
+    return store.spread(read, (i, WHOLE), out=WHOLE)
+
+
+@jax.jit
+def _mixture(store, alphas):
+    return store.spread(lambda store, alphas: store.mixture(alphas), (alphas, SLOTS), out=WHOLE)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _contract(store, v, implementation):
+    out = P(*[None] * (v.ndim - 1), TASK)
+    return store.spread(lambda store, v: store.contract(v, implementation), (v, WHOLE), out=out)
+
+
+@jax.jit
+def _certified_scores(store, v):
+    return store.spread(lambda store, v: store.certified_scores(v), (v, WHOLE), out=SLOTS)
+
+
+@jax.jit
+def _held(store, i):
+    """What the slot of task i holds, or on other devices some slot, each leaf [D, ...]."""
+
+    def read(store, i):
+        slot = jnp.minimum(store.slot_of(i), store.capacity - 1)
+        return jax.tree.map(lambda leaf: leaf[None], bank.held(store._bank, slot))
+
+    return store.spread(read, (i, WHOLE), out=SLOTS)
+
+
+def _write_task(
+    words,
+    counts,
+    states,
+    num_tasks,
+    dropped,
+    i,
+    old,
+    leaves,
+    state,
+    *,
+    mesh,
+    static,
+    append,
+):
+    """Task i becomes `leaves` and `state`; an id without a place is dropped. old as in `_held`."""
+    tasks = bank.Bank(words, counts, states, num_tasks, dropped)
+    store = ShardedStore(MaskStore(tasks, None, None, static), mesh)
+    valid = (i >= 0) & (i < (static.capacity if append else num_tasks))
+
+    def write(store, i, valid, old, leaves, state):
+        slot = store.slot_of(i)
+        here = valid & (slot < store.capacity)
+        slot = jnp.minimum(slot, store.capacity - 1)
+        if old is not None:
+            old = jax.tree.map(lambda leaf: leaf[0], old)
+        was = store._bank
+        new = bank._write_if(here, was, slot, old, leaves, state, store.layout)
+        # Of all devices one has another count, which all must learn of.
+        change = new.counts.astype(jnp.int32) - was.counts.astype(jnp.int32)
+        counts = was.counts.astype(jnp.int32) + store.devices.total(change)
+        return new._replace(
+            counts=counts.astype(was.counts.dtype),
+            num_tasks=store.all_tasks + (valid if append else 0),
+            dropped=was.dropped + ~valid,
+        )
+
+    args = ((i, WHOLE), (valid, WHOLE), (old, SLOTS), (leaves, WHOLE), (state, WHOLE))
+    return store.spread(write, *args, out=BANK)
+
+
+_STATIC = ("mesh", "static", "append")
+_write = jax.jit(_write_task, static_argnames=_STATIC)
+_write_in_place = jax.jit(
+    _write_task, static_argnames=_STATIC, donate_argnames=("words", "counts", "states")
+)
+
+
+def _tiled_anew(store, parts, new_capacity, new_parts):
+    """The bank of a MaskStore tiled in `parts`, as NumPy arrays tiled for others."""
+    tasks, num_tasks = store._bank, int(store.num_tasks)
+    words = np.moveaxis(np.asarray(tasks.words), 1, 0)  # [nw, tiles, lanes]
+    words = words.reshape(len(words), parts, -1)[:, :, : store.capacity // parts]
+    words = words.reshape(len(words), -1)[:, :num_tasks]
+    tiles, num_words, lanes = bank.tiling(store.layout, new_capacity // new_parts)
+
+    def widen(rows, size, axis=0):
+        spare = [(0, 0)] * rows.ndim
+        spare[axis] = (0, size - rows.shape[axis])
+        return np.pad(rows, spare)
+
+    words = widen(words, new_capacity, axis=1).reshape(num_words, new_parts, -1)
+    words = widen(words, tiles * lanes, axis=2).reshape(num_words, new_parts * tiles, lanes)
+    return tasks._replace(
+        words=np.moveaxis(words, 0, 1),
+        counts=np.asarray(tasks.counts).astype(np.min_scalar_type(new_capacity)),
+        states=jax.tree.map(
+            lambda rows: widen(np.asarray(rows)[:num_tasks], new_capacity), tasks.states
+        ),
+    )
+
+
+def _moved(store, tasks, capacity, mesh):
+    """A store like this one with the bank `tasks`, its arrays on the mesh."""
+
+    def put(tree, spec):
+        return jax.device_put(tree, on_mesh(mesh, spec))
+
+    return MaskStore(
+        bank.Bank(*map(put, tasks, BANK)),
+        put(store._fingerprint, WHOLE),
+        put(store._seed, WHOLE),
+        store._static._replace(capacity=capacity),
+    )
+
+
+def _resharded(mesh, tree, spec):
+    """`tree` of the type that shard_map wants of arrays on a mesh whose axes are explicit."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
+    sharding = on_mesh(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), tree)
+
+
+def _is_spec(leaf):
+    return isinstance(leaf, P)
