@@ -115,10 +115,6 @@ class ShardedStore(TaskStore):
         """Bytes of all leaves, those that every device has a copy of counted once."""
         return self._store.nbytes
 
-    @property
-    def num_devices(self) -> int:
-        return self._mesh.size
-
     def append(self, task: Task | PyTree, *, donate: bool = False) -> "ShardedStore":
         """As `MaskStore.append`: outside jit a full store grows to twice its capacity.
 
@@ -139,6 +135,10 @@ class ShardedStore(TaskStore):
         """As `MaskStore.replace`."""
         i, (leaves, state) = self._index(i), self._store._fields(task)
         return self._written(i, leaves, state, donate and not self._traced, append=False)
+
+    def remove(self, i: int) -> "ShardedStore":
+        """As `MaskStore.remove`, by way of one device: outside jit only."""
+        return shard(self.gathered().remove(i), self._mesh, self.capacity)
 
     def task(self, i: int) -> Task:
         """Task i on every device, with its statistics, its mask bool. Raises as `mask`."""

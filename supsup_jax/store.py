@@ -29,7 +29,6 @@ class TaskStore:
     """
 
     devices = ONE_DEVICE
-    num_devices = 1
 
     @property
     def slots(self) -> jax.Array:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
-from supsup_jax import masks, prng
+from supsup_jax import devices, masks, prng
 from supsup_jax.density import Density, kept_counts
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
@@ -143,21 +144,39 @@ def train_task(
     data: TaskData,
     config: TrainConfig = TrainConfig(),
     init_scores: PyTree | ScoreMean | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> TrainResult:
     """Learns one task: cross-entropy over all C outputs, with the network's weights fixed.
 
     key: draws the scores and the order of the examples, each from a key of its own.
     init_scores: where scores start, pytree like a mask; drawn when None. A ScoreMean starts them
       at the mean of earlier tasks' scores (the paper's transfer). It is not consumed.
+    mesh: splits each batch over the devices along its axis `data`, and the compiler sums their
+      gradients: what one device learns, to rounding. The result lies on every device.
     Equal shapes and an equal config compile once, for any key, weights, data and view.
-    Raises TypeError or ValueError before compiling for inputs that do not fit, and ValueError
-    when training ends with scores or losses that are not finite.
+    Raises TypeError or ValueError before compiling for inputs that do not fit, such as a batch
+    that the devices do not divide, and ValueError when training ends with scores or losses that
+    are not finite.
     """
     check_start(key, net, config, init_scores)
     check_is_data(data)
     data.check()
     data.check_labels(num_outputs(net, data))
-    result = _train(key, net, data, init_scores, config)
+    if mesh is None:
+        result = _train(key, net, data, init_scores, config)
+    else:
+        devices.check_mesh(mesh, devices.DATA)
+        if config.batch_size % (parts := mesh.shape[devices.DATA]):
+            raise ValueError(
+                f"batch_size must be a multiple of the {parts} devices along the axis "
+                f"{devices.DATA!r} of mesh, got {config.batch_size}"
+            )
+        mesh = devices.auto(mesh)
+        inputs = jax.device_put(
+            (key, net, data, init_scores), devices.on_mesh(mesh, devices.WHOLE)
+        )
+        result = _train(*inputs, config, mesh)
     check_finite(result, config)
     return result
 
@@ -168,6 +187,8 @@ def train_tasks(
     data: TaskData,
     config: TrainConfig = TrainConfig(),
     init_scores: PyTree | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> TrainResult:
     """Learns T tasks in one program: what `train_task` learns of each key and view, to rounding.
 
@@ -176,6 +197,9 @@ def train_tasks(
       [T, ...], one a task, or None where the tasks differ in their keys only. Or images
       [T, N, ...] and labels [T, N], each task its own, without a view.
     init_scores: where scores start, each leaf [T, ...]; drawn when None. It is not consumed.
+    mesh: deals the tasks out to all its devices, an even share of consecutive ones to each, which
+      learn without a word to each other. T need not be a multiple of them: the last task is then
+      learned more than once. The result lies where it was learned, or, in that case, everywhere.
     Every leaf of the result has a leading T: scores and masks take 5 bytes a weight and task, so
     thousands of tasks are better learned in several calls (of equal T, which compile once).
 
@@ -198,7 +222,11 @@ def train_tasks(
         _check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks)
     data.check_labels(num_outputs(net, _one_task(data)))
-    result = _train_tasks(keys, net, data, init_scores, config)
+    if mesh is None:
+        result = _train_tasks(keys, net, data, init_scores, config)
+    else:
+        devices.check_mesh(mesh, devices.TASK)
+        result = _train_tasks_over(keys, net, data, init_scores, config, devices.auto(mesh))
     if not isinstance(result.loss, jax.core.Tracer):
         finite = np.asarray(jax.vmap(all_finite)((result.scores, result.loss)))
         if not finite.all():
@@ -295,11 +323,31 @@ def train_step(
     return TrainState(optax.apply_updates(before.scores, updates), optimizer, state), value
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _train(key, net, data, init_scores, config):
+def split_rows(loss: Loss, mesh: Mesh) -> Loss:
+    """`loss` with the rows of a batch split along the axis `data` of an auto mesh.
+
+    A program for all devices is the program for one, but for where its arrays lie: batch
+    statistics, too, are still those of the whole batch.
+    """
+    rows = devices.on_mesh(mesh, devices.ROWS)
+
+    def split(trained, state, x, y):
+        x, y = lax.with_sharding_constraint((x, y), rows)
+        return loss(trained, state, x, y)
+
+    return split
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _train(key, net, data, init_scores, config, mesh=None):
     scores = start_scores(key, net, init_scores)
-    after, loss = fit(key, mask_loss(net, config), scores, net.state, data, config)
-    return learned(net, after, loss, config)
+    loss = mask_loss(net, config)
+    if mesh is not None:
+        loss = split_rows(loss, mesh)
+    result = learned(net, *fit(key, loss, scores, net.state, data, config), config)
+    if mesh is not None:
+        result = lax.with_sharding_constraint(result, devices.on_mesh(mesh, devices.WHOLE))
+    return result
 
 
 @functools.partial(jax.jit, static_argnames=("config", "together"))
@@ -319,6 +367,39 @@ def _train_tasks(keys, net, data, init_scores, config, together=None):
         cpu=lambda tasks: lax.map(one, tasks),
         default=lambda tasks: _in_chunks(one, tasks, size),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _train_tasks_over(keys, net, data, init_scores, config, mesh):
+    """`_train_tasks`, each device of an auto mesh learning its share."""
+    own = (keys, _own_fields(data), init_scores)
+    shared = dataclasses.replace(data, **dict.fromkeys(own[1]))
+    num_tasks = keys.shape[0]
+    padded = mesh.size * -(-num_tasks // mesh.size)
+    if padded > num_tasks:
+        index = jnp.minimum(jnp.arange(padded), num_tasks - 1)
+        own = jax.tree.map(lambda leaf: leaf[index], own)
+
+    def share(own, net, shared):
+        keys, fields, init_scores = own
+        return _train_tasks(keys, net, dataclasses.replace(shared, **fields), init_scores, config)
+
+    names = mesh.axis_names
+    everywhere, scattered = (
+        devices.on_axes(names, spec) for spec in (devices.WHOLE, devices.SCATTERED)
+    )
+    result = jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(scattered, everywhere, everywhere),
+        out_specs=scattered,
+        # A network may loop from constants of its own, whose type the check would refuse.
+        check_vma=False,
+    )(own, net, shared)
+    if padded > num_tasks:
+        result = lax.with_sharding_constraint(result, devices.on_mesh(mesh, devices.WHOLE))
+        result = jax.tree.map(lambda leaf: leaf[:num_tasks], result)
+    return result
 
 
 def _in_chunks(one, tasks, size):
