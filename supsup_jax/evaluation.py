@@ -138,6 +138,7 @@ def evaluate(
     infer.check_pair(net, store)
     infer.check_objective(objective)
     rule = parse_rule(rule)
+    store = store.untyped()
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)

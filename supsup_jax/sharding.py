@@ -214,11 +214,8 @@ class ShardedStore(TaskStore):
             check_vma=False,
         )(self._store._bank, *values)
 
-    def place(self, tree: PyTree) -> PyTree:
-        """`tree` on every device of the mesh."""
-        return jax.device_put(tree, on_mesh(self._mesh, WHOLE))
-
     def untyped(self) -> "ShardedStore":
+        """The same arrays over a mesh of no explicit axes."""
         mesh = auto(self._mesh)
         return ShardedStore(_moved(self._store, self._store._bank, self.capacity, mesh), mesh)
 
@@ -236,7 +233,7 @@ class ShardedStore(TaskStore):
     def _written(self, i, leaves, state, in_place, append):
         mesh, static = self._mesh, self._store._static
         if not self._traced:
-            leaves, state = self.place((leaves, state))
+            leaves, state = jax.device_put((leaves, state), on_mesh(mesh, WHOLE))
         write, old = (_write_in_place, _held(self, i)) if in_place else (_write, None)
         tasks = write(
             *self._store._bank, i, old, leaves, state, mesh=mesh, static=static, append=append

@@ -57,9 +57,9 @@ class TaskStore:
         del out
         return function(self, *(value for value, _ in args))
 
-    def place(self, tree: PyTree) -> PyTree:
-        """`tree` on every device of this store. Outside jit."""
-        return tree
+    def untyped(self) -> "TaskStore":
+        """This store for programs that mix its results with arrays of one device. Outside jit."""
+        return self
 
     def mask(self, i: int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.

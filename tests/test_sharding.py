@@ -1,0 +1,247 @@
+"""Every function over a mesh of 8 devices against the same on one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import supsup_jax as ss
+from supsup_jax import bank, packing
+from tests.conftest import filled_store, random_masks, relu_net
+
+NUM_TASKS = 13  # 8 devices have 2 slots each: six are full, one is half full, one is empty
+COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|broadcast-start"
+
+
+def mesh_of(**axes):
+    """Explicit axes, as jax.make_mesh has them by default."""
+    return jax.make_mesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.fixture(scope="module")
+def net():
+    return relu_net((6, 6, 5))
+
+
+@pytest.fixture(scope="module")
+def store(net):
+    return filled_store(net, random_masks(net, NUM_TASKS), capacity=16)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(0), (6, 6))
+
+
+def assert_same_tasks(got, want):
+    assert int(got.num_tasks) == int(want.num_tasks)
+    np.testing.assert_array_equal(got.counts(), want.counts())
+    for i in range(int(want.num_tasks)):
+        jax.tree.map(np.testing.assert_array_equal, got.task(i), want.task(i))
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def assert_same_belief(got, want):
+    np.testing.assert_array_equal(got.task, want.task)
+    assert_close(np.asarray(got.scores)[..., :NUM_TASKS], want.scores[..., :NUM_TASKS])
+    assert np.isneginf(np.asarray(got.scores)[..., NUM_TASKS:]).all()
+
+
+def with_state(net, count):
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), net.state)
+
+    return [ss.Task(mask, drawn()) for mask in random_masks(net, count)]
+
+
+@pytest.mark.parametrize("num_tasks", [1, 8, 13])
+def test_contiguous_blocks_of_tasks_there_and_back(net, num_tasks):
+    masks = random_masks(net, num_tasks)
+    store = filled_store(net, masks, capacity=16)
+    sharded = ss.shard(store, mesh_of(task=8))
+    assert sharded.capacity == 8 * -(-num_tasks // 8)
+    each = sharded.capacity // 8
+    for s, part in enumerate(sharded._store._bank.words.addressable_shards):
+        held = bank.untile_words(jnp.asarray(np.asarray(part.data)), each)
+        for task, words in zip(range(s * each, (s + 1) * each), np.asarray(held), strict=True):
+            bits = np.asarray(packing.unpack(jnp.asarray(words))).reshape(-1)
+            want = 0
+            if task < num_tasks:
+                want = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(masks[task])])
+            np.testing.assert_array_equal(bits[: net.layout.num_weights], want)
+    assert_same_tasks(sharded.gathered(), store)
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+def test_alpha_gradient_and_one_shot(net, store, x, per_example):
+    sharded = ss.shard(store, mesh_of(task=8))
+    got = ss.alpha_gradient(net, sharded, x, per_example=per_example)
+    want = ss.alpha_gradient(net, store, x, per_example=per_example)
+    assert_close(got, want)
+    assert got.sharding.spec[-1] == "task"
+    got = ss.one_shot(net, sharded, x, per_example=per_example)
+    assert_same_belief(got, ss.one_shot(net, store, x, per_example=per_example))
+    assert got.scores.sharding.spec[-1] == "task"
+
+
+RULES = {
+    "certified": ss.Rule("one_shot", implementation="certified"),
+    "oracle": ss.oracle,
+    "binary_search": ss.binary_search,
+    "rerank": ss.Rule("rerank", best=3),
+    "descend": ss.Rule("descend", optimizer=optax.sgd(0.5), steps=2),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_over_tasks_and_rows(net, store, x, name):
+    sharded = ss.shard(store, mesh_of(task=4, data=2))
+    per_example = name != "oracle"
+    arguments = dict(objective=ss.entropy, per_example=per_example)
+    got = RULES[name](net, sharded, x, **arguments)
+    want = RULES[name](net, store, x, **arguments)
+    if name == "certified":  # scores of what cannot win are coarse
+        np.testing.assert_array_equal(got.task, want.task)
+    elif name == "descend":  # coefficients, of which empty slots have none
+        np.testing.assert_array_equal(got.task, want.task)
+        assert_close(np.asarray(got.scores)[:, :NUM_TASKS], want.scores[:, :NUM_TASKS])
+    else:
+        assert_same_belief(got, want)
+    assert got.scores.sharding.spec == (("data", "task") if per_example else ("task",))
+
+
+def test_of_equal_tasks_on_several_devices_the_lowest_wins(net, store, x):
+    same = filled_store(net, random_masks(net, 1) * NUM_TASKS, capacity=16)
+    found = ss.one_shot(net, ss.shard(same, mesh_of(task=8)), x)
+    np.testing.assert_array_equal(found.task, np.zeros(len(x)))
+
+
+def test_rows_that_do_not_divide_are_on_every_device(net, store, x):
+    sharded = ss.shard(store, mesh_of(task=4, data=2))
+    assert_same_belief(ss.one_shot(net, sharded, x[:5]), ss.one_shot(net, store, x[:5]))
+
+
+def test_statistics_are_those_of_all_rows(norm_net, x):
+    tasks = with_state(norm_net, NUM_TASKS)
+    store = filled_store(norm_net, tasks, capacity=16)
+    sharded = ss.shard(store, mesh_of(task=4, data=2))
+    assert_same_belief(ss.one_shot(norm_net, sharded, x), ss.one_shot(norm_net, store, x))
+    ids = jnp.array([0, 12, 3, 3, 7, 1])
+    assert_close(ss.predict(norm_net, sharded, x, ids), ss.predict(norm_net, store, x, ids))
+
+
+def collectives(function, *args):
+    """The lines of the compiled program that send something to another device."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return [line for line in text.splitlines() if re.search(rf"\s({COLLECTIVES})[\w.-]*\(", line)]
+
+
+def test_only_the_best_of_each_device_crosses(net, store, x):
+    sharded = ss.shard(store, mesh_of(task=8))
+    v = jnp.ones((len(x), net.layout.num_weights))
+    assert collectives(lambda store, v: store.contract(v), sharded, v) == []
+    assert collectives(lambda store: store.mixture(), sharded) == []
+    assert collectives(lambda store, x: ss.alpha_gradient(net, store, x), sharded, x) == []
+    # That they would be seen:
+    alphas = jnp.ones(NUM_TASKS) / NUM_TASKS
+    assert collectives(lambda store, alphas: store.mixture(alphas), sharded, alphas) != []
+    # Of one_shot every array that crosses has 6 numbers, or 6 of each of 8 devices.
+    lines = collectives(lambda store, x: ss.one_shot(net, store, x), sharded, x)
+    assert lines
+    for line in lines:
+        result = re.split(rf"\s(?:{COLLECTIVES})", line.partition("=")[2])[0]
+        for shape in re.findall(r"[a-z]+\d+\[([\d,]*)\]", result):
+            assert np.prod([int(d) for d in shape.split(",") if d]) in (6, 48), line
+
+
+def test_append_replace_and_remove(norm_net):
+    tasks = with_state(norm_net, 6)
+    store = filled_store(norm_net, tasks[:4], capacity=4)
+    sharded = ss.shard(store, mesh_of(task=2), capacity=4)
+    sharded = sharded.append(tasks[4], donate=True)  # full: it grows
+    assert sharded.capacity == 8
+    before = sharded
+    sharded = sharded.append(tasks[5], donate=True).replace(1, tasks[5])
+    store = store.append(tasks[4]).append(tasks[5]).replace(1, tasks[5])
+    assert_same_tasks(sharded, store)
+    with pytest.raises(ss.StoreError):
+        before.append(tasks[5])
+    assert_same_tasks(sharded.remove(0), store.remove(0))
+    assert_same_tasks(ss.shard(sharded, mesh_of(task=8)), store)
+
+
+def test_saved_and_loaded(net, store, tmp_path):
+    ss.shard(store, mesh_of(task=8)).save(tmp_path / "masks.npz")
+    assert_same_tasks(ss.MaskStore.load(tmp_path / "masks.npz", net), store)
+
+
+@pytest.mark.parametrize("protocol", ["given", "per_example", "batch-2"])
+def test_evaluate(net, store, x, protocol):
+    images = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    stream = [ss.TaskData(images, np.arange(8) % 5)] * NUM_TASKS
+    sharded = ss.shard(store, mesh_of(task=4, data=2))
+    options = dict(tasks=[0, 12], batch_size=4)
+    got = ss.evaluate(net, sharded, stream, protocol, **options)
+    for row, other in zip(got, ss.evaluate(net, store, stream, protocol, **options), strict=True):
+        np.testing.assert_array_equal(row.inferred, other.inferred)
+        assert row[:5] == other[:5]
+
+
+def learning(batch_size=8):
+    images = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    config = ss.TrainConfig(steps=5, batch_size=batch_size, learning_rate=1e-2)
+    return ss.TaskData(images, np.arange(40) % 5), config
+
+
+@pytest.mark.parametrize("axes", [{"task": 5}, {"task": 2, "data": 2}])
+def test_tasks_learned_on_many_devices(net, axes):
+    data, config = learning()
+    views = np.stack([np.random.default_rng(i).permutation(6) for i in range(5)])
+    data = ss.TaskData(data.images, data.labels, views)
+    keys = jax.random.split(jax.random.key(1), 5)
+    got = ss.train_tasks(keys, net, data, config, mesh=mesh_of(**axes))
+    want = ss.train_tasks(keys, net, data, config)
+    jax.tree.map(np.testing.assert_array_equal, got.task, want.task)
+    jax.tree.map(assert_close, got.scores, want.scores)
+    assert_close(got.loss, want.loss)
+
+
+def test_a_task_learned_from_batches_split_over_devices(norm_net):
+    data, config = learning()
+    key, mesh = jax.random.key(1), mesh_of(task=2, data=4)
+    got = ss.train_task(key, norm_net, data, config, mesh=mesh)
+    want = ss.train_task(key, norm_net, data, config)
+    jax.tree.map(np.testing.assert_array_equal, got.task.mask, want.task.mask)
+    for mine, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4)
+
+
+def test_bad_input(net, store, x):
+    data, config = learning(batch_size=6)
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"mesh must have an axis named 'task', got .*'data'"):
+        ss.shard(store, mesh_of(data=2))
+    with pytest.raises(ValueError, match=r"axes of mesh must be 'task' and 'data' .* got 'model'"):
+        ss.shard(store, mesh_of(task=2, model=2))
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got tuple"):
+        ss.shard(store, (8,))
+    with pytest.raises(TypeError, match="store must be a MaskStore, got Network"):
+        ss.shard(net, mesh_of(task=2))
+    with pytest.raises(ValueError, match="capacity must be at least 13, got 12"):
+        ss.shard(store, mesh_of(task=2), capacity=12)
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 4 .*'data'.* got 6"):
+        ss.train_task(key, net, data, config, mesh=mesh_of(data=4))
+    with pytest.raises(ValueError, match="must have an axis named 'task'"):
+        ss.train_tasks(key[None], net, data, config, mesh=mesh_of(data=4))
+    with pytest.raises(ss.StoreError, match="empty"):
+        ss.one_shot(net, ss.shard(ss.MaskStore.create(net), mesh_of(task=2)), x)
+    with pytest.raises(IndexError, match="task 13 is not in the store"):
+        ss.shard(store, mesh_of(task=2)).mask(13)
