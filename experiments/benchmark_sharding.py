@@ -87,7 +87,9 @@ def main(args: Args) -> dict:
     found = measure(args)
     result = {"versions": runs.versions(), "device": runs.device(), **found}
     runs.write_json(args.out / "benchmark_sharding.json", result)
-    print(f"{args.tasks:,} tasks, milliseconds on 1 and on {args.devices} devices, and their ratio:")
+    print(
+        f"{args.tasks:,} tasks, milliseconds on 1 and on {args.devices} devices, and their ratio:"
+    )
     for name, row in found["milliseconds"].items():
         print(f"{name:12} {row['one']:9.1f} {row['many']:9.1f} {row['many_over_one']:6.2f}")
     return result

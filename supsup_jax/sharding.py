@@ -192,7 +192,9 @@ class ShardedStore(TaskStore):
     def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
         """As `TaskStore.spread`: one shard_map over the whole mesh."""
         mesh, names = self._mesh, self._mesh.axis_names
-        rows = [len(leaf) for value, spec in args if spec == ROWS for leaf in jax.tree.leaves(value)]
+        rows = [
+            len(leaf) for value, spec in args if spec == ROWS for leaf in jax.tree.leaves(value)
+        ]
         if any(number % mesh.shape.get(DATA, 1) for number in rows):
             names = (TASK,)
         devices = MeshDevices(rows_split=DATA in names)

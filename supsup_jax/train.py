@@ -173,9 +173,7 @@ def train_task(
                 f"{devices.DATA!r} of mesh, got {config.batch_size}"
             )
         mesh = devices.auto(mesh)
-        inputs = jax.device_put(
-            (key, net, data, init_scores), devices.on_mesh(mesh, devices.WHOLE)
-        )
+        inputs = jax.device_put((key, net, data, init_scores), devices.on_mesh(mesh, devices.WHOLE))
         result = _train(*inputs, config, mesh)
     check_finite(result, config)
     return result

@@ -115,7 +115,7 @@ def test_rules_over_tasks_and_rows(net, store, x, name):
         assert_close(np.asarray(got.scores)[:, :NUM_TASKS], want.scores[:, :NUM_TASKS])
     else:
         assert_same_belief(got, want)
-    assert got.scores.sharding.spec == (("data", "task") if per_example else ("task",))
+    assert tuple(got.scores.sharding.spec) == (("data", "task") if per_example else ("task",))
 
 
 def test_of_equal_tasks_on_several_devices_the_lowest_wins(net, store, x):
@@ -183,7 +183,7 @@ def test_saved_and_loaded(net, store, tmp_path):
     assert_same_tasks(ss.MaskStore.load(tmp_path / "masks.npz", net), store)
 
 
-@pytest.mark.parametrize("protocol", ["given", "per_example", "batch-2"])
+@pytest.mark.parametrize("protocol", ["given", "per_example"])
 def test_evaluate(net, store, x, protocol):
     images = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     stream = [ss.TaskData(images, np.arange(8) % 5)] * NUM_TASKS
@@ -197,17 +197,17 @@ def test_evaluate(net, store, x, protocol):
 
 def learning(batch_size=8):
     images = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    config = ss.TrainConfig(steps=5, batch_size=batch_size, learning_rate=1e-2)
+    config = ss.TrainConfig(steps=3, batch_size=batch_size, learning_rate=1e-2)
     return ss.TaskData(images, np.arange(40) % 5), config
 
 
-@pytest.mark.parametrize("axes", [{"task": 5}, {"task": 2, "data": 2}])
-def test_tasks_learned_on_many_devices(net, axes):
+def test_tasks_learned_on_many_devices(net):
     data, config = learning()
     views = np.stack([np.random.default_rng(i).permutation(6) for i in range(5)])
     data = ss.TaskData(data.images, data.labels, views)
     keys = jax.random.split(jax.random.key(1), 5)
-    got = ss.train_tasks(keys, net, data, config, mesh=mesh_of(**axes))
+    # Two each on four devices: the last task is learned again where there is none.
+    got = ss.train_tasks(keys, net, data, config, mesh=mesh_of(task=2, data=2))
     want = ss.train_tasks(keys, net, data, config)
     jax.tree.map(np.testing.assert_array_equal, got.task, want.task)
     jax.tree.map(assert_close, got.scores, want.scores)
@@ -237,7 +237,9 @@ def test_bad_input(net, store, x):
         ss.shard(net, mesh_of(task=2))
     with pytest.raises(ValueError, match="capacity must be at least 13, got 12"):
         ss.shard(store, mesh_of(task=2), capacity=12)
-    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 4 .*'data'.* got 6"):
+    with pytest.raises(
+        ValueError, match=r"batch_size must be a multiple of the 4 .*'data'.* got 6"
+    ):
         ss.train_task(key, net, data, config, mesh=mesh_of(data=4))
     with pytest.raises(ValueError, match="must have an axis named 'task'"):
         ss.train_tasks(key[None], net, data, config, mesh=mesh_of(data=4))
