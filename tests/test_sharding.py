@@ -105,7 +105,7 @@ RULES = {
 def test_rules_over_tasks_and_rows(net, store, x, name):
     sharded = ss.shard(store, mesh_of(task=4, data=2))
     per_example = name != "oracle"
-    arguments = dict(objective=ss.entropy, per_example=per_example)
+    arguments = {"objective": ss.entropy, "per_example": per_example}
     got = RULES[name](net, sharded, x, **arguments)
     want = RULES[name](net, store, x, **arguments)
     if name == "certified":  # scores of what cannot win are coarse
@@ -188,7 +188,7 @@ def test_evaluate(net, store, x, protocol):
     images = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     stream = [ss.TaskData(images, np.arange(8) % 5)] * NUM_TASKS
     sharded = ss.shard(store, mesh_of(task=4, data=2))
-    options = dict(tasks=[0, 12], batch_size=4)
+    options = {"tasks": [0, 12], "batch_size": 4}
     got = ss.evaluate(net, sharded, stream, protocol, **options)
     for row, other in zip(got, ss.evaluate(net, store, stream, protocol, **options), strict=True):
         np.testing.assert_array_equal(row.inferred, other.inferred)
