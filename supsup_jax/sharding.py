@@ -206,7 +206,9 @@ class ShardedStore(TaskStore):
             return function(_Shard(tasks, self._store._static, self._parts, devices), *values)
 
         specs = [there(spec) for _, spec in args]
-        values = [_resharded(mesh, value, spec) for (value, _), spec in zip(args, specs, strict=True)]
+        values = [
+            _resharded(mesh, value, spec) for (value, _), spec in zip(args, specs, strict=True)
+        ]
         return jax.shard_map(
             local,
             mesh=mesh,
