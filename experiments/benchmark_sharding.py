@@ -10,7 +10,7 @@ each: give it as many cores as --devices. Elsewhere they are the first of those 
     8            8 decisions in one call, each example for itself
 
 Medians of side-by-side rounds, all numbers in the same rounds of one process. Writes
-benchmark_sharding.json to --out, and ends with a table. Two minutes on 2 CPU cores, 3 GB of memory.
+benchmark_sharding.json to --out, and ends with a table.
 """
 
 import dataclasses
