@@ -83,9 +83,22 @@ def of_tasks(
     capacity: int,
     tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
 ) -> Bank:
-    """A bank of tasks that come from files, `capacity` of them at most.
+    """A bank of tasks that come from files, `capacity` of them at most; arguments as in `tiled`."""
+    words, states, num_tasks = tiled(layout, state, capacity, tasks)
+    bank = empty(layout, None, capacity)._replace(states=jax.tree.map(jnp.asarray, states))
+    return _holding(bank, jax.device_put(words), num_tasks)
 
-    tasks: words uint32 [nw] and the leaves of the statistics of one task after another.
+
+def tiled(
+    layout: Layout,
+    state: PyTree,
+    capacity: int,
+    tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+) -> tuple[np.ndarray, PyTree, int]:
+    """Words and statistics of tasks as a bank has them, in NumPy, and how many they are.
+
+    state: of one task, for its shapes. tasks: words uint32 [nw] and the leaves of the statistics
+      of one task after another.
     """
     num_tiles, num_words, lanes = tiling(layout, capacity)
     words = _aligned_zeros((num_tiles, num_words, lanes))
@@ -100,10 +113,7 @@ def of_tasks(
             for rows, leaf in zip(states, leaves, strict=True):
                 rows[num_tasks] = leaf
             num_tasks += 1
-    bank = empty(layout, None, capacity)._replace(
-        states=jax.tree.unflatten(treedef, map(jnp.asarray, states)) if like else None
-    )
-    return _holding(bank, jax.device_put(words), num_tasks)
+    return words, jax.tree.unflatten(treedef, states), num_tasks
 
 
 def _aligned_zeros(shape):

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from supsup_jax import bank, codecs, store_file
+from supsup_jax import bank, codecs, sharding, store_file
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.network import Network
 from supsup_jax.packing import Layout
+from supsup_jax.sharding import ShardedStore
 from supsup_jax.store import MaskStore, checked_task
 from supsup_jax.task_log import (
     MANIFEST,
@@ -275,16 +277,25 @@ class DiskStore:
         """The packed mask of task i, uint32 [nw]. Raises as `task`; needs no network."""
         return self._fields(self._index(i))[0]
 
-    def load(self, tasks: slice | Sequence[int] | None = None) -> MaskStore:
+    def load(
+        self, tasks: slice | Sequence[int] | None = None, *, mesh: Mesh | None = None
+    ) -> MaskStore | ShardedStore:
         """The tasks, or those of a slice or of a list of numbers, as a MaskStore of that capacity.
 
-        Every checksum is compared. Raises as `task`, and ValueError where no task is left.
+        mesh: spreads them over the devices along its axis `task`, as `shard` does; each process
+          reads only what its own devices hold, and all of them must make the call.
+        Every checksum is compared. Raises as `task`, ValueError where no task is left, and as
+        `shard` for the mesh.
         """
         net = self._network()
         ids = range(len(self))[tasks] if isinstance(tasks, slice) else tasks
         ids = range(len(self)) if ids is None else [self._index(i) for i in ids]
         if not len(ids):
             raise ValueError(f"{tasks} leaves none of the {len(self)} tasks to load")
+        if mesh is not None:
+            return sharding.of_tasks(
+                net, len(ids), lambda slots: (self._fields(ids[slot]) for slot in slots), mesh
+            )
         tasks = bank.of_tasks(net.layout, net.state, len(ids), map(self._fields, ids))
         return MaskStore.of_bank(net, tasks, len(ids))
 

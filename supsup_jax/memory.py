@@ -9,7 +9,7 @@ from supsup_jax.types import CapacityError
 
 def device_bytes() -> int:
     """Of the default device; where that is the CPU, or does not say, of the machine."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

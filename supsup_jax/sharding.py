@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from supsup_jax import bank, memory
+from supsup_jax import bank, contraction, memory
 from supsup_jax.devices import (
     DATA,
     ROWS,
@@ -52,7 +53,9 @@ def shard(
     mesh: its axes are `task` and, where rows of a batch shall be split, `data`; of any axis type.
     capacity: for how many tasks there is room before the store grows, rounded up to a multiple of
       the devices along `task`. None: for those it holds, so that all devices have as much to do.
-    The arrays go through the memory of the host, each device getting its part of them.
+    The arrays go through the memory of the host, each device getting its part of them; of several
+    hosts each has all of a MaskStore, the same, and a call of its own. `DiskStore.load(mesh=mesh)`
+    reads on each host what its devices hold.
     Raises TypeError for what is no MaskStore or Mesh, and ValueError for a mesh of other axes, less
     room than tasks, or more (CapacityError) than a device has.
     """
@@ -73,6 +76,48 @@ def shard(
     memory.check_room(bank.nbytes(held.layout, held._like_state, capacity // parts), capacity)
     tasks = _tiled_anew(held, held_parts, capacity, parts)
     return ShardedStore(_moved(held, tasks, capacity, mesh), mesh)
+
+
+def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "ShardedStore":
+    """A store of tasks that come from files, of which each process reads those of its own devices.
+
+    read: range of ids -> words uint32 [nw] and the leaves of the statistics, one task after another
+    Raises as `shard`.
+    """
+    check_mesh(mesh, TASK)
+    parts = mesh.shape[TASK]
+    each = -(-num_tasks // parts)
+    memory.check_room(bank.nbytes(net.layout, net.state, each), parts * each)
+    tiles, num_words, lanes = bank.tiling(net.layout, each)
+
+    @functools.cache
+    def part(s):
+        ids = range(s * each, min((s + 1) * each, num_tasks))
+        words, states, _ = bank.tiled(net.layout, net.state, each, read(ids))
+        return words, states
+
+    def placed(shape, size, take):
+        """An array along `task`, of parts of `size` rows; take: of what a part holds, which."""
+
+        def rows(index):
+            return take(part((index[0].start or 0) // size))
+
+        return jax.make_array_from_callback(shape, on_mesh(mesh, SLOTS), rows)
+
+    like, treedef = jax.tree.flatten(net.state)
+    states = [
+        placed((parts * each, *leaf.shape), each, lambda held, j=j: jax.tree.leaves(held[1])[j])
+        for j, leaf in enumerate(like)
+    ]
+    store = MaskStore.create(net, 1)
+    tasks = bank.Bank(
+        placed((parts * tiles, num_words, lanes), tiles, lambda held: held[0]),
+        np.zeros(store.counts().shape, np.min_scalar_type(parts * each)),
+        jax.tree.unflatten(treedef, states),
+        np.int32(num_tasks),
+        np.int32(0),
+    )
+    return _counted(ShardedStore(_moved(store, tasks, parts * each, mesh), mesh))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -288,6 +333,21 @@ class _Shard(MaskStore):
 
 
 @jax.jit
+def _counted(store):
+    """The store with the counts of the masks that it holds."""
+
+    def count(store):
+        words, everything = store._bank.words, jnp.ones(store._bank.words.shape[::2], bool)
+        return store.devices.total(
+            contraction.count(words, everything.reshape(-1), store.num_tasks)
+        )
+
+    tasks = store._store._bank
+    counts = store.spread(count, out=WHOLE).astype(tasks.counts.dtype)
+    return ShardedStore(store._store._with(tasks._replace(counts=counts)), store.mesh)
+
+
+@jax.jit
 def _task(store, i):
     def read(store, i):
         slot = store.slot_of(jnp.clip(i, 0, jnp.maximum(store.all_tasks - 1, 0)))
@@ -381,7 +441,7 @@ _write_in_place = jax.jit(
 def _tiled_anew(store, parts, new_capacity, new_parts):
     """The bank of a MaskStore tiled in `parts`, as NumPy arrays tiled for others."""
     tasks, num_tasks = store._bank, int(store.num_tasks)
-    words = np.moveaxis(np.asarray(tasks.words), 1, 0)  # [nw, tiles, lanes]
+    words = np.moveaxis(_on_host(tasks.words), 1, 0)  # [nw, tiles, lanes]
     words = words.reshape(len(words), parts, -1)[:, :, : store.capacity // parts]
     words = words.reshape(len(words), -1)[:, :num_tasks]
     tiles, num_words, lanes = bank.tiling(store.layout, new_capacity // new_parts)
@@ -395,9 +455,9 @@ def _tiled_anew(store, parts, new_capacity, new_parts):
     words = widen(words, tiles * lanes, axis=2).reshape(num_words, new_parts * tiles, lanes)
     return tasks._replace(
         words=np.moveaxis(words, 0, 1),
-        counts=np.asarray(tasks.counts).astype(np.min_scalar_type(new_capacity)),
+        counts=_on_host(tasks.counts).astype(np.min_scalar_type(new_capacity)),
         states=jax.tree.map(
-            lambda rows: widen(np.asarray(rows)[:num_tasks], new_capacity), tasks.states
+            lambda rows: widen(_on_host(rows)[:num_tasks], new_capacity), tasks.states
         ),
     )
 
@@ -406,7 +466,15 @@ def _moved(store, tasks, capacity, mesh):
     """A store like this one with the bank `tasks`, its arrays on the mesh."""
 
     def put(tree, spec):
-        return jax.device_put(tree, on_mesh(mesh, spec))
+        sharding = on_mesh(mesh, spec)
+
+        def there(leaf):
+            if isinstance(leaf, jax.Array):
+                return jax.device_put(leaf, sharding)
+            # Of what all hosts have, each takes its part; device_put would compare it all first.
+            return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+        return jax.tree.map(there, tree)
 
     return MaskStore(
         bank.Bank(*map(put, tasks, BANK)),
@@ -414,6 +482,15 @@ def _moved(store, tasks, capacity, mesh):
         put(store._seed, WHOLE),
         store._static._replace(capacity=capacity),
     )
+
+
+def _on_host(array):
+    """All of an array in NumPy, whichever hosts hold it."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _resharded(mesh, tree, spec):
