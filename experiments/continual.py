@@ -17,7 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import learners, paper, plots, reports
+from experiments import hosts, learners, paper, plots, reports, runs
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, models
 
@@ -54,7 +54,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(hosts.Args):
     """What every script takes; each adds `preset`, a name of its PRESETS."""
 
     PRESETS: ClassVar[dict[str, Config]]
@@ -172,9 +172,10 @@ def main(args: Args) -> dict:
         with run.phase("data"):
             dataset = args.load(config)
             stream = args.make_stream(config, dataset)
-        learner = learners.METHODS[config.method](config, args.build(config, dataset), stream)
+        learner = learners.make(config, args.build(config, dataset), stream)
         learner.restore(run)
         run.create()
+        hosts.check_shared(run.out / "progress.json")
     if config.dataset == "synthetic":
         print("--tiny: images drawn from a key with the dataset's shapes, not real data")
     print(f"{run.out}: {config.tasks} tasks of {dataset.name} by {config.method}, {learner.net}")
@@ -215,7 +216,8 @@ def learn(run: Run, config: Config, learner: Any) -> None:
     if learner.done in config.checkpoints and learner.done not in evaluated:
         checkpoint(run, learner)
     stops = {*config.checkpoints, *range(0, config.tasks, config.save_every)}
-    with tqdm(initial=learner.done, total=config.tasks, unit="task") as bar:
+    hidden = not runs.writes()
+    with tqdm(initial=learner.done, total=config.tasks, unit="task", disable=hidden) as bar:
         while (done := learner.done) < config.tasks:
             group = range(done, min([done + learner.together, *(s for s in stops if s > done)]))
             with run.phase("train"):
@@ -244,12 +246,16 @@ def checkpoint(run: Run, learner: Any) -> None:
             f", GNu {gnu[0]['accuracy']:.4f} ({gnu[0]['protocol']}, {gnu[0]['objective']}), "
             f"task accuracy {gnu[0]['task_accuracy']:.4f}"
         )
-    tqdm.write(said)
+    if runs.writes():
+        tqdm.write(said)
     run.write_progress()
 
 
 def finish(run: Run, config: Config, learner: Any) -> dict:
     """Writes everything a finished run has, the result last."""
+    if not runs.writes():
+        hosts.meet("the result is written")
+        return run.result
     reports.write_csv(run.out / "accuracy.csv", run.rows)
     draw(run, config)
     result = run.finish(
@@ -258,6 +264,7 @@ def finish(run: Run, config: Config, learner: Any) -> dict:
         kept=learner.kept(),
         metrics=reports.continual_metrics(run.rows),
     )
+    hosts.meet("the result is written")
     reports.print_table(result)
     return result
 
@@ -302,4 +309,6 @@ def drawn_series(rows: list[dict], config: Config) -> list[tuple[str, list[dict]
 
 def cli(args_class: type[Args], argv: list[str], description: str) -> None:
     """A script's entry."""
-    main(tyro.cli(args_class, args=argv, description=description))
+    args = tyro.cli(args_class, args=argv, description=description)
+    with hosts.joined(args):
+        main(args)

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import reports
-from experiments.runs import Run
+from experiments import hosts, reports, runs
+from experiments.runs import Run, UsageError
 from supsup_jax import baselines, data, metrics, prng
 from supsup_jax.packing import named_leaves
 
@@ -69,9 +71,11 @@ class Learner:
             protocol,
             objective=objectives(self.stream.dataset.num_labels).get(name, ss.entropy),
             rule=rule,
-            progress=functools.partial(tqdm, desc=label, leave=False, unit="task"),
+            progress=functools.partial(
+                tqdm, desc=label, leave=False, unit="task", disable=not runs.writes()
+            ),
         )
-        if keep is not None:
+        if keep is not None and runs.writes():
             counts = metrics.confusion([row.inferred for row in measured])
             np.savez_compressed(keep, counts=counts)
         return reports.rows_of(protocol, name, images, measured, method)
@@ -148,6 +152,63 @@ class Masks(Learner):
         layout = self.net.layout
         counts = ss.kept_counts(layout, self.config.train.density)
         return {name: [counts[name], math.prod(shape)] for name, shape in layout.named_shapes}
+
+
+class SpreadMasks(Masks):
+    """SupSup over many devices: each learns its tasks, and holds its share of all to infer.
+
+    Between evaluations masks lie in the run's folder alone, where process 0 puts them.
+    """
+
+    def __init__(self, config, net, stream):
+        super().__init__(config, net, stream)
+        self.mesh = hosts.mesh()
+        self.together = self.together * self.mesh.size
+        self._done, self._new = 0, []
+
+    @property
+    def done(self) -> int:
+        return self._done
+
+    def learn(self, group: range) -> None:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
+        many = self.stream.together(group)
+        learned = ss.train_tasks(keys, self.net, many, self.config.train, mesh=self.mesh).task
+        # To every process: a bit a weight would do, a byte is what crosses.
+        everywhere = jax.jit(lambda tasks: tasks, out_shardings=NamedSharding(self.mesh, P()))
+        tasks = jax.device_get(everywhere(learned))
+        self._new = [jax.tree.map(lambda leaf: leaf[i], tasks) for i in range(len(group))]  # noqa: B023
+        self._done = group.stop
+
+    def last_accuracy(self) -> float:
+        newest = ss.MaskStore.create(self.net, 1).append(self._new[-1])
+        (row,) = ss.evaluate(self.net, newest, [self.stream.test[self.done - 1]])
+        return row.accuracy
+
+    def evaluate(self, run: Run) -> list[dict]:
+        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
+            self.store = disk.load(slice(self.done), mesh=self.mesh)
+        rows = super().evaluate(run)
+        self.store = None
+        return rows
+
+    def save(self, run: Run) -> None:
+        if runs.writes():
+            with ss.DiskStore.open(run.tasks_path, self.net, "a") as disk:
+                for task in self._new[len(self._new) - (self.done - len(disk)) :]:
+                    disk.append(task, durable=False)
+                disk.flush()
+        hosts.meet("tasks are saved")
+
+    def restore(self, run: Run) -> None:
+        found = contextlib.suppress(FileNotFoundError)
+        with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
+            self._done = len(disk)
+        hosts.agreed(self._done, f"tasks in {run.tasks_path}")
+
+    def bytes(self, run: Run) -> dict[str, float]:
+        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
+            return reports.store_bytes(disk.load(), run.tasks_path)
 
 
 class Transfer(Masks):
@@ -334,6 +395,8 @@ BASELINES = {
     "abatche": baselines.batche,
     "psp": baselines.psp,
 }
+# What learns over many devices, by method; the other methods' tasks build on earlier ones.
+SPREAD = {"supsup": SpreadMasks}
 METHODS = {"supsup": Masks, "supsup_transfer": Transfer, **dict.fromkeys(BASELINES, Compared)}
 # Methods that infer a task, and so take as many outputs as SupSup; the others have the labels'.
 NEED_SUPERFLUOUS = ("supsup", "supsup_transfer", "abatche")
@@ -344,6 +407,20 @@ INFERENCES = (
     ("batche_one_shot", None, "entropy"),
     ("batche_one_shot", None, "superfluous"),
 )
+
+
+def make(config: Any, net: ss.Network, stream: data.ViewStream) -> Learner:
+    """The learner of a config. Raises UsageError for one that many processes cannot share."""
+    if hosts.mesh() is None:
+        return METHODS[config.method](config, net, stream)
+    if config.method in SPREAD:
+        return SPREAD[config.method](config, net, stream)
+    if jax.process_count() > 1:
+        raise UsageError(
+            f"--method {config.method} learns each task from the ones before: run it as one "
+            f"process, not {jax.process_count()}; {', '.join(SPREAD)} can be shared"
+        )
+    return METHODS[config.method](config, net, stream)
 
 
 def checkpoints(run: Run) -> ocp.CheckpointManager:

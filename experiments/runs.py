@@ -105,8 +105,9 @@ class Run:
 
     def create(self) -> None:
         """Makes the folder, and finds out now whether it can be written to."""
-        writable_folder(self.out)
-        self.write_progress()
+        if writes():
+            writable_folder(self.out)
+            self.write_progress()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -127,6 +128,8 @@ class Run:
         self.write_progress()
 
     def write_progress(self) -> None:
+        if not writes():
+            return
         write_json(
             self.out / "progress.json",
             {
@@ -156,6 +159,11 @@ class Run:
     def _on_event(self, event: str, duration: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self._compiled += duration
+
+
+def writes() -> bool:
+    """Whether this process, of all that run a script together, is the one that writes."""
+    return jax.process_index() == 0
 
 
 def writable_folder(path: Path) -> None:

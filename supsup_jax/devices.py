@@ -10,7 +10,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -134,6 +136,15 @@ def on_axes(names: tuple[str, ...], spec: P) -> P:
 def on_mesh(mesh: Mesh, spec: P) -> NamedSharding:
     """The sharding of arrays that lie by `spec`, of whose axes `mesh` need not have all."""
     return NamedSharding(mesh, on_axes(mesh.axis_names, spec))
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """All of an array in NumPy, whichever hosts hold it: all of them must ask."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def auto(mesh: Mesh) -> Mesh:

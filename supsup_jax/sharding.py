@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -34,6 +33,7 @@ from supsup_jax.devices import (
     auto,
     check_mesh,
     on_axes,
+    on_host,
     on_mesh,
 )
 from supsup_jax.network import Network
@@ -441,7 +441,7 @@ _write_in_place = jax.jit(
 def _tiled_anew(store, parts, new_capacity, new_parts):
     """The bank of a MaskStore tiled in `parts`, as NumPy arrays tiled for others."""
     tasks, num_tasks = store._bank, int(store.num_tasks)
-    words = np.moveaxis(_on_host(tasks.words), 1, 0)  # [nw, tiles, lanes]
+    words = np.moveaxis(on_host(tasks.words), 1, 0)  # [nw, tiles, lanes]
     words = words.reshape(len(words), parts, -1)[:, :, : store.capacity // parts]
     words = words.reshape(len(words), -1)[:, :num_tasks]
     tiles, num_words, lanes = bank.tiling(store.layout, new_capacity // new_parts)
@@ -455,9 +455,9 @@ def _tiled_anew(store, parts, new_capacity, new_parts):
     words = widen(words, tiles * lanes, axis=2).reshape(num_words, new_parts * tiles, lanes)
     return tasks._replace(
         words=np.moveaxis(words, 0, 1),
-        counts=_on_host(tasks.counts).astype(np.min_scalar_type(new_capacity)),
+        counts=on_host(tasks.counts).astype(np.min_scalar_type(new_capacity)),
         states=jax.tree.map(
-            lambda rows: widen(_on_host(rows)[:num_tasks], new_capacity), tasks.states
+            lambda rows: widen(on_host(rows)[:num_tasks], new_capacity), tasks.states
         ),
     )
 
@@ -482,15 +482,6 @@ def _moved(store, tasks, capacity, mesh):
         put(store._seed, WHOLE),
         store._static._replace(capacity=capacity),
     )
-
-
-def _on_host(array):
-    """All of an array in NumPy, whichever hosts hold it."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _resharded(mesh, tree, spec):

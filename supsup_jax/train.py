@@ -226,7 +226,7 @@ def train_tasks(
         devices.check_mesh(mesh, devices.TASK)
         result = _train_tasks_over(keys, net, data, init_scores, config, devices.auto(mesh))
     if not isinstance(result.loss, jax.core.Tracer):
-        finite = np.asarray(jax.vmap(all_finite)((result.scores, result.loss)))
+        finite = devices.on_host(jax.vmap(all_finite)((result.scores, result.loss)))
         if not finite.all():
             bad = np.flatnonzero(~finite)
             some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
