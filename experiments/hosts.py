@@ -9,6 +9,7 @@ folder that all must see. docs/hosts.md has more.
 
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import sys
@@ -84,6 +85,10 @@ def join(args: Args) -> bool:
             "--coordinator, --num-processes and --process-id go together where no cluster "
             f"says them, got {args.coordinator}, {args.num_processes} and {args.process_id}"
         )
+    if args.process_id is not None and not 0 <= args.process_id < (args.num_processes or math.inf):
+        raise UsageError(
+            f"--process-id must lie in [0, {args.num_processes}), got {args.process_id}"
+        )
     if args.coordinator is not None:
         host, port = _address(args.coordinator)
         if args.process_id:
@@ -138,7 +143,7 @@ def agreed(number: int, what: str) -> int:
 
 def check_shared(path: Path) -> None:
     """Raises UsageError unless all processes see the file that process 0 has written."""
-    meet(f"{path} is written")
+    meet("the file is written")
     agreed(int(path.exists()), f"files {path}")
 
 

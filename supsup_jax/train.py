@@ -173,7 +173,9 @@ def train_task(
                 f"{devices.DATA!r} of mesh, got {config.batch_size}"
             )
         mesh = devices.auto(mesh)
-        inputs = jax.device_put((key, net, data, init_scores), devices.on_mesh(mesh, devices.WHOLE))
+        inputs = (key, net, data, init_scores)
+        if not mesh.is_multi_process:  # of several hosts each has them, and jit takes them so
+            inputs = jax.device_put(inputs, devices.on_mesh(mesh, devices.WHOLE))
         result = _train(*inputs, config, mesh)
     check_finite(result, config)
     return result
