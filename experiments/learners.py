@@ -144,7 +144,10 @@ class Masks(Learner):
                 self.store = disk.load()
 
     def bytes(self, run: Run) -> dict[str, float]:
-        return reports.store_bytes(self.store, run.tasks_path)
+        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.net.state))
+        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
+            masks = (disk.task(i).mask for i in range(len(disk)))
+            return reports.store_bytes(masks, self.net.layout, state_bytes, run.tasks_path)
 
     def kept(self) -> dict[str, list[int]] | None:
         if self.config.train.rule != "topk":
@@ -205,10 +208,6 @@ class SpreadMasks(Masks):
         with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
             self._done = len(disk)
         hosts.agreed(self._done, f"tasks in {run.tasks_path}")
-
-    def bytes(self, run: Run) -> dict[str, float]:
-        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
-            return reports.store_bytes(disk.load(), run.tasks_path)
 
 
 class Transfer(Masks):

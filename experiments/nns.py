@@ -351,9 +351,10 @@ def finish(run: Run, config: Config, progress: Progress) -> dict:
     np.savez_compressed(run.out / "decisions.npz", **windows)
     draw(run, config, windows, progress.counts(config))
     store = scenarios.allocated_store(progress.state)
+    masks = map(store.mask, range(int(store.num_tasks)))
     result = run.finish(
         experiment="nns",
-        bytes=reports.store_bytes(store, run.store_path),
+        bytes=reports.store_bytes(masks, store.layout, store.state_bytes, run.store_path),
         metrics=reports.continual_metrics(run.rows),
         novelty=margins(config, windows),
     )

@@ -7,14 +7,15 @@ result.json leaves out.
 """
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import supsup_jax as ss
 from experiments import paper
 from supsup_jax import codecs, metrics
+from supsup_jax.packing import Layout
 
 # Networks of split classes, whose numbers in the paper are all with the id.
 SPLIT = ("gem_resnet18", "small_resnet", "resnet50")
@@ -122,25 +123,26 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
     ]
 
 
-def store_bytes(store: ss.MaskStore, path: Path) -> dict[str, float]:
+def store_bytes(masks: Iterable, layout: Layout, state_bytes: int, path: Path) -> dict[str, float]:
     """Bytes of what a run keeps; of the masks also as each codec would take, and their bound.
 
-    path: of the file, or the folder of files, that the store is saved in.
+    masks: one after another, so that memory need not hold them all.
+    state_bytes: of the normalisation statistics of one task.
+    path: of the file, or the folder of files, that they are saved in.
     """
     files = list(path.iterdir()) if path.is_dir() else [path]
-    num_tasks = int(store.num_tasks)
-    coded = [codecs.coded_bytes(store.mask(i)) for i in range(num_tasks)]
-    masks = num_tasks * store.layout.num_words * 4
-    statistics = num_tasks * store.state_bytes
+    coded = [codecs.coded_bytes(mask) for mask in masks]
+    words = len(coded) * layout.num_words * 4
+    statistics = len(coded) * state_bytes
     return {
-        "masks": masks,
+        "masks": words,
         "masks_bound": round(sum(each.bound for each in coded)),
         "masks_enumerative": sum(each.enumerative for each in coded),
         "masks_csc16_indices": sum(each.csc16_indices for each in coded),
         "norm_statistics": statistics,
         "heads": 0,
         "seed": 4,
-        "total": masks + statistics + 4,
+        "total": words + statistics + 4,
         "store_file": sum(file.stat().st_size for file in files),
     }
 

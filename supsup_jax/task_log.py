@@ -25,7 +25,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,22 @@ class Problem(NamedTuple):
         return f"{self.file}: {self.what}"
 
 
+@contextlib.contextmanager
+def _allowed(path: Path, writes: bool) -> Iterator[None]:
+    """Has an error of the system's say what it kept from happening, and what there is to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        wanted = "read the store there"
+        if writes:
+            wanted = "append there; open the store with mode 'r', or one where you may write"
+        raise OSError(
+            error.errno, f"{os.strerror(error.errno)}: not allowed to {wanted}", str(path)
+        ) from error
+
+
 class _Entry(NamedTuple):
     offset: int
     length: int
@@ -88,15 +104,16 @@ class TaskLog:
         self._entries: list[_Entry | None] = []  # None where a damaged record must lie
         self._end = 0  # of the last record
         flags = os.O_RDWR if writes else os.O_RDONLY
-        self._records = os.open(path / RECORDS, flags)
-        try:
-            # A lost index is made again, but only by one who may write.
-            self._index = os.open(path / INDEX, flags | (os.O_CREAT if writes else 0), 0o666)
-        except FileNotFoundError:
-            self._index = None
-        except BaseException:
-            os.close(self._records)
-            raise
+        with _allowed(path, writes):
+            self._records = os.open(path / RECORDS, flags)
+            try:
+                # A lost index is made again, but only by one who may write.
+                self._index = os.open(path / INDEX, flags | (os.O_CREAT if writes else 0), 0o666)
+            except FileNotFoundError:
+                self._index = None
+            except BaseException:
+                os.close(self._records)
+                raise
 
     @classmethod
     def create(cls, path: str | os.PathLike, manifest: dict[str, Any]) -> "TaskLog":
@@ -108,13 +125,15 @@ class TaskLog:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"no folder {path.parent} to create {path.name} in")
-        path.mkdir(exist_ok=True)
+        with _allowed(path, writes=True):
+            path.mkdir(exist_ok=True)
         # A creation cut short leaves empty files and no manifest: a store that never was.
         unborn = {RECORDS, INDEX, _PARTIAL}
         if strange := [found.name for found in path.iterdir() if found.name not in unborn]:
             what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
             raise FileExistsError(f"{path} holds {what}; name a new folder")
-        _write(path / RECORDS, b"", os.O_CREAT)
+        with _allowed(path, writes=True):
+            _write(path / RECORDS, b"", os.O_CREAT)
         log = cls(path, manifest, writes=True)
         try:
             log._lock(0)

@@ -1,8 +1,11 @@
 """The folder of records: what it holds, refuses and mends. Kills and cuts: `test_stress_store`."""
 
+import errno
 import hashlib
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -327,3 +330,46 @@ def test_a_record_alone_in_a_file(tmp_path, path):
         with pytest.raises(ss.StoreError, match=r"task.ssrc"):
             task_log.read_alone(alone)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "task.ssrc"]
+
+
+@pytest.fixture
+def as_a_stranger(path):
+    """As a user who may read the folder, but not write to it."""
+    for file in (path, *path.iterdir()):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    if os.geteuid():  # not root, who may do everything
+        yield
+        path.chmod(0o755)
+        return
+    parents = [parent for parent in path.parents if not parent.stat().st_uid]
+    modes = [parent.stat().st_mode for parent in parents]
+    for parent, mode in zip(parents, modes, strict=True):
+        parent.chmod(mode | 0o055)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+    for parent, mode in zip(parents, modes, strict=True):
+        parent.chmod(mode)
+
+
+@pytest.mark.usefixtures("as_a_stranger")
+def test_without_permission_to_write(path):
+    assert bodies(path) == BODIES
+    with pytest.raises(PermissionError, match=r"not allowed to append there; open .* mode 'r'"):
+        TaskLog.open(path, writes=True)
+    with pytest.raises(PermissionError, match="not allowed to append there"):
+        TaskLog.create(path / "new", MANIFEST)
+
+
+def test_a_disk_that_is_read_only(path, monkeypatch):
+    opened = os.open
+
+    def read_only(file, flags, *mode):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return opened(file, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert bodies(path) == BODIES
+    with pytest.raises(OSError, match="Read-only file system: not allowed to append there"):
+        TaskLog.open(path, writes=True)
