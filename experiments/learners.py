@@ -167,6 +167,9 @@ class SpreadMasks(Masks):
         super().__init__(config, net, stream)
         self.mesh = hosts.mesh()
         self.together = self.together * self.mesh.size
+        # To every process: a bit a weight would do, a byte is what crosses.
+        everywhere = NamedSharding(self.mesh, P())
+        self._everywhere = jax.jit(lambda tasks: tasks, out_shardings=everywhere)
         self._done, self._new = 0, []
 
     @property
@@ -177,9 +180,7 @@ class SpreadMasks(Masks):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
         many = self.stream.together(group)
         learned = ss.train_tasks(keys, self.net, many, self.config.train, mesh=self.mesh).task
-        # To every process: a bit a weight would do, a byte is what crosses.
-        everywhere = jax.jit(lambda tasks: tasks, out_shardings=NamedSharding(self.mesh, P()))
-        tasks = jax.device_get(everywhere(learned))
+        tasks = jax.device_get(self._everywhere(learned))
         self._new = [jax.tree.map(lambda leaf: leaf[i], tasks) for i in range(len(group))]  # noqa: B023
         self._done = group.stop
 

@@ -52,10 +52,11 @@ def command(script: str, *options: str, out: Path) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     """With a cache of compiled programs, so that most of a run is work to be killed in."""
-    return os.environ | {
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    return cache | os.environ
 
 
 def finished(argv: list[str], env: dict[str, str]) -> float:
