@@ -5,8 +5,10 @@
 Each of a few experiments runs once undisturbed. Then it is started again and again with --resume,
 and ended by SIGKILL at a random time; where it comes to its end all the same, it begins anew. The
 last start is left to finish. Each end's rows, and every byte of its tasks, must equal the first's.
+One of them is run by two processes, of which one is killed and the other must end by itself; its
+undisturbed run and its last start are of one process.
 
-Expected: every run ends, and equal. Writes stress_runs.json to --out. 10 minutes on 2 CPU cores.
+Expected: every run ends, and equal. Writes stress_runs.json to --out. 20 minutes on 2 CPU cores.
 """
 
 import contextlib
@@ -16,21 +18,25 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from experiments import runs
 
+TWO = "permuted, 2 processes"
 RUNS = {
     "permuted": ("permuted", "--tasks", "12"),
     "permuted, BatchE": ("permuted", "--method", "batche", "--tasks", "6"),
     "split_cifar, transfer": ("split_cifar", "--method", "supsup_transfer"),
     "nns": ("nns",),
+    TWO: ("permuted", "--tasks", "8"),
 }
 
 
@@ -40,6 +46,8 @@ class Args:
 
     kills: int = 10
     """Of each experiment."""
+    only: Literal[tuple(RUNS)] | None = None
+    """This experiment alone."""
     seed: int = 0
     out: Path = Path("runs/stress_runs")
     tiny: bool = False
@@ -68,14 +76,28 @@ def finished(argv: list[str], env: dict[str, str]) -> float:
     return time.monotonic() - start
 
 
-def killed(argv: list[str], env: dict[str, str], seconds: float) -> bool:
-    """Runs for so long at most; whether it had to be killed."""
-    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+def killed(argvs: list[list[str]], env: dict[str, str], seconds: float, victim: int) -> bool:
+    """Runs for so long at most, a process an argv; whether one of them had to be killed."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    children = [subprocess.Popen(argv, env=env, **quiet) for argv in argvs]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(seconds)
-    if child.poll() is None:
-        child.send_signal(signal.SIGKILL)
-    return child.wait() == -signal.SIGKILL
+        children[victim].wait(seconds)
+    if children[victim].poll() is None:
+        children[victim].send_signal(signal.SIGKILL)
+    # The others end by themselves: JAX notices, at the latest by a heartbeat that it misses.
+    codes = [child.wait(timeout=300) for child in children]
+    return codes[victim] == -signal.SIGKILL
+
+
+def together(argv: list[str], num_processes: int) -> list[list[str]]:
+    """The command, for each of so many processes that run it together."""
+    if num_processes == 1:
+        return [argv]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    many = [*argv, "--coordinator", address, "--num-processes", str(num_processes)]
+    return [[*many, "--process-id", str(i)] for i in range(num_processes)]
 
 
 def outcome(out: Path) -> dict:
@@ -95,10 +117,11 @@ def measure(folder: Path, name: str, kills: int, rng: random.Random) -> dict:
     # Again, with what is compiled by now, for how long it takes.
     again = finished(command(*script, out=folder / f"{name}-again"), env)
     argv = [*command(*script, out=broken), "--resume"]
-    done, ends = 0, []
+    done, ends, processes = 0, [], 2 if name == TWO else 1
     while done < kills:
         # Rarely later than the start-up takes, half the time in the midst of the work.
-        done += killed(argv, env, rng.uniform(0.3, 1.0) * again)
+        seconds = rng.uniform(0.3, 1.0) * again * processes
+        done += killed(together(argv, processes), env, seconds, rng.randrange(processes))
         if done < kills and (broken / "result.json").exists():
             ends.append(outcome(whole) == outcome(broken))
             shutil.rmtree(broken)
@@ -111,7 +134,8 @@ def main(args: Args) -> dict:
     with runs.usage_errors():
         runs.writable_folder(args.out)
     rng = random.Random(args.seed)
-    names, kills = (list(RUNS)[:1], 1) if args.tiny else (list(RUNS), args.kills)
+    names = [args.only] if args.only else list(RUNS)
+    names, kills = (names[:1], 1) if args.tiny else (names, args.kills)
     rows = []
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         for name in names:
