@@ -129,8 +129,8 @@ def mesh() -> Mesh | None:
     return jax.make_mesh((jax.device_count(),), ("task",))
 
 
-def agreed(number: int, what: str) -> int:
-    """`number`, if all processes bring the same. Raises UsageError where they differ."""
+def check_agreed(number: int, what: str) -> None:
+    """Raises UsageError unless all processes bring the same number."""
     if jax.process_count() > 1:
         numbers = multihost_utils.process_allgather(np.int32(number)).tolist()
         if len(set(numbers)) > 1:
@@ -138,13 +138,12 @@ def agreed(number: int, what: str) -> int:
                 f"--out must lie on a file system that all processes see alike, but they find, "
                 f"from process 0 on, {numbers} {what}"
             )
-    return number
 
 
 def check_shared(path: Path) -> None:
     """Raises UsageError unless all processes see the file that process 0 has written."""
     meet("the file is written")
-    agreed(int(path.exists()), f"files {path}")
+    check_agreed(int(path.exists()), f"files {path}")
 
 
 def meet(where: str) -> None:

@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import supsup_jax as ss
 from experiments import hosts, reports, runs
 from experiments.runs import Run, UsageError
-from supsup_jax import baselines, data, metrics, prng
+from supsup_jax import baselines, data, devices, metrics, prng
 from supsup_jax.packing import named_leaves
 
 # Tasks learned at once off the CPU, which gains nothing from several.
@@ -167,9 +165,6 @@ class SpreadMasks(Masks):
         super().__init__(config, net, stream)
         self.mesh = hosts.mesh()
         self.together = self.together * self.mesh.size
-        # To every process: a bit a weight would do, a byte is what crosses.
-        everywhere = NamedSharding(self.mesh, P())
-        self._everywhere = jax.jit(lambda tasks: tasks, out_shardings=everywhere)
         self._done, self._new = 0, []
 
     @property
@@ -180,7 +175,8 @@ class SpreadMasks(Masks):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
         many = self.stream.together(group)
         learned = ss.train_tasks(keys, self.net, many, self.config.train, mesh=self.mesh).task
-        tasks = jax.device_get(self._everywhere(learned))
+        # To every process: a bit a weight would do, a byte is what crosses.
+        tasks = jax.tree.map(devices.on_host, learned)
         self._new = [jax.tree.map(lambda leaf: leaf[i], tasks) for i in range(len(group))]  # noqa: B023
         self._done = group.stop
 
@@ -208,7 +204,7 @@ class SpreadMasks(Masks):
         found = contextlib.suppress(FileNotFoundError)
         with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
             self._done = len(disk)
-        hosts.agreed(self._done, f"tasks in {run.tasks_path}")
+        hosts.check_agreed(self._done, f"tasks in {run.tasks_path}")
 
 
 class Transfer(Masks):

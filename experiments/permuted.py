@@ -8,7 +8,7 @@ Each task permutes the pixels in an order of its own. Inference is by one gradie
 of the paper's G; --method runs what the paper compares with on the same stream.
 
     preset             network                tasks  paper, GNu      on 2 CPU cores
-    digits             LeNet-300-100, s=100      50  -               1 minute
+    digits             LeNet-300-100, s=100      50  -               2 to 4 minutes
     mnist-10           LeNet-300-100, s=100      10  .9367           2 minutes
     mnist-50-lenet     LeNet-300-100, s=100      50  .9368           Figure 6, with --outputs
     mnist-250-lenet    LeNet-300-100, s=100     250  .9363           half an hour
