@@ -40,7 +40,7 @@ import tyro
 import supsup_jax as ss
 from experiments import runs, timing
 from supsup_jax import codecs
-from supsup_jax.packing import Layout
+from supsup_jax.layout import Layout
 
 DENSITIES = Path(__file__).parent.parent / "tests" / "golden" / "er_density.json"
 PAPER_MB = {("ResNet50", 4): 65.50, ("ResNet50", 8): 100.98, ("ResNet50", 16): 195.18}

@@ -41,7 +41,7 @@ import tyro
 
 import supsup_jax as ss
 from experiments import networks, plots, runs, synthetic, timing
-from supsup_jax import data, infer, memory
+from supsup_jax import data, devices, infer
 
 DENSE_BYTES = 3 * 2**30
 # Of the device's memory; the store is held once, and made tile by tile.
@@ -236,7 +236,7 @@ def main(args: Args) -> dict:
 
 
 def _sizes(network, seed):
-    return networks.build(network, seed).layout.num_weights, memory.device_bytes()
+    return networks.build(network, seed).layout.num_weights, devices.device_bytes()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import supsup_jax as ss
 from experiments import hosts, reports, runs
 from experiments.runs import Run, UsageError
 from supsup_jax import baselines, data, devices, metrics, prng
-from supsup_jax.packing import named_leaves
+from supsup_jax.layout import named_leaves
 
 # Tasks learned at once off the CPU, which gains nothing from several.
 TOGETHER = 100

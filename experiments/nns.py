@@ -40,7 +40,8 @@ from tqdm import tqdm
 import supsup_jax as ss
 from experiments import continual, paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
-from supsup_jax import data, metrics, packing, prng, scenarios, train
+from supsup_jax import data, metrics, prng, scenarios, train
+from supsup_jax.layout import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,7 +438,7 @@ def _save_slot(path: Path, slot: train.TrainState) -> None:
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **packing.named_leaves(slot))
+            np.savez(file, **named_leaves(slot))
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
@@ -446,7 +447,7 @@ def _save_slot(path: Path, slot: train.TrainState) -> None:
 
 def _load_slot(path: Path, like: train.TrainState) -> train.TrainState:
     """The slot saved at `path`. Raises UsageError for a file that is not one of this run's."""
-    want = packing.named_leaves(like)
+    want = named_leaves(like)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             leaves = {name: archive[name] for name in archive.files}

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import paper
 from supsup_jax import codecs, metrics
-from supsup_jax.packing import Layout
+from supsup_jax.layout import Layout
 
 # Networks of split classes, whose numbers in the paper are all with the id.
 SPLIT = ("gem_resnet18", "small_resnet", "resnet50")

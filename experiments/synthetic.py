@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import supsup_jax as ss
-from supsup_jax import bank, packing
+from supsup_jax import bank
+from supsup_jax.layout import column, pack, place
 
 
 def random_store(
@@ -21,7 +22,7 @@ def random_store(
     store = ss.MaskStore.create(net, num_tasks)
     tiles, num_words, lanes = store._bank.words.shape
     # 1 wherever a bit stands for a weight: the last words may hold fewer than 32.
-    whole = packing.pack(net.layout.pad(jnp.ones(net.layout.num_weights, bool)))
+    whole = pack(net.layout.pad(jnp.ones(net.layout.num_weights, bool)))
 
     @jax.jit
     def draw():
@@ -37,8 +38,8 @@ def random_store(
     @functools.partial(jax.jit, donate_argnums=0)
     def with_learned(words, learned):
         def copy(i, words):
-            mask = packing.column(learned, i)[None, :, None]
-            return jax.lax.dynamic_update_slice(words, mask, packing.place(words, i))
+            mask = column(learned, i)[None, :, None]
+            return jax.lax.dynamic_update_slice(words, mask, place(words, i))
 
         return jax.lax.fori_loop(jnp.int32(0), jnp.int32(first), copy, words)
 

@@ -5,12 +5,18 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
-from supsup_jax.density import ErdosRenyi, kept_counts
 from supsup_jax.disk_store import DiskStore, TaskInfo
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.infer import alpha_gradient, one_shot, predict
-from supsup_jax.masks import kept_count, signed_topk_mask, threshold_mask, topk_mask
+from supsup_jax.masks import (
+    ErdosRenyi,
+    kept_count,
+    kept_counts,
+    signed_topk_mask,
+    threshold_mask,
+    topk_mask,
+)
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
 from supsup_jax.recovery import BestRecovery, Recovery, RecoveryConfig, recover, recover_best

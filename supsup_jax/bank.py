@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import contraction
-from supsup_jax.packing import (
+from supsup_jax.layout import (
     MAX_LANES,
     VECTOR_LANES,
     WORD_BITS,

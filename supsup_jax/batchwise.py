@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from supsup_jax import prng, train
+from supsup_jax import network, prng, train
 from supsup_jax.network import Network
 from supsup_jax.train import TrainConfig, TrainState
 from supsup_jax.transfer import ScoreMean
@@ -111,7 +111,7 @@ def _checked(batches, net, config, done) -> Iterator[TaskData]:
                 f"got {batch.num_examples}"
             )
         if i == done:
-            batch.check_labels(train.num_outputs(net, batch))
+            batch.check_labels(network.num_outputs(net, batch))
         yield batch
 
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from supsup_jax import contraction, fixed_point
 from supsup_jax.devices import ONE_DEVICE, OneDevice
-from supsup_jax.packing import WORD_BITS, column, unpack
+from supsup_jax.layout import WORD_BITS, column, unpack
 
 # Among 2,500 masks (500 trained on permuted MNIST, the others random), 9 planes settle 95% of
 # single-image decisions at once and leave more than 16 masks in doubt in .5%; 8 planes settle 81%,

@@ -42,8 +42,9 @@ import jax
 import numpy as np
 
 from supsup_jax import rans
-from supsup_jax.packing import Layout, named_leaves
-from supsup_jax.store import MaskStore, check_binary
+from supsup_jax.layout import Layout, named_leaves
+from supsup_jax.masks import check_binary
+from supsup_jax.store import MaskStore
 from supsup_jax.types import PyTree, StoreError, Task, TrainResult
 
 AUTO, DELTA = "auto", "xor-delta"

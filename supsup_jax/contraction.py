@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from supsup_jax import fixed_point
-from supsup_jax.packing import VECTOR_LANES, WORD_BITS, unpack
-from supsup_jax.varying import varying_like
+from supsup_jax.devices import varying_like
+from supsup_jax.layout import VECTOR_LANES, WORD_BITS, unpack
 
 # Accumulators of a block: 1.5 MiB, within the L2 caches of two cores. Shorter blocks pay for the
 # meeting of threads at the end of each; more rows gain nothing where lanes are few.

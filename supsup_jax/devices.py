@@ -7,6 +7,8 @@ others; on one device, asking costs nothing.
 """
 
 import dataclasses
+import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from supsup_jax.types import CapacityError, PyTree
 
 TASK, DATA = "task", "data"
 # Where the arrays of a program lie.
@@ -150,3 +154,49 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 def auto(mesh: Mesh) -> Mesh:
     """The same devices with axes that the compiler sees to (jax.sharding.AxisType.Auto)."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
+def varying_like(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, made to depend on `like` (of at least one element) and otherwise unchanged.
+
+    A loop's carry must enter with the type it leaves with, and a constant that meets sharded data
+    on the way does not. Adding a zero made of that data gives it the type on every release of
+    JAX, where the explicit cast has changed its name.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return value  # not inside shard_map
+    return value + (jnp.ravel(like)[0] > 0).astype(value.dtype) * 0
+
+
+def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
+    """function(rows) computed for `size` rows at a time, and the rest at the end.
+
+    Unlike lax.map with a batch_size, function sees whole pieces and is not vmapped.
+    """
+    num_rows = len(jax.tree.leaves(rows)[0])
+    whole = num_rows - num_rows % size if num_rows > size else 0
+    parts = []
+    if whole:
+        pieces = jax.tree.map(lambda row: row[:whole].reshape(-1, size, *row.shape[1:]), rows)
+        mapped = lax.map(function, pieces)
+        parts.append(jax.tree.map(lambda part: part.reshape(whole, *part.shape[2:]), mapped))
+    if whole < num_rows:
+        parts.append(function(jax.tree.map(lambda row: row[whole:], rows)))
+    return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+
+def device_bytes() -> int:
+    """Of the default device; where that is the CPU, or does not say, of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_room(num_bytes: int, capacity: int) -> None:
+    """Raises CapacityError when a store of `capacity` takes more bytes than there are."""
+    if num_bytes > (room := device_bytes()):
+        raise CapacityError(
+            f"a store of capacity {capacity:,} takes {num_bytes:,} bytes, and there are {room:,}: "
+            "split the tasks over several stores and let one_shot_streamed read them in turn"
+        )

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from supsup_jax import bank, codecs, sharding, store_file
 from supsup_jax.hopfield import HopfieldStore
+from supsup_jax.layout import Layout
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout
 from supsup_jax.sharding import ShardedStore
 from supsup_jax.store import MaskStore, checked_task
 from supsup_jax.task_log import (

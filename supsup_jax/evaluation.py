@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import infer
-from supsup_jax.network import Network
+from supsup_jax import devices, infer
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.search import Rule
 from supsup_jax.store import MaskStore
-from supsup_jax.train import num_outputs
 from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")
@@ -232,7 +231,7 @@ def _given(net, store, data, i, *, batch_size):
         x, y = data.batch(index)
         return _is_right(net(task.mask, x, task.state), y)
 
-    right = infer.in_pieces(judge, jnp.arange(data.num_examples), batch_size)
+    right = devices.in_pieces(judge, jnp.arange(data.num_examples), batch_size)
     return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
 
 
@@ -249,7 +248,7 @@ def _inferred(net, store, data, *, protocol, objective, rule):
             return lax.map(by_rule, (index, deciders))
         if rule is not None:  # each image decides alone, whatever its context
             x, _ = data.batch(deciders.reshape(-1))
-            ids = infer.in_pieces(
+            ids = devices.in_pieces(
                 lambda x: _named(rule, net, store, x, objective, True), x, protocol.context
             )
             return ids.reshape(deciders.shape[:2])

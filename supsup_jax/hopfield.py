@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import memory, store_file
+from supsup_jax import devices, store_file
+from supsup_jax.layout import Layout
+from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout
-from supsup_jax.store import check_binary, check_same_network, digest_of
+from supsup_jax.store import check_same_network, digest_of
 from supsup_jax.types import CapacityError, PyTree, StoreError, Task, TrainResult
 
 FORMAT = "supsup_jax.HopfieldStore"
@@ -134,7 +135,7 @@ class HopfieldStore:
                 "the batch's own, as models.BNNet does"
             )
         sizes = _sizes(net.layout)
-        if (needed := sum(4 * d * d for d in sizes.values())) > (room := memory.device_bytes()):
+        if (needed := sum(4 * d * d for d in sizes.values())) > (room := devices.device_bytes()):
             raise CapacityError(
                 f"Hopfield networks of {sizes} units take {needed:,} bytes, and there are "
                 f"{room:,}: mask leaves of few weights, such as norm scales"

@@ -19,12 +19,11 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import contraction
-from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE
+from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore, TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
-from supsup_jax.varying import varying_like
 
 # Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
 # stays in the cache.
@@ -281,23 +280,6 @@ def _few_tasks(store, x):
     """Whether probing mask by mask is cheaper on CPU than a gradient a decision."""
     num_decisions, num_deciders = x.shape[:2]
     return num_decisions >= TANGENTS_FROM and store.capacity * num_deciders <= TANGENTS_UPTO
-
-
-def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
-    """function(rows) computed for `size` rows at a time, and the rest at the end.
-
-    Unlike lax.map with a batch_size, function sees whole pieces and is not vmapped.
-    """
-    num_rows = len(jax.tree.leaves(rows)[0])
-    whole = num_rows - num_rows % size if num_rows > size else 0
-    parts = []
-    if whole:
-        pieces = jax.tree.map(lambda row: row[:whole].reshape(-1, size, *row.shape[1:]), rows)
-        mapped = lax.map(function, pieces)
-        parts.append(jax.tree.map(lambda part: part.reshape(whole, *part.shape[2:]), mapped))
-    if whole < num_rows:
-        parts.append(function(jax.tree.map(lambda row: row[whole:], rows)))
-    return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
 
 
 def _tangent_scores(store, values, mixture, x):

@@ -5,15 +5,23 @@ has derivative zero, so each states the derivative it uses instead. The rules ar
 functions whose tangent is linear, so that forward and reverse mode, vmap and jit all work.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from supsup_jax import prng
-from supsup_jax.varying import varying_like
+from supsup_jax.devices import varying_like
+from supsup_jax.layout import Layout
+
+# One number for every layer, or what gives a layer's density by its kernel's shape [..., in, out].
+Density = float | Callable[[tuple[int, ...]], float]
 
 
 def kept_count(density: float, n: int) -> int:
@@ -26,6 +34,47 @@ def kept_count(density: float, n: int) -> int:
     if (kept := round(density * n)) == 0:
         raise ValueError(f"density {density!r} keeps none of {n} weights")
     return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class ErdosRenyi:
+    """Density min(most, scale (I + O) / (I O window)) for a kernel [window..., I, O].
+
+    Small layers are kept denser than large ones: the paper's budget for conv nets, whose `scale`
+    it calls s (`golden/er_density.json`). Equal by value, so it never retraces.
+    Raises ValueError on construction for a scale or most that is no density.
+    """
+
+    scale: float
+    most: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, got {self.scale!r}")
+        if not 0 < self.most <= 1:
+            raise ValueError(f"most must be a density in (0, 1], got {self.most!r}")
+
+    def __call__(self, shape: tuple[int, ...]) -> float:
+        if len(shape) < 2:
+            raise ValueError(
+                f"an Erdos-Renyi density needs a kernel [..., in, out], got shape {shape}"
+            )
+        return min(self.most, self.scale * (shape[-2] + shape[-1]) / math.prod(shape))
+
+
+def kept_counts(layout: Layout, density: Density) -> dict[str, int]:
+    """Weights kept of each masked leaf, by name, in the layout's order.
+
+    Raises ValueError, naming the layer, where a density is outside (0, 1] or keeps nothing.
+    """
+    counts = {}
+    for name, shape in layout.named_shapes:
+        try:
+            share = density(shape) if callable(density) else density
+            counts[name] = kept_count(share, math.prod(shape))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r} of shape {shape}: {error}") from error
+    return counts
 
 
 def score_bound(shape: tuple[int, ...]) -> float:
@@ -147,3 +196,20 @@ def _check_count(k, size):
         raise TypeError(f"k must be a host integer (see kept_count), got {k!r}")
     if not 0 <= k <= size:
         raise ValueError(f"k must lie in [0, {size}], the size of scores, got {k}")
+
+
+def check_binary(name: str, leaf: Any) -> None:
+    """Raises TypeError or ValueError unless a mask's leaf, if concrete, holds 0 and 1 only."""
+    if isinstance(leaf, jax.core.Tracer):
+        return
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return
+    if not jnp.issubdtype(dtype, jnp.number):
+        raise TypeError(f"the mask must hold bool or numbers at {name!r}, got dtype {dtype}")
+    values = np.asarray(leaf)  # in NumPy: under the caller's jit, jnp would trace it
+    if not np.all((values == 0) | (values == 1)):
+        raise ValueError(
+            f"the mask must hold only 0 and 1 at {name!r}: a store keeps one bit a weight "
+            "(signed masks do not fit)"
+        )

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import prng
-from supsup_jax.packing import Layout, named_leaves
-from supsup_jax.types import PyTree
+from supsup_jax.layout import Layout, named_leaves
+from supsup_jax.types import PyTree, TaskData
 
 SIGNED_CONSTANT = "signed_constant"
 # A power of two, so that multiplying by it is exact, halfway to overflow.
@@ -258,3 +258,14 @@ def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:
             f"got {got}"
         )
     return logits
+
+
+def num_outputs(net: Network, data: TaskData) -> int:
+    """C, found without computing anything. Raises ValueError unless logits are [B, C]."""
+
+    def logits(net, data):
+        x, _ = data.batch(jnp.zeros(2, jnp.int32))
+        ones = [jnp.ones(shape) for shape in net.layout.shapes.values()]
+        return net.train_logits(net.layout.tree(ones), net.state, x)[0]
+
+    return jax.eval_shape(logits, net, data).shape[1]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import infer, masks, prng, train
+from supsup_jax import infer, masks, network, prng, train
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore
@@ -369,7 +369,7 @@ def _check_window(state, net, data, index, config):
     infer.check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()
-    num_outputs = state.num_outputs or train.num_outputs(net, data)
+    num_outputs = state.num_outputs or network.num_outputs(net, data)
     data.check_labels(num_outputs)
     want = (config.window, config.train.batch_size)
     if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):

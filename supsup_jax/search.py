@@ -18,13 +18,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from supsup_jax import infer
-from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE
+from supsup_jax import devices, infer
+from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE, varying_like
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore
 from supsup_jax.types import Objective, TaskBelief
-from supsup_jax.varying import varying_like
 
 # On CPU the survivors of a binary search are copied together whenever they are a fourth of the
 # masks that every round reads, down to stores so small that the network takes as long as they do.
@@ -284,7 +283,7 @@ def _search(net, store, x, objective, per_example, base):
     one_by_one = functools.partial(lax.map, functools.partial(decide, shrink=alone))
     floats = max(net.layout.num_weights, store.capacity)
     many = functools.partial(
-        infer.in_pieces,
+        devices.in_pieces,
         jax.vmap(functools.partial(decide, shrink=False)),
         size=max(1, infer.GRADIENT_FLOATS // floats),
     )

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from supsup_jax import bank, contraction, memory
+from supsup_jax import bank, contraction, devices
 from supsup_jax.devices import (
     DATA,
     ROWS,
@@ -36,8 +36,8 @@ from supsup_jax.devices import (
     on_host,
     on_mesh,
 )
+from supsup_jax.layout import Layout, unpack
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout, unpack
 from supsup_jax.store import MaskStore, TaskStore
 from supsup_jax.types import PyTree, Task
 
@@ -73,7 +73,7 @@ def shard(
     held, held_parts = store, 1
     if isinstance(store, ShardedStore):
         held, held_parts = store._store, store._parts
-    memory.check_room(bank.nbytes(held.layout, held._like_state, capacity // parts), capacity)
+    devices.check_room(bank.nbytes(held.layout, held._like_state, capacity // parts), capacity)
     tasks = _tiled_anew(held, held_parts, capacity, parts)
     return ShardedStore(_moved(held, tasks, capacity, mesh), mesh)
 
@@ -87,7 +87,7 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
     check_mesh(mesh, TASK)
     parts = mesh.shape[TASK]
     each = -(-num_tasks // parts)
-    memory.check_room(bank.nbytes(net.layout, net.state, each), parts * each)
+    devices.check_room(bank.nbytes(net.layout, net.state, each), parts * each)
     tiles, num_words, lanes = bank.tiling(net.layout, each)
 
     @functools.cache

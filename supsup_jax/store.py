@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, certify, contraction, memory, store_file
+from supsup_jax import bank, certify, contraction, devices, store_file
 from supsup_jax.devices import ONE_DEVICE
+from supsup_jax.layout import Layout, named_leaves
+from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
@@ -148,7 +149,7 @@ class MaskStore(TaskStore):
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
         if not traced:
-            memory.check_room(bank.nbytes(net.layout, net.state, int(capacity)), int(capacity))
+            devices.check_room(bank.nbytes(net.layout, net.state, int(capacity)), int(capacity))
         return cls(
             bank.empty(net.layout, net.state, int(capacity)),
             fingerprint=digest_of(net),
@@ -197,7 +198,7 @@ class MaskStore(TaskStore):
         store = self
         if not self._traced and int(self.num_tasks) == self.capacity:
             larger = 2 * self.capacity
-            memory.check_room(
+            devices.check_room(
                 self.nbytes + bank.nbytes(self.layout, self._like_state, larger), larger
             )
             store = self._with(bank.resize(self._bank, self.layout, larger), larger)
@@ -469,20 +470,3 @@ def digest_of(net: Network) -> jax.Array:
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
     digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
     return jnp.asarray(np.frombuffer(digest, np.uint8))
-
-
-def check_binary(name: str, leaf: Any) -> None:
-    """Raises TypeError or ValueError unless a mask's leaf, if concrete, holds 0 and 1 only."""
-    if isinstance(leaf, jax.core.Tracer):
-        return
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.bool_):
-        return
-    if not jnp.issubdtype(dtype, jnp.number):
-        raise TypeError(f"the mask must hold bool or numbers at {name!r}, got dtype {dtype}")
-    values = np.asarray(leaf)  # in NumPy: under the caller's jit, jnp would trace it
-    if not np.all((values == 0) | (values == 1)):
-        raise ValueError(
-            f"the mask must hold only 0 and 1 at {name!r}: a store keeps one bit a weight "
-            "(signed masks do not fit)"
-        )

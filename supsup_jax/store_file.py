@@ -27,8 +27,8 @@ import numpy as np
 
 from supsup_jax import bank
 from supsup_jax.bank import Bank
+from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.types import StoreError
 
 FORMAT = "supsup_jax.MaskStore"

@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from supsup_jax import devices, masks, prng
-from supsup_jax.density import Density, kept_counts
-from supsup_jax.network import Network
-from supsup_jax.packing import Layout
+from supsup_jax.layout import Layout
+from supsup_jax.masks import Density, kept_counts
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.transfer import ScoreMean
 from supsup_jax.types import PyTree, Task, TaskData, TrainResult
 
@@ -234,17 +234,6 @@ def train_tasks(
             some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise diverged(config, f" in {len(bad)} of {num_tasks} tasks ({some})")
     return result
-
-
-def num_outputs(net: Network, data: TaskData) -> int:
-    """C, found without computing anything. Raises ValueError unless logits are [B, C]."""
-
-    def logits(net, data):
-        x, _ = data.batch(jnp.zeros(2, jnp.int32))
-        ones = [jnp.ones(shape) for shape in net.layout.shapes.values()]
-        return net.train_logits(net.layout.tree(ones), net.state, x)[0]
-
-    return jax.eval_shape(logits, net, data).shape[1]
 
 
 def start_scores(key: jax.Array, net: Network, init_scores: PyTree | ScoreMean | None) -> PyTree:

@@ -10,7 +10,7 @@ from flax import nnx
 
 import supsup_jax as ss
 from supsup_jax import baselines
-from supsup_jax.packing import named_leaves
+from supsup_jax.layout import named_leaves
 from tests.conftest import ConvNet, relu_apply, relu_net
 
 SGD = ss.TrainConfig(optimizer="sgd", learning_rate=0.1, steps=3, batch_size=8, shuffle=False)

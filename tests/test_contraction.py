@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from supsup_jax import contraction
-from supsup_jax.packing import pack
+from supsup_jax.layout import pack
 
 IMPLEMENTATIONS = ["reference", "popcount", "select", "matrix", None]
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import models, network, packing
+from supsup_jax import models, network
+from supsup_jax.layout import Layout
 from tests.conftest import GOLDEN
 
 REFERENCE = json.loads((GOLDEN / "er_density.json").read_text())
@@ -47,7 +48,7 @@ def layout_of(model, num_outputs):
         return nnx.to_pure_dict(nnx.state(model(num_outputs, rngs=nnx.Rngs(0)), nnx.Param))
 
     shapes = jax.eval_shape(params)
-    return packing.Layout.of(shapes, network.is_kernel)
+    return Layout.of(shapes, network.is_kernel)
 
 
 def test_uniform_density_is_each_layers_own():

@@ -2,8 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supsup_jax import packing
-from supsup_jax.packing import Layout
+from supsup_jax.layout import Layout, pack, unpack
 
 
 def layout_of(n):
@@ -14,7 +13,7 @@ def layout_of(n):
 def test_weight_j_is_bit_j_div_nw_of_word_j_mod_nw(n):
     bits = np.random.default_rng(n).random(n) < 0.5
     layout = layout_of(n)
-    words = np.asarray(packing.pack(layout.pad(jnp.asarray(bits))))
+    words = np.asarray(pack(layout.pad(jnp.asarray(bits))))
     assert words.shape == (layout.num_words,) == (-(-n // 32),)
     for j in range(n):
         assert (int(words[j % len(words)]) >> (j // len(words))) & 1 == bits[j]
@@ -23,8 +22,8 @@ def test_weight_j_is_bit_j_div_nw_of_word_j_mod_nw(n):
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 66, 1000])
 def test_unpack_is_the_inverse_of_pack(n):
     bits = np.random.default_rng(n).random(n) < 0.3
-    words = packing.pack(layout_of(n).pad(jnp.asarray(bits)))
-    np.testing.assert_array_equal(packing.unpack(words).reshape(-1)[:n], bits)
+    words = pack(layout_of(n).pad(jnp.asarray(bits)))
+    np.testing.assert_array_equal(unpack(words).reshape(-1)[:n], bits)
 
 
 def test_ravel_and_unravel_keep_the_order_of_leaves():

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import bank, packing
+from supsup_jax import bank
+from supsup_jax.layout import unpack
 from tests.conftest import filled_store, random_masks, relu_net
 
 NUM_TASKS = 13  # 8 devices have 2 slots each: six are full, one is half full, one is empty
@@ -72,7 +73,7 @@ def test_contiguous_blocks_of_tasks_there_and_back(net, num_tasks):
     for s, part in enumerate(sharded._store._bank.words.addressable_shards):
         held = bank.untile_words(jnp.asarray(np.asarray(part.data)), each)
         for task, words in zip(range(s * each, (s + 1) * each), np.asarray(held), strict=True):
-            bits = np.asarray(packing.unpack(jnp.asarray(words))).reshape(-1)
+            bits = np.asarray(unpack(jnp.asarray(words))).reshape(-1)
             want = 0
             if task < num_tasks:
                 want = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(masks[task])])

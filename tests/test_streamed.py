@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import memory
+from supsup_jax import devices
 from tests.conftest import filled_store, random_masks, relu_net
 
 
@@ -68,7 +68,7 @@ def test_more_than_memory_says_how_much_and_what_to_do(monkeypatch):
         ss.MaskStore.create(net, capacity=1_000_000_000)
     small = relu_net((6, 8, 5))
     full = filled_store(small, random_masks(small, 4), capacity=4)
-    monkeypatch.setattr(memory, "device_bytes", lambda: full.nbytes + 100)
+    monkeypatch.setattr(devices, "device_bytes", lambda: full.nbytes + 100)
     with pytest.raises(ss.CapacityError, match="a store of capacity 8 takes"):
         full.append(random_masks(small, 1)[0])
     assert int(full.num_tasks) == 4  # and nothing is lost

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from supsup_jax import prng
 from supsup_jax.baselines.sharing import Baseline, check_kernels, check_state, put_leaves
+from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.store import TaskStore
 from supsup_jax.types import PyTree, StoreError, Task
 

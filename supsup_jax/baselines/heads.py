@@ -14,8 +14,8 @@ from supsup_jax.baselines.sharing import (
     draw_kernels,
     put_leaves,
 )
+from supsup_jax.layout import named_leaves
 from supsup_jax.network import Network
-from supsup_jax.packing import named_leaves
 from supsup_jax.types import PyTree
 
 

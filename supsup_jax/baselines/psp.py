@@ -9,8 +9,8 @@ import jax
 
 from supsup_jax import prng
 from supsup_jax.baselines.sharing import Baseline, check_kernels
+from supsup_jax.layout import named_leaves
 from supsup_jax.network import Network
-from supsup_jax.packing import named_leaves
 from supsup_jax.types import PyTree
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from supsup_jax import prng
-from supsup_jax.infer import in_pieces
+from supsup_jax.devices import in_pieces
+from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.packing import Layout, named_leaves
 from supsup_jax.train import TrainConfig, all_finite, cross_entropy, diverged, fit
 from supsup_jax.types import PyTree, TaskData
 
