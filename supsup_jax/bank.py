@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import contraction
+from supsup_jax.kernels import contraction
 from supsup_jax.layout import (
     MAX_LANES,
     VECTOR_LANES,

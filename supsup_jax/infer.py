@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import contraction
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
+from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.store import MaskStore, TaskStore

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from supsup_jax import bank, contraction, devices
+from supsup_jax import bank, devices
 from supsup_jax.devices import (
     DATA,
     ROWS,
@@ -36,6 +36,7 @@ from supsup_jax.devices import (
     on_host,
     on_mesh,
 )
+from supsup_jax.kernels import contraction
 from supsup_jax.layout import Layout, unpack
 from supsup_jax.network import Network
 from supsup_jax.store import MaskStore, TaskStore

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, certify, contraction, devices, store_file
+from supsup_jax import bank, devices, store_file
 from supsup_jax.devices import ONE_DEVICE
+from supsup_jax.kernels import certify, contraction
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network

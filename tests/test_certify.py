@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import certify, contraction
+from supsup_jax.kernels import certify, contraction
 from tests.test_contraction import problem
 
 BRANCHES = {  # (COARSE_PLANES, SHORTLIST) that lead to each

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supsup_jax import contraction
+from supsup_jax.kernels import contraction
 from supsup_jax.layout import pack
 
 IMPLEMENTATIONS = ["reference", "popcount", "select", "matrix", None]

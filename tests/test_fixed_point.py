@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from supsup_jax import fixed_point
+from supsup_jax.kernels import fixed_point
 
 
 def integers(planes):

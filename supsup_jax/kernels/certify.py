@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from supsup_jax import contraction, fixed_point
 from supsup_jax.devices import ONE_DEVICE, OneDevice
+from supsup_jax.kernels import contraction, fixed_point
 from supsup_jax.layout import WORD_BITS, column, unpack
 
 # Among 2,500 masks (500 trained on permuted MNIST, the others random), 9 planes settle 95% of

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from supsup_jax import fixed_point
 from supsup_jax.devices import varying_like
+from supsup_jax.kernels import fixed_point
 from supsup_jax.layout import VECTOR_LANES, WORD_BITS, unpack
 
 # Accumulators of a block: 1.5 MiB, within the L2 caches of two cores. Shorter blocks pay for the

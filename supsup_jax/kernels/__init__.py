@@ -1,0 +1,1 @@
+"""The two products of packed masks with floats, and the arithmetic behind them."""
