@@ -39,8 +39,8 @@ import tyro
 
 import supsup_jax as ss
 from experiments import runs, timing
-from supsup_jax import codecs
 from supsup_jax.layout import Layout
+from supsup_jax.stores import codecs
 
 DENSITIES = Path(__file__).parent.parent / "tests" / "golden" / "er_density.json"
 PAPER_MB = {("ResNet50", 4): 65.50, ("ResNet50", 8): 100.98, ("ResNet50", 16): 195.18}

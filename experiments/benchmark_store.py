@@ -35,7 +35,7 @@ import tyro
 
 import supsup_jax as ss
 from experiments import networks, runs, timing
-from supsup_jax import task_log
+from supsup_jax.stores import journal
 
 MASKS = 8  # distinct ones; a disk does not know that they come again
 
@@ -72,14 +72,14 @@ def fill(disk: ss.DiskStore, masks: list, tasks: int) -> None:
 
 def append_times(disk: ss.DiskStore, masks: list, appends: int) -> dict[str, float]:
     """Median milliseconds of an append, apart from the flush that it waits for, and of that."""
-    flush, flushing = task_log._flush, []
+    flush, flushing = journal._flush, []
 
     def timed(fd):
         start = time.perf_counter()
         flush(fd)
         flushing.append(time.perf_counter() - start)
 
-    task_log._flush = timed
+    journal._flush = timed
     try:
         totals = []
         for i in range(appends):
@@ -87,7 +87,7 @@ def append_times(disk: ss.DiskStore, masks: list, appends: int) -> dict[str, flo
             disk.append(masks[i % MASKS], name=f"task {i}", labels=list("0123456789"))
             totals.append(time.perf_counter() - start)
     finally:
-        task_log._flush = flush
+        journal._flush = flush
     beyond = [total - spent for total, spent in zip(totals, flushing, strict=True)]
     return {
         "beyond_ms": 1e3 * statistics.median(beyond),
@@ -111,14 +111,14 @@ def measure_loads(folder: Path, net: ss.Network, tasks: int, rounds: int, seed: 
         seconds = timing.medians(
             {
                 "open": lambda: ss.DiskStore.open(path, net).close(),
-                "read": lambda: len((path / task_log.RECORDS).read_bytes()),
+                "read": lambda: len((path / journal.RECORDS).read_bytes()),
                 "load": disk.load,
             },
             rounds,
         )
     return {
         "tasks": tasks,
-        "bytes": (path / task_log.RECORDS).stat().st_size,
+        "bytes": (path / journal.RECORDS).stat().st_size,
         **{f"{name}_seconds": spent for name, spent in seconds.items()},
         "load_over_read": seconds["load"] / seconds["read"],
     }
@@ -186,7 +186,7 @@ def measure_stream(folder: Path, net: ss.Network, tasks: int, seed: int) -> dict
     path = folder / "stream"
     with ss.DiskStore.open(path, net, mode="x") as disk:
         fill(disk, random_tasks(net, seed), tasks)
-    size = (path / task_log.RECORDS).stat().st_size
+    size = (path / journal.RECORDS).stat().st_size
     code = (
         f"from experiments import benchmark_store as b; b.decide_within({str(path)!r}, {size // 4})"
     )

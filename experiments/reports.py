@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from experiments import paper
-from supsup_jax import codecs, metrics
+from supsup_jax import metrics
 from supsup_jax.layout import Layout
+from supsup_jax.stores import codecs
 
 # Networks of split classes, whose numbers in the paper are all with the id.
 SPLIT = ("gem_resnet18", "small_resnet", "resnet50")

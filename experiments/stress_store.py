@@ -37,8 +37,8 @@ import tqdm
 import tyro
 
 from experiments import runs
-from supsup_jax import task_log
-from supsup_jax.task_log import TaskLog
+from supsup_jax.stores import journal
+from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError
 
 MANIFEST = {"format": "stress", "layout": [["kernel", [8, 4]]]}
@@ -88,7 +88,7 @@ class Tally:
     def check_crash(self, path: Path, appended: int) -> None:
         """Reads what a crash has left, and goes on writing. appended: tasks reported as such."""
         self.accidents += 1
-        if not (path / task_log.MANIFEST).exists():
+        if not (path / journal.MANIFEST).exists():
             # Killed while it was created: nothing was reported, and another may create it.
             self.lost += appended
             opened = functools.partial(TaskLog.create, path, MANIFEST)
@@ -172,13 +172,13 @@ class Watched(types.SimpleNamespace):
 @contextlib.contextmanager
 def watching(before: Callable) -> Iterator[None]:
     """Routes what `task_log` asks of the system through `before(name, real, arguments)`."""
-    flush = task_log._flush
-    task_log.os = Watched(before)
-    task_log._flush = getattr(task_log.os, flush.__name__)
+    flush = journal._flush
+    journal.os = Watched(before)
+    journal._flush = getattr(journal.os, flush.__name__)
     try:
         yield
     finally:
-        task_log.os, task_log._flush = os, flush
+        journal.os, journal._flush = os, flush
 
 
 def forked(work: Callable[[int], None]) -> tuple[int, int]:
@@ -208,7 +208,7 @@ def ended(child: int, reading: int) -> tuple[int, int]:
 
 def write_tasks(path: Path, count: int, writing: int) -> None:
     """Opens or creates the store and appends, reporting how many tasks it holds after each."""
-    exists = (path / task_log.MANIFEST).exists()
+    exists = (path / journal.MANIFEST).exists()
     log = TaskLog.open(path, writes=True) if exists else TaskLog.create(path, MANIFEST)
     for _ in range(count):
         append_next(log)
@@ -257,9 +257,9 @@ def kills_at_each_call(folder: Path, most: int, tally: Tally) -> None:
                     with contextlib.closing(TaskLog.create(path, MANIFEST)) as log:
                         append_next(log)
                         append_next(log)
-                    with open(path / task_log.RECORDS, "ab") as file:
+                    with open(path / journal.RECORDS, "ab") as file:
                         file.write(payload(0) * 3)
-                    (path / task_log.INDEX).write_bytes(b"cut short")
+                    (path / journal.INDEX).write_bytes(b"cut short")
                 child, reading = forked(functools.partial(killed_at, path, 3, point, when))
                 appended, status = ended(child, reading)
                 killed = os.WIFSIGNALED(status)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 import supsup_jax as ss
-from supsup_jax import bank
 from supsup_jax.layout import column, pack, place
+from supsup_jax.stores import arrays
 
 
 def random_store(
@@ -46,4 +46,4 @@ def random_store(
     words = draw()
     if first:
         words = with_learned(words, learned._bank.words)
-    return store._with(bank.holding(store._bank, words, num_tasks))
+    return store._with(arrays.holding(store._bank, words, num_tasks))

@@ -5,7 +5,6 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
-from supsup_jax.disk_store import DiskStore, TaskInfo
 from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.infer import alpha_gradient, one_shot, predict
@@ -30,8 +29,9 @@ from supsup_jax.scenarios import (
     parse_scenario,
 )
 from supsup_jax.search import Rule, binary_search, descend, oracle, rerank
-from supsup_jax.sharding import ShardedStore, shard
-from supsup_jax.store import MaskStore
+from supsup_jax.stores.disk import DiskStore, TaskInfo
+from supsup_jax.stores.mask_store import MaskStore
+from supsup_jax.stores.sharded import ShardedStore, shard
 from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
 from supsup_jax.transfer import ScoreMean

@@ -23,9 +23,9 @@ from typing import Literal
 
 import numpy as np
 
-from supsup_jax import codecs, task_log
-from supsup_jax.disk_store import CODECS, DiskStore, check_manifest
 from supsup_jax.network import SIGNED_CONSTANT, Network, signed_constant
+from supsup_jax.stores import codecs, journal
+from supsup_jax.stores.disk import CODECS, DiskStore, check_manifest
 from supsup_jax.types import StoreError
 
 # What an overlap picture reads: beyond, it would take minutes and show no more.
@@ -100,8 +100,8 @@ def repair(store: Path, /) -> None:
     Args:
         store: Folder of the store.
     """
-    check_manifest(task_log.read_manifest(store), store, None)
-    done = task_log.repair(store)
+    check_manifest(journal.read_manifest(store), store, None)
+    done = journal.repair(store)
     print("\n".join(done) if done else "nothing to mend")
 
 
@@ -233,7 +233,7 @@ def _network(store, named):
     """The network of the store's masks."""
     from flax import nnx
 
-    manifest = task_log.read_manifest(store)
+    manifest = journal.read_manifest(store)
     check_manifest(manifest, store, None)
     found = _named_network(named) if named else _dense_network(manifest["layout"], store)
     if isinstance(found, nnx.Module):

@@ -14,7 +14,7 @@ from supsup_jax import devices, infer
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.search import Rule
-from supsup_jax.store import MaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")

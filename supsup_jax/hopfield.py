@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import devices, store_file
+from supsup_jax import devices
 from supsup_jax.layout import Layout
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
-from supsup_jax.store import check_same_network, digest_of
+from supsup_jax.stores import store_file
+from supsup_jax.stores.mask_store import check_same_network, digest_of
 from supsup_jax.types import CapacityError, PyTree, StoreError, Task, TrainResult
 
 FORMAT = "supsup_jax.HopfieldStore"

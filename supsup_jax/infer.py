@@ -22,7 +22,7 @@ from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, var
 from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore, TaskStore
+from supsup_jax.stores.mask_store import MaskStore, TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
 
 # Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which

@@ -23,7 +23,7 @@ from jax import lax
 from supsup_jax import infer, masks, network, prng, train
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.train import TrainConfig, TrainState
 from supsup_jax.types import Objective, Task, TaskData
 

@@ -22,7 +22,7 @@ from supsup_jax import devices, infer
 from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE, varying_like
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, TaskBelief
 
 # On CPU the survivors of a binary search are copied together whenever they are a fourth of the

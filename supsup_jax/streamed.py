@@ -11,7 +11,7 @@ from jax import lax
 from supsup_jax import infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.store import MaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, StoreError, TaskBelief
 
 

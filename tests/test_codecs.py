@@ -10,8 +10,8 @@ from scipy import sparse
 
 import supsup_jax as ss
 from experiments import benchmark_codecs
-from supsup_jax import codecs, rans
 from supsup_jax.layout import Layout
+from supsup_jax.stores import codecs, rans
 from tests.conftest import filled_store, random_masks
 
 PLAIN = ("bitpack", "csc16", "enumerative")

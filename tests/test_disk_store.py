@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import disk_store
-from supsup_jax.task_log import TaskLog
+from supsup_jax.stores.disk import CODECS, manifest_of
+from supsup_jax.stores.journal import TaskLog
 from tests.conftest import filled_store, random_masks, relu_net
 
 
@@ -62,7 +62,7 @@ def test_statistics_in_bfloat16_round_trip(path):
         chex.assert_trees_all_equal(disk.load().task(0).state, state)
 
 
-@pytest.mark.parametrize("codec", [*disk_store.CODECS[:-1], "auto"])
+@pytest.mark.parametrize("codec", [*CODECS[:-1], "auto"])
 @pytest.mark.parametrize("density", [0.02, 0.5])
 def test_every_codec_gives_back_the_mask(path, codec, density):
     net = relu_net((40, 30, 20))
@@ -198,14 +198,14 @@ def test_another_network_is_refused_and_both_are_named(small_net, norm_net, path
     ],
 )
 def test_forged_manifests(small_net, path, change, message):
-    TaskLog.create(path, disk_store.manifest_of(small_net) | change).close()
+    TaskLog.create(path, manifest_of(small_net) | change).close()
     with pytest.raises(ss.StoreError, match=message):
         ss.DiskStore.open(path, small_net)
 
 
 def test_a_forged_layout_takes_no_memory(small_net, path):
     huge = {"layout": [["kernel0", [1 << 60]]]}
-    log = TaskLog.create(path, disk_store.manifest_of(small_net) | huge)
+    log = TaskLog.create(path, manifest_of(small_net) | huge)
     log.append(metadata_of(), [bytes(12)])
     log.close()
     with pytest.raises(ss.StoreError, match="task 0 in 12 bytes"):
@@ -235,7 +235,7 @@ def metadata_of(**changes):
     ],
 )
 def test_forged_records(small_net, path, change):
-    log = TaskLog.create(path, disk_store.manifest_of(small_net))
+    log = TaskLog.create(path, manifest_of(small_net))
     log.append(metadata_of(**change), [bytes(12)])
     log.close()
     with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError):
@@ -246,7 +246,7 @@ def test_forged_records(small_net, path, change):
     "change", [{"name": 7}, {"labels": 3}, {"labels": [3]}, {"kept": [1]}, {"kept": [1, "x"]}]
 )
 def test_forged_names(small_net, path, change):
-    log = TaskLog.create(path, disk_store.manifest_of(small_net))
+    log = TaskLog.create(path, manifest_of(small_net))
     log.append(metadata_of(**change), [bytes(12)])
     log.close()
     with ss.DiskStore.open(path, small_net) as disk, pytest.raises(ss.StoreError):

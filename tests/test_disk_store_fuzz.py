@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import supsup_jax as ss
-from supsup_jax import disk_store
+from supsup_jax.stores.disk import bank, manifest_of
 from tests.conftest import random_masks, relu_net
 
 SETTINGS = settings(
@@ -80,7 +80,7 @@ def ask(path, net):
 
 
 @SETTINGS
-@given(field=st.sampled_from(sorted(disk_store.manifest_of(relu_net((2, 2))))), value=JSON)
+@given(field=st.sampled_from(sorted(manifest_of(relu_net((2, 2))))), value=JSON)
 def test_any_manifest(store, net, field, value):
     path, files = store
     manifest = json.loads(files["manifest.json"].splitlines()[0]) | {field: value}
@@ -139,7 +139,7 @@ def test_any_entry(store, net, row, digest, place):
 
 def original(store, net, i):
     mask = random_masks(net, 2)[i]
-    return np.asarray(disk_store.bank.pack_leaves(net.layout.leaves(mask, "mask"), net.layout))
+    return np.asarray(bank.pack_leaves(net.layout.leaves(mask, "mask"), net.layout))
 
 
 def forge(path, files, record, net):

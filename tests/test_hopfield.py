@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import hopfield, models, store_file
+from supsup_jax import hopfield, models
 from supsup_jax.hopfield import energy, hebbian, retrieve, storkey
+from supsup_jax.stores import store_file
 from tests.conftest import golden, random_masks
 
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import bank
 from supsup_jax.layout import unpack
+from supsup_jax.stores import arrays
 from tests.conftest import filled_store, random_masks, relu_net
 
 NUM_TASKS = 13  # 8 devices have 2 slots each: six are full, one is half full, one is empty
@@ -71,7 +71,7 @@ def test_contiguous_blocks_of_tasks_there_and_back(net, num_tasks):
     assert sharded.capacity == 8 * -(-num_tasks // 8)
     each = sharded.capacity // 8
     for s, part in enumerate(sharded._store._bank.words.addressable_shards):
-        held = bank.untile_words(jnp.asarray(np.asarray(part.data)), each)
+        held = arrays.untile_words(jnp.asarray(np.asarray(part.data)), each)
         for task, words in zip(range(s * each, (s + 1) * each), np.asarray(held), strict=True):
             bits = np.asarray(unpack(jnp.asarray(words))).reshape(-1)
             want = 0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import bank
+from supsup_jax.stores import arrays
 from tests.conftest import filled_store, random_masks, relu_net
 
 
@@ -25,7 +25,7 @@ def test_masks_come_back_as_they_went_in(small_net, count, capacity):
 
 
 def test_more_tasks_than_one_tile_holds(small_net, monkeypatch):
-    monkeypatch.setattr(bank, "MAX_LANES", 4)
+    monkeypatch.setattr(arrays, "MAX_LANES", 4)
     masks = random_masks(small_net, 11)
     store = filled_store(small_net, masks, capacity=3)
     assert store.capacity == 12
@@ -54,13 +54,13 @@ def test_any_dtype_of_zeros_and_ones(small_net, dtype):
 
 
 def test_capacity_doubles_and_appends_compile_once_a_size(small_net):
-    before = bank.append_in_place._cache_size()
+    before = arrays.append_in_place._cache_size()
     store = ss.MaskStore.create(small_net, capacity=2)
     for mask in random_masks(small_net, 33):
         store = store.append(mask, donate=True)
     assert store.capacity == 64
     sizes = 6  # 2, 4, 8, 16, 32, 64
-    assert bank.append_in_place._cache_size() - before <= sizes
+    assert arrays.append_in_place._cache_size() - before <= sizes
 
 
 def test_bytes_are_one_bit_a_weight_and_the_counts():
@@ -307,11 +307,11 @@ def test_changes_in_place_copy_no_masks():
     store = filled_store(net, random_masks(net, 1), capacity=2048)
     tasks, leaves = store._bank, net.layout.leaves(random_masks(net, 1, seed=1)[0], "mask")
     for program in (
-        bank.append_in_place.lower(
-            *tasks, bank.held(tasks, jnp.int32(1)), leaves, None, net.layout, 2048
+        arrays.append_in_place.lower(
+            *tasks, arrays.held(tasks, jnp.int32(1)), leaves, None, net.layout, 2048
         ),
-        bank.replace_in_place.lower(
-            *tasks, jnp.int32(0), bank.held(tasks, jnp.int32(0)), leaves, None, net.layout
+        arrays.replace_in_place.lower(
+            *tasks, jnp.int32(0), arrays.held(tasks, jnp.int32(0)), leaves, None, net.layout
         ),
     ):
         used = program.compile().memory_analysis()

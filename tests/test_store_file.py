@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import store_file
+from supsup_jax.stores import store_file
 from tests.conftest import filled_store, random_masks, relu_net
 
 

@@ -9,8 +9,8 @@ import struct
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import task_log
-from supsup_jax.task_log import TaskLog
+from supsup_jax.stores import journal
+from supsup_jax.stores.journal import TaskLog
 
 MANIFEST = {"format": "test", "answer": 42}
 BODIES = [b"first", b"", bytes(range(256)) * 300]
@@ -113,7 +113,7 @@ def test_an_unfinished_record_is_passed_over_and_dropped(path, torn):
     )
     assert not problem.loses
     if torn % 2:  # repaired by a writer, or by name
-        (done,) = task_log.repair(path)
+        (done,) = journal.repair(path)
         assert done.startswith(f"dropped {len(tail)} bytes behind task 2")
     assert bodies(path, writes=True) == BODIES
     assert TaskLog.open(path).verify() == []
@@ -191,7 +191,7 @@ def test_whole_records_behind_a_damaged_one_are_never_dropped(path):
         TaskLog.open(path, writes=True)
     data = (path / "tasks.bin").read_bytes()
     assert len(data) == size
-    (done,) = task_log.repair(path)
+    (done,) = journal.repair(path)
     assert done.startswith(f"set aside in aside-{offset}.bin: ")
     assert (path / f"aside-{offset}.bin").read_bytes() == data[offset:]
     assert bodies(path, writes=True) == BODIES[:1]
@@ -209,7 +209,7 @@ def test_records_cut_off_at_the_end_are_missed(path, boundary):
     assert log.verify()[0].loses
     with pytest.raises(ss.StoreError, match="cut short; restore"):
         TaskLog.open(path, writes=True)
-    assert task_log.repair(path)[0] == "forgot tasks 2 to 2: tasks.bin was cut off there"
+    assert journal.repair(path)[0] == "forgot tasks 2 to 2: tasks.bin was cut off there"
     assert bodies(path, writes=True) == BODIES[:2]
     assert TaskLog.open(path).verify() == []
 
@@ -313,21 +313,21 @@ def test_forged_json_is_refused(path, text):
 
 def test_a_record_alone_in_a_file(tmp_path, path):
     alone = tmp_path / "task.ssrc"
-    task_log.write_alone(alone, MANIFEST, {"name": "alone"}, [b"body"])
-    manifest, record = task_log.read_alone(alone)
+    journal.write_alone(alone, MANIFEST, {"name": "alone"}, [b"body"])
+    manifest, record = journal.read_alone(alone)
     assert (manifest, record.metadata, bytes(record.body)) == (MANIFEST, {"name": "alone"}, b"body")
     with pytest.raises(FileExistsError):
-        task_log.write_alone(alone, MANIFEST, {}, [])
+        journal.write_alone(alone, MANIFEST, {}, [])
     whole = alone.read_bytes()
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         alone.write_bytes(damaged)
         with pytest.raises(ss.StoreError, match=r"task.ssrc"):
-            task_log.read_alone(alone)
+            journal.read_alone(alone)
         alone.write_bytes(whole[:place])
         with pytest.raises(ss.StoreError, match=r"task.ssrc"):
-            task_log.read_alone(alone)
+            journal.read_alone(alone)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "task.ssrc"]
 
 

@@ -10,13 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from supsup_jax import bank, codecs, sharding, store_file
 from supsup_jax.hopfield import HopfieldStore
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
-from supsup_jax.sharding import ShardedStore
-from supsup_jax.store import MaskStore, checked_task
-from supsup_jax.task_log import (
+from supsup_jax.stores import arrays, codecs, sharded, store_file
+from supsup_jax.stores.journal import (
     MANIFEST,
     Problem,
     TaskLog,
@@ -24,6 +22,8 @@ from supsup_jax.task_log import (
     read_manifest,
     write_alone,
 )
+from supsup_jax.stores.mask_store import MaskStore, checked_task
+from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 from supsup_jax.version import __version__
 
@@ -293,10 +293,10 @@ class DiskStore:
         if not len(ids):
             raise ValueError(f"{tasks} leaves none of the {len(self)} tasks to load")
         if mesh is not None:
-            return sharding.of_tasks(
+            return sharded.of_tasks(
                 net, len(ids), lambda slots: (self._fields(ids[slot]) for slot in slots), mesh
             )
-        tasks = bank.of_tasks(net.layout, net.state, len(ids), map(self._fields, ids))
+        tasks = arrays.of_tasks(net.layout, net.state, len(ids), map(self._fields, ids))
         return MaskStore.of_bank(net, tasks, len(ids))
 
     def parts(self, size: int = 1024) -> "Parts":
@@ -368,7 +368,7 @@ class DiskStore:
         if codec == codecs.AUTO:
             codec = self._densest(mask)
         coded = (
-            np.asarray(bank.pack_leaves(leaves, self._layout)).astype("<u4").tobytes()
+            np.asarray(arrays.pack_leaves(leaves, self._layout)).astype("<u4").tobytes()
             if codec == WORDS
             else codecs.encode(mask, codec, against)
         )
@@ -415,7 +415,7 @@ class DiskStore:
     def _read_words(self, coding, i):
         if coding.codec == WORDS:
             return np.frombuffer(coding.mask, "<u4")
-        return np.asarray(bank.pack_leaves(self._read_leaves(coding, i), self._layout))
+        return np.asarray(arrays.pack_leaves(self._read_leaves(coding, i), self._layout))
 
     def _read_leaves(self, coding, i):
         if coding.codec == WORDS:

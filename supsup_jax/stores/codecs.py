@@ -41,10 +41,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from supsup_jax import rans
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
-from supsup_jax.store import MaskStore
+from supsup_jax.stores import rans
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import PyTree, StoreError, Task, TrainResult
 
 AUTO, DELTA = "auto", "xor-delta"

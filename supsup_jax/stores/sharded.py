@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from supsup_jax import bank, devices
+from supsup_jax import devices
 from supsup_jax.devices import (
     DATA,
     ROWS,
@@ -39,11 +39,12 @@ from supsup_jax.devices import (
 from supsup_jax.kernels import contraction
 from supsup_jax.layout import Layout, unpack
 from supsup_jax.network import Network
-from supsup_jax.store import MaskStore, TaskStore
+from supsup_jax.stores import arrays
+from supsup_jax.stores.mask_store import MaskStore, TaskStore
 from supsup_jax.types import PyTree, Task
 
 # Where a bank's arrays lie: words by tiles, statistics by slots, the rest on every device.
-BANK = bank.Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
+BANK = arrays.Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
 
 
 def shard(
@@ -74,7 +75,7 @@ def shard(
     held, held_parts = store, 1
     if isinstance(store, ShardedStore):
         held, held_parts = store._store, store._parts
-    devices.check_room(bank.nbytes(held.layout, held._like_state, capacity // parts), capacity)
+    devices.check_room(arrays.nbytes(held.layout, held._like_state, capacity // parts), capacity)
     tasks = _tiled_anew(held, held_parts, capacity, parts)
     return ShardedStore(_moved(held, tasks, capacity, mesh), mesh)
 
@@ -88,13 +89,13 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
     check_mesh(mesh, TASK)
     parts = mesh.shape[TASK]
     each = -(-num_tasks // parts)
-    devices.check_room(bank.nbytes(net.layout, net.state, each), parts * each)
-    tiles, num_words, lanes = bank.tiling(net.layout, each)
+    devices.check_room(arrays.nbytes(net.layout, net.state, each), parts * each)
+    tiles, num_words, lanes = arrays.tiling(net.layout, each)
 
     @functools.cache
     def part(s):
         ids = range(s * each, min((s + 1) * each, num_tasks))
-        words, states, _ = bank.tiled(net.layout, net.state, each, read(ids))
+        words, states, _ = arrays.tiled(net.layout, net.state, each, read(ids))
         return words, states
 
     def placed(shape, size, take):
@@ -111,7 +112,7 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
         for j, leaf in enumerate(like)
     ]
     store = MaskStore.create(net, 1)
-    tasks = bank.Bank(
+    tasks = arrays.Bank(
         placed((parts * tiles, num_words, lanes), tiles, lambda held: held[0]),
         np.zeros(store.counts().shape, np.min_scalar_type(parts * each)),
         jax.tree.unflatten(treedef, states),
@@ -352,7 +353,7 @@ def _counted(store):
 def _task(store, i):
     def read(store, i):
         slot = store.slot_of(jnp.clip(i, 0, jnp.maximum(store.all_tasks - 1, 0)))
-        mine = bank.held(store._bank, jnp.minimum(slot, store.capacity - 1))
+        mine = arrays.held(store._bank, jnp.minimum(slot, store.capacity - 1))
 
         def from_holder(leaf):
             there = jnp.where(slot < store.capacity, leaf, 0).astype(leaf.dtype)
@@ -386,7 +387,7 @@ def _held(store, i):
 
     def read(store, i):
         slot = jnp.minimum(store.slot_of(i), store.capacity - 1)
-        return jax.tree.map(lambda leaf: leaf[None], bank.held(store._bank, slot))
+        return jax.tree.map(lambda leaf: leaf[None], arrays.held(store._bank, slot))
 
     return store.spread(read, (i, WHOLE), out=SLOTS)
 
@@ -407,7 +408,7 @@ def _write_task(
     append,
 ):
     """Task i becomes `leaves` and `state`; an id without a place is dropped. old as in `_held`."""
-    tasks = bank.Bank(words, counts, states, num_tasks, dropped)
+    tasks = arrays.Bank(words, counts, states, num_tasks, dropped)
     store = ShardedStore(MaskStore(tasks, None, None, static), mesh)
     valid = (i >= 0) & (i < (static.capacity if append else num_tasks))
 
@@ -418,7 +419,7 @@ def _write_task(
         if old is not None:
             old = jax.tree.map(lambda leaf: leaf[0], old)
         was = store._bank
-        new = bank._write_if(here, was, slot, old, leaves, state, store.layout)
+        new = arrays._write_if(here, was, slot, old, leaves, state, store.layout)
         # Of all devices one has another count, which all must learn of.
         change = new.counts.astype(jnp.int32) - was.counts.astype(jnp.int32)
         counts = was.counts.astype(jnp.int32) + store.devices.total(change)
@@ -445,7 +446,7 @@ def _tiled_anew(store, parts, new_capacity, new_parts):
     words = np.moveaxis(on_host(tasks.words), 1, 0)  # [nw, tiles, lanes]
     words = words.reshape(len(words), parts, -1)[:, :, : store.capacity // parts]
     words = words.reshape(len(words), -1)[:, :num_tasks]
-    tiles, num_words, lanes = bank.tiling(store.layout, new_capacity // new_parts)
+    tiles, num_words, lanes = arrays.tiling(store.layout, new_capacity // new_parts)
 
     def widen(rows, size, axis=0):
         spare = [(0, 0)] * rows.ndim
@@ -478,7 +479,7 @@ def _moved(store, tasks, capacity, mesh):
         return jax.tree.map(there, tree)
 
     return MaskStore(
-        bank.Bank(*map(put, tasks, BANK)),
+        arrays.Bank(*map(put, tasks, BANK)),
         put(store._fingerprint, WHOLE),
         put(store._seed, WHOLE),
         store._static._replace(capacity=capacity),

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from supsup_jax import bank, devices, store_file
+from supsup_jax import devices
 from supsup_jax.devices import ONE_DEVICE
 from supsup_jax.kernels import certify, contraction
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
+from supsup_jax.stores import arrays, store_file
 from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
@@ -133,7 +134,7 @@ class MaskStore(TaskStore):
     zeros when the store was made inside jit; and their seed, None where they were given.
     """
 
-    def __init__(self, tasks: bank.Bank, fingerprint: jax.Array, seed: Any, static: _Static):
+    def __init__(self, tasks: arrays.Bank, fingerprint: jax.Array, seed: Any, static: _Static):
         self._bank, self._fingerprint, self._seed, self._static = tasks, fingerprint, seed, static
 
     @classmethod
@@ -150,9 +151,9 @@ class MaskStore(TaskStore):
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
         if not traced:
-            devices.check_room(bank.nbytes(net.layout, net.state, int(capacity)), int(capacity))
+            devices.check_room(arrays.nbytes(net.layout, net.state, int(capacity)), int(capacity))
         return cls(
-            bank.empty(net.layout, net.state, int(capacity)),
+            arrays.empty(net.layout, net.state, int(capacity)),
             fingerprint=digest_of(net),
             # A copy: donating a store must never consume what the network holds.
             seed=None if net.seed is None else jnp.array(net.seed, copy=True),
@@ -200,12 +201,12 @@ class MaskStore(TaskStore):
         if not self._traced and int(self.num_tasks) == self.capacity:
             larger = 2 * self.capacity
             devices.check_room(
-                self.nbytes + bank.nbytes(self.layout, self._like_state, larger), larger
+                self.nbytes + arrays.nbytes(self.layout, self._like_state, larger), larger
             )
-            store = self._with(bank.resize(self._bank, self.layout, larger), larger)
+            store = self._with(arrays.resize(self._bank, self.layout, larger), larger)
         in_place = not self._traced and (donate or store is not self)
-        write = bank.append_in_place if in_place else bank.append
-        old = bank.held(store._bank, store._bank.num_tasks) if in_place else None
+        write = arrays.append_in_place if in_place else arrays.append
+        old = arrays.held(store._bank, store._bank.num_tasks) if in_place else None
         tasks = write(*store._bank, old, leaves, state, store.layout, store.capacity)
         if donate and store is not self and not isinstance(tasks.words, jax.core.Tracer):
             for leaf in jax.tree.leaves(self._bank[:3]):
@@ -219,8 +220,8 @@ class MaskStore(TaskStore):
         """
         i, fields = self._index(i), self._fields(task)
         in_place = donate and not self._traced
-        write = bank.replace_in_place if in_place else bank.replace
-        old = bank.held(self._bank, i) if in_place else None
+        write = arrays.replace_in_place if in_place else arrays.replace
+        old = arrays.held(self._bank, i) if in_place else None
         return self._with(write(*self._bank, i, old, *fields, self.layout))
 
     def remove(self, i: int) -> "MaskStore":
@@ -228,11 +229,11 @@ class MaskStore(TaskStore):
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        return self._with(bank.remove(self._bank, self._index(i), self.layout, self.capacity))
+        return self._with(arrays.remove(self._bank, self._index(i), self.layout, self.capacity))
 
     def task(self, i: int) -> Task:
         """Task i, with its statistics, its mask bool. Raises as `mask`."""
-        return bank.read(self._bank, self._index(i), self.layout)
+        return arrays.read(self._bank, self._index(i), self.layout)
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:
         """sum_i alphas_i M_i as a float32 pytree like params, None where not masked.
@@ -261,7 +262,7 @@ class MaskStore(TaskStore):
 
         For use inside jit: where nothing reads the counts of the new store, none are made.
         """
-        return self._with(bank.taken(self._bank, ids, num_tasks, self.layout), len(ids))
+        return self._with(arrays.taken(self._bank, ids, num_tasks, self.layout), len(ids))
 
     def counts(self) -> jax.Array:
         """How many tasks keep each weight: unsigned [32 nw], in the layout's order."""
@@ -327,7 +328,7 @@ class MaskStore(TaskStore):
         return cls.of_bank(net, *store_file.load(path, net))
 
     @classmethod
-    def of_bank(cls, net: Network, tasks: bank.Bank, capacity: int) -> "MaskStore":
+    def of_bank(cls, net: Network, tasks: arrays.Bank, capacity: int) -> "MaskStore":
         """The store of a bank of tasks of `net`, as loaded from files."""
         return cls.create(net, capacity)._with(tasks)
 

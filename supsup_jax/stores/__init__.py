@@ -1,0 +1,1 @@
+"""The tasks of a network: in memory, over devices, on disk."""
