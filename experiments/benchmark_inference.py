@@ -41,7 +41,8 @@ import tyro
 
 import supsup_jax as ss
 from experiments import networks, plots, runs, synthetic, timing
-from supsup_jax import data, devices, infer
+from supsup_jax import data, devices
+from supsup_jax.inference import one_shot as infer
 
 DENSE_BYTES = 3 * 2**30
 # Of the device's memory; the store is held once, and made tile by tile.

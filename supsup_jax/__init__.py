@@ -5,9 +5,12 @@ Names listed in `__all__` are the public interface; other modules may change.
 """
 
 from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
-from supsup_jax.evaluation import evaluate
 from supsup_jax.hopfield import HopfieldStore
-from supsup_jax.infer import alpha_gradient, one_shot, predict
+from supsup_jax.inference.evaluation import evaluate
+from supsup_jax.inference.one_shot import alpha_gradient, one_shot, predict
+from supsup_jax.inference.rejection import Rejection, best_score, calibrate, confidence, reject
+from supsup_jax.inference.search import Rule, binary_search, descend, oracle, rerank
+from supsup_jax.inference.streamed import one_shot_streamed
 from supsup_jax.masks import (
     ErdosRenyi,
     kept_count,
@@ -19,7 +22,6 @@ from supsup_jax.masks import (
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
 from supsup_jax.recovery import BestRecovery, Recovery, RecoveryConfig, recover, recover_best
-from supsup_jax.rejection import Rejection, best_score, calibrate, confidence, reject
 from supsup_jax.scenarios import (
     Decision,
     StreamConfig,
@@ -28,11 +30,9 @@ from supsup_jax.scenarios import (
     observe,
     parse_scenario,
 )
-from supsup_jax.search import Rule, binary_search, descend, oracle, rerank
 from supsup_jax.stores.disk import DiskStore, TaskInfo
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard
-from supsup_jax.streamed import one_shot_streamed
 from supsup_jax.train import TrainConfig, train_task, train_tasks
 from supsup_jax.transfer import ScoreMean
 from supsup_jax.types import (

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from supsup_jax import infer, masks
+from supsup_jax import masks
 from supsup_jax.hopfield import HopfieldStore, checked_mask, energy
+from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.types import Objective, PyTree

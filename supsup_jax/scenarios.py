@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import infer, masks, network, prng, train
+from supsup_jax import masks, network, prng, train
+from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import evaluation
+from supsup_jax.inference import evaluation
 from tests.conftest import NormNet, filled_store, random_masks
 
 

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import infer
+from supsup_jax.inference import one_shot as infer
 from tests.conftest import (
     NormNet,
     filled_store,

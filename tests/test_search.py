@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import infer, search
+from supsup_jax.inference import one_shot as infer
+from supsup_jax.inference import search
 from supsup_jax.kernels import contraction
 from tests.conftest import filled_store, golden, random_masks, relu_apply, relu_net
 

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from supsup_jax import devices, infer
+from supsup_jax import devices
 from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE, varying_like
+from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore

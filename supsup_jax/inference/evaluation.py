@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import devices, infer
+from supsup_jax import devices
+from supsup_jax.inference import one_shot as infer
+from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
-from supsup_jax.search import Rule
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 

@@ -1,0 +1,1 @@
+"""Which task is this: one gradient, and the rules around it."""
