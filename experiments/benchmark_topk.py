@@ -23,7 +23,8 @@ from flax import nnx
 
 import supsup_jax as ss
 from experiments import runs, split_cifar, timing
-from supsup_jax import data, models, train
+from supsup_jax import data, models
+from supsup_jax.training import train
 
 
 @dataclasses.dataclass(frozen=True)

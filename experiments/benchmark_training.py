@@ -27,7 +27,8 @@ from jax import lax
 
 import supsup_jax as ss
 from experiments import networks, plots, runs, timing
-from supsup_jax import data, train
+from supsup_jax import data
+from supsup_jax.training import train
 
 
 @dataclasses.dataclass(frozen=True)

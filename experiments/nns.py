@@ -40,8 +40,10 @@ from tqdm import tqdm
 import supsup_jax as ss
 from experiments import continual, paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
-from supsup_jax import data, metrics, prng, scenarios, train
+from supsup_jax import data, metrics, prng
 from supsup_jax.layout import named_leaves
+from supsup_jax.training import train
+from supsup_jax.training.stream import allocated_store, draw_windows, fresh_slot, restore_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +165,10 @@ class Progress:
         key = prng.purpose_key(jax.random.key(config.seed), "stream")
         if not run.extra:
             return cls(run, ss.init_stream(key, net, config.learner()), [])
-        like = scenarios.fresh_slot(key, 0, net, config.learner())
+        like = fresh_slot(key, 0, net, config.learner())
         slots = [_load_slot(run.out / "masks" / name, like) for name in run.extra["files"]]
         counters = {name: run.extra[name] for name in ("allocated", "windows", "skipped")}
-        state = scenarios.restore_stream(key, net, slots, config.learner(), **counters)
+        state = restore_stream(key, net, slots, config.learner(), **counters)
         return cls(run, state, [ss.Decision(*fields) for fields in run.extra["decisions"]])
 
     def save(self) -> None:
@@ -188,7 +190,7 @@ class Progress:
             "decisions": list(self.decisions),
         }
         if state.allocated:
-            self.run.save(scenarios.allocated_store(state))
+            self.run.save(allocated_store(state))
         else:
             self.run.write_progress()
         for path in set(folder.iterdir()) - {folder / name for name in self.files}:
@@ -256,9 +258,7 @@ def learn(
             part = stream.train[task]
             with run.phase("train"):
                 task_key = jax.random.fold_in(key, task)
-                for index in np.asarray(
-                    scenarios.draw_windows(task_key, part.num_examples, learner)
-                ):
+                for index in np.asarray(draw_windows(task_key, part.num_examples, learner)):
                     progress.state, decision = ss.observe(
                         progress.state, net, part, index, learner, donate=True
                     )
@@ -285,7 +285,7 @@ def checkpoint(
 ) -> None:
     """Judges the tasks seen so far and keeps the rows."""
     counts = progress.counts(config)
-    store = scenarios.allocated_store(progress.state)
+    store = allocated_store(progress.state)
     with run.phase("evaluate"):
         for protocol in ("paper", "given"):
             label = f"  {len(counts)} tasks, {protocol}"
@@ -351,7 +351,7 @@ def finish(run: Run, config: Config, progress: Progress) -> dict:
     windows = window_table(config, progress.decisions)
     np.savez_compressed(run.out / "decisions.npz", **windows)
     draw(run, config, windows, progress.counts(config))
-    store = scenarios.allocated_store(progress.state)
+    store = allocated_store(progress.state)
     masks = map(store.mask, range(int(store.num_tasks)))
     result = run.finish(
         experiment="nns",

@@ -24,7 +24,7 @@ import tyro
 
 import supsup_jax as ss
 from experiments import paper, permuted, plots, report_split, reports, runs
-from supsup_jax.scenarios import SCENARIOS
+from supsup_jax.inference.evaluation import SCENARIOS
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
 NETWORKS = {

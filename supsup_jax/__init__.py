@@ -4,9 +4,8 @@ Thousands of tasks in one fixed network, one bit a weight, the right task found 
 Names listed in `__all__` are the public interface; other modules may change.
 """
 
-from supsup_jax.batchwise import TrainProgress, start_training, train_on_batches
 from supsup_jax.hopfield import HopfieldStore
-from supsup_jax.inference.evaluation import evaluate
+from supsup_jax.inference.evaluation import evaluate, parse_scenario
 from supsup_jax.inference.one_shot import alpha_gradient, one_shot, predict
 from supsup_jax.inference.rejection import Rejection, best_score, calibrate, confidence, reject
 from supsup_jax.inference.search import Rule, binary_search, descend, oracle, rerank
@@ -22,19 +21,12 @@ from supsup_jax.masks import (
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
 from supsup_jax.recovery import BestRecovery, Recovery, RecoveryConfig, recover, recover_best
-from supsup_jax.scenarios import (
-    Decision,
-    StreamConfig,
-    StreamState,
-    init_stream,
-    observe,
-    parse_scenario,
-)
 from supsup_jax.stores.disk import DiskStore, TaskInfo
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard
-from supsup_jax.train import TrainConfig, train_task, train_tasks
-from supsup_jax.transfer import ScoreMean
+from supsup_jax.training.batches import TrainProgress, start_training, train_on_batches
+from supsup_jax.training.stream import Decision, StreamConfig, StreamState, init_stream, observe
+from supsup_jax.training.train import ScoreMean, TrainConfig, train_task, train_tasks
 from supsup_jax.types import (
     CapacityError,
     Normalize,

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import batchwise, train
+from supsup_jax.training import train
+from supsup_jax.training.batches import _step
 from tests.conftest import NormNet
 
 CONFIG = ss.TrainConfig(steps=7, batch_size=8, learning_rate=1e-2, schedule="cosine")
@@ -134,11 +135,11 @@ def test_dropout_keys_are_state_too():
 
 
 def test_one_program_serves_every_step_and_task(conv_net):
-    batchwise._step.clear_cache()
+    _step.clear_cache()
     for seed in range(2):
         key = jax.random.key(seed)
         ss.train_on_batches(key, conv_net, batches_of(key, photographs(seed=seed), CONFIG), CONFIG)
-    assert batchwise._step._cache_size() == 1
+    assert _step._cache_size() == 1
 
 
 def test_no_more_batches_are_taken_than_steps_and_none_ahead(conv_net):

@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import scenarios, train
+from supsup_jax.training import stream as scenarios
+from supsup_jax.training import train
+from supsup_jax.training.stream import (
+    _ask,
+    _fresh,
+    _learn,
+    _task,
+    allocated_store,
+    draw_windows,
+    fresh_slot,
+    is_new,
+    novelty,
+    restore_stream,
+)
 from tests.conftest import golden, relu_net
 
 CONFIG = ss.StreamConfig(window=3, train=ss.TrainConfig(steps=6, batch_size=8, learning_rate=1e-2))
@@ -69,11 +82,11 @@ def rule_by_hand(net, state, data, index, config):
 def test_novelty_matches_the_reference():
     z = golden("novelty")
     scores = jnp.asarray(z["neg_alpha_grad"])
-    np.testing.assert_allclose(scenarios.novelty(scores), z["max_softmax"], rtol=1e-4)
-    np.testing.assert_array_equal(scenarios.is_new(scores), z["is_new"])
+    np.testing.assert_allclose(novelty(scores), z["max_softmax"], rtol=1e-4)
+    np.testing.assert_array_equal(is_new(scores), z["is_new"])
     padded = jnp.pad(scores, ((0, 0), (0, 3)), constant_values=-jnp.inf)
-    np.testing.assert_allclose(scenarios.novelty(padded), z["max_softmax"], rtol=1e-4)
-    np.testing.assert_array_equal(scenarios.is_new(padded), z["is_new"])
+    np.testing.assert_allclose(novelty(padded), z["max_softmax"], rtol=1e-4)
+    np.testing.assert_array_equal(is_new(padded), z["is_new"])
 
 
 def test_new_is_what_no_mask_stands_out_from():
@@ -81,8 +94,8 @@ def test_new_is_what_no_mask_stands_out_from():
     edge = np.log(6 * 1.125 / 5.875)
     scores = np.zeros((3, 7), np.float32)
     scores[1, 4], scores[2, 4] = 0.99 * edge, 1.01 * edge
-    np.testing.assert_array_equal(scenarios.is_new(jnp.asarray(scores)), [True, True, False])
-    np.testing.assert_allclose(scenarios.novelty(jnp.asarray(scores[0])), 1 / 7, rtol=1e-6)
+    np.testing.assert_array_equal(is_new(jnp.asarray(scores)), [True, True, False])
+    np.testing.assert_allclose(novelty(jnp.asarray(scores[0])), 1 / 7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("eps", [1 / 8, 0.001])
@@ -122,7 +135,7 @@ def with_scores(state, net, config, changes):
     slots = list(state.slots)
     for i, scores in changes.items():
         slots[i] = slots[i]._replace(scores=scores)
-    return scenarios.restore_stream(
+    return restore_stream(
         state.key, net, slots, config, allocated=state.allocated, windows=state.windows
     )
 
@@ -219,10 +232,10 @@ def test_allocation_starts_from_a_fresh_slot(small_net):
     assert [decision.mask for decision in decisions] == list(range(5))
     assert [len(state.slots) for state in states] == [3, 3, 3, 3, 4, 5]
     for i, state in enumerate(states[1:]):
-        fresh = scenarios.fresh_slot(KEY, i, small_net, config)
+        fresh = fresh_slot(KEY, i, small_net, config)
         want = by_hand(small_net, fresh, config, toy_data(seed=i), toy_window(i))
         chex.assert_trees_all_close(state.slots[i], want, rtol=1e-5, atol=1e-7)
-    starts = [scenarios.fresh_slot(KEY, i, small_net, config) for i in range(5)]
+    starts = [fresh_slot(KEY, i, small_net, config) for i in range(5)]
     flat = {slot.scores["kernel0"].tobytes() for slot in starts}
     assert len(flat) == 5
     assert all(np.abs(slot.scores["kernel0"]).max() <= 1 / np.sqrt(6) for slot in starts)
@@ -323,7 +336,7 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(small_net):
     states, decisions = stream_of(small_net, config, 6)
     for i in (0, 2, 4):
         old = states[i]
-        state = scenarios.restore_stream(
+        state = restore_stream(
             KEY, small_net, old.slots, config, allocated=old.allocated, windows=old.windows
         )
         for j in range(i, 6):
@@ -344,7 +357,7 @@ def test_the_state_is_a_pytree_and_shows_itself(small_net):
 def test_only_allocated_masks_are_left_to_inference(small_net):
     states, _ = stream_of(small_net, CONFIG, 2)
     for state in states:
-        store = scenarios.allocated_store(state)
+        store = allocated_store(state)
         assert int(store.num_tasks) == state.allocated
         for i in range(state.allocated):
             chex.assert_trees_all_equal(store.mask(i), mask_of(state.slots[i]))
@@ -352,7 +365,7 @@ def test_only_allocated_masks_are_left_to_inference(small_net):
 
 def test_one_program_serves_all_masks_and_windows(small_net):
     config = dataclasses.replace(CONFIG, floor=3, eps=1.9, budget=8)
-    programs = (scenarios._learn, scenarios._ask, scenarios._fresh, scenarios._task)
+    programs = (_learn, _ask, _fresh, _task)
     for program in programs:
         program.clear_cache()
     _, decisions = stream_of(small_net, config, 8)  # decoys, then beyond the floor
@@ -364,7 +377,7 @@ def test_one_program_serves_all_masks_and_windows(small_net):
 
 def test_windows_are_the_batches_of_a_task(small_net):
     config = dataclasses.replace(CONFIG, window=2)
-    index = scenarios.draw_windows(KEY, 40, config)
+    index = draw_windows(KEY, 40, config)
     assert index.shape == (3, 2, 8)
     want = train.batch_indices(KEY, 40, config.train)
     np.testing.assert_array_equal(index.reshape(6, 8), want)
@@ -385,7 +398,7 @@ def test_a_stream_of_separable_tasks_is_found():
         view = np.full(48, -1)
         view[16 * task : 16 * task + 16] = np.arange(16)
         seen = dataclasses.replace(data, view=jnp.asarray(view))
-        for index in scenarios.draw_windows(jax.random.key(part), 200, config):
+        for index in draw_windows(jax.random.key(part), 200, config):
             state, decision = ss.observe(state, net, seen, np.asarray(index), config)
             masks.append(decision.mask)
     assert masks == np.repeat(tasks, 3).tolist()
@@ -476,14 +489,14 @@ def test_bad_starts(small_net):
     with pytest.raises(TypeError, match="net must be a Network"):
         ss.init_stream(KEY, {}, CONFIG)
     with pytest.raises(ValueError, match=r"multiple of window \(4\), .* got 6"):
-        scenarios.draw_windows(KEY, 40, dataclasses.replace(CONFIG, window=4))
+        draw_windows(KEY, 40, dataclasses.replace(CONFIG, window=4))
     with pytest.raises(ValueError, match="num_examples must be at least 1, got 0"):
-        scenarios.draw_windows(KEY, 0, CONFIG)
-    slots = [scenarios.fresh_slot(KEY, i, small_net, CONFIG) for i in range(4)]
+        draw_windows(KEY, 0, CONFIG)
+    slots = [fresh_slot(KEY, i, small_net, CONFIG) for i in range(4)]
     with pytest.raises(ValueError, match="has 5 slots, got 4"):
-        scenarios.restore_stream(KEY, small_net, slots, CONFIG)
+        restore_stream(KEY, small_net, slots, CONFIG)
     with pytest.raises(ValueError, match="the scores of a slot must have shape"):
-        scenarios.restore_stream(KEY, relu_net((6, 7, 5)), [*slots, slots[0]], CONFIG)
+        restore_stream(KEY, relu_net((6, 7, 5)), [*slots, slots[0]], CONFIG)
 
 
 def test_divergence_is_reported(small_net):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import train
 from supsup_jax.data import PermutedStream, load_dataset
+from supsup_jax.training import train
 from tests.conftest import golden, relu_apply, relu_net
 
 FAST = ss.TrainConfig(steps=20, batch_size=8, learning_rate=1e-2)

@@ -48,7 +48,7 @@ def test_a_task_starts_where_the_mean_is(small_net, data):
 
 
 def test_one_program_with_and_without_earlier_tasks(small_net, data):
-    from supsup_jax import train
+    from supsup_jax.training import train
 
     mean = ss.ScoreMean.create(small_net)
     train._train.clear_cache()

@@ -19,7 +19,7 @@ from supsup_jax import prng
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.train import TrainConfig, all_finite, cross_entropy, diverged, fit
+from supsup_jax.training.train import TrainConfig, all_finite, cross_entropy, diverged, fit
 from supsup_jax.types import PyTree, TaskData
 
 WHEN = ("never", "first", "always")

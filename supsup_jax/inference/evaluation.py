@@ -18,6 +18,8 @@ from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
+# The paper's names (is the id given in training, in testing; are labels shared) and the field's.
+SCENARIOS = {"GG": "task-il", "GNs": "domain-il", "GNu": "class-il", "NNs": "task-free"}
 PROTOCOLS = ("given", "paper", "per_example", "batch-m")
 
 
@@ -62,6 +64,19 @@ class _Outcome(NamedTuple):
     right: jax.Array  # bool [N], the label
     task: jax.Array  # int32 [N], under which the image was judged
     inferred: jax.Array  # int32 [D]
+
+
+def parse_scenario(name: str) -> str:
+    """ "gg", "gns", "gnu" or "nns" for a scenario's name or alias, in any case.
+
+    Raises ValueError for another name.
+    """
+    wanted = name.lower() if isinstance(name, str) else name
+    for scenario, alias in SCENARIOS.items():
+        if wanted in (scenario.lower(), alias):
+            return scenario.lower()
+    known = ", ".join(f"{scenario} ({alias})" for scenario, alias in SCENARIOS.items())
+    raise ValueError(f"scenario must be one of {known}, got {name!r}")
 
 
 def parse_protocol(name: str, batch_size: int = 128) -> Protocol | None:

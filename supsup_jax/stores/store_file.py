@@ -27,8 +27,7 @@ import numpy as np
 
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.stores import arrays
-from supsup_jax.stores.arrays import Bank
+from supsup_jax.stores.arrays import Bank, of_tasks, untile_words
 from supsup_jax.types import StoreError
 
 FORMAT = "supsup_jax.MaskStore"
@@ -55,7 +54,7 @@ def save(
     """Writes a bank and what its weights were drawn from; errors as `MaskStore.save`."""
     path = target(path, origin, overwrite)
     num_tasks = int(tasks.num_tasks)
-    rows = arrays.untile_words(tasks.words, capacity)[:num_tasks]
+    rows = untile_words(tasks.words, capacity)[:num_tasks]
     arrays = {"masks": np.asarray(rows)}
     for i, leaf in enumerate(jax.tree.leaves(tasks.states)):
         arrays[f"state.{i}"] = as_native(np.asarray(leaf[:num_tasks]))
@@ -88,7 +87,7 @@ def load(path: str | os.PathLike, net: Network) -> tuple[Bank, int]:
     like = jax.tree.leaves(net.state)
     states = [arrays[f"state.{i}"].view(leaf.dtype) for i, leaf in enumerate(like)]
     tasks = ((words, [leaf[i] for leaf in states]) for i, words in enumerate(arrays["masks"]))
-    return arrays.of_tasks(net.layout, net.state, capacity, tasks), capacity
+    return of_tasks(net.layout, net.state, capacity, tasks), capacity
 
 
 def state_fields(net: Network) -> dict[str, list]:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from supsup_jax import network, prng, train
+from supsup_jax import network, prng
 from supsup_jax.network import Network
-from supsup_jax.train import TrainConfig, TrainState
-from supsup_jax.transfer import ScoreMean
+from supsup_jax.training import train
+from supsup_jax.training.train import ScoreMean, TrainConfig, TrainState
 from supsup_jax.types import PyTree, TaskData, TrainResult
 
 

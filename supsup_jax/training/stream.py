@@ -20,32 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import masks, network, prng, train
+from supsup_jax import masks, network, prng
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.train import TrainConfig, TrainState
+from supsup_jax.training import train
+from supsup_jax.training.train import TrainConfig, TrainState
 from supsup_jax.types import Objective, Task, TaskData
 
-# The paper's names (is the id given in training, in testing; are labels shared) and the field's.
-SCENARIOS = {"GG": "task-il", "GNs": "domain-il", "GNu": "class-il", "NNs": "task-free"}
 BEYOND = ("reuse", "skip")
 # Room of a store without a budget, before it doubles.
 CAPACITY = 64
-
-
-def parse_scenario(name: str) -> str:
-    """ "gg", "gns", "gnu" or "nns" for a scenario's name or alias, in any case.
-
-    Raises ValueError for another name.
-    """
-    wanted = name.lower() if isinstance(name, str) else name
-    for scenario, alias in SCENARIOS.items():
-        if wanted in (scenario.lower(), alias):
-            return scenario.lower()
-    known = ", ".join(f"{scenario} ({alias})" for scenario, alias in SCENARIOS.items())
-    raise ValueError(f"scenario must be one of {known}, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
