@@ -37,7 +37,8 @@ from tqdm import tqdm
 import supsup_jax as ss
 from experiments import continual, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
-from supsup_jax import data, hopfield, models, prng
+from supsup_jax import data, models, prng
+from supsup_jax.hopfield.store import RULES, pattern_capacity, retrieve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,11 +383,11 @@ def capacity_curves(config: Config) -> list[dict]:
 
     @jax.jit
     def retrieved(weights):
-        found = jax.vmap(hopfield.retrieve, (None, 0))(weights, noisy)
+        found = jax.vmap(retrieve, (None, 0))(weights, noisy)
         return jnp.all(found == patterns, axis=1), jnp.mean(found == patterns, axis=1)
 
     rows = []
-    for rule, learn_one in hopfield.RULES.items():
+    for rule, learn_one in RULES.items():
         weights, learn_one = jnp.zeros((d, d)), jax.jit(learn_one)
         for i in range(most):
             weights = learn_one(weights, patterns[i])
@@ -399,7 +400,7 @@ def capacity_curves(config: Config) -> list[dict]:
                         "stored": i + 1,
                         "retrieved": float(whole.mean()),
                         "bits_right": float(bits.mean()),
-                        "known_capacity": hopfield.pattern_capacity(rule, d),
+                        "known_capacity": pattern_capacity(rule, d),
                     }
                 )
     return rows

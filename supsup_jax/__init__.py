@@ -4,7 +4,14 @@ Thousands of tasks in one fixed network, one bit a weight, the right task found 
 Names listed in `__all__` are the public interface; other modules may change.
 """
 
-from supsup_jax.hopfield import HopfieldStore
+from supsup_jax.hopfield.recovery import (
+    BestRecovery,
+    Recovery,
+    RecoveryConfig,
+    recover,
+    recover_best,
+)
+from supsup_jax.hopfield.store import HopfieldStore
 from supsup_jax.inference.evaluation import evaluate, parse_scenario
 from supsup_jax.inference.one_shot import alpha_gradient, one_shot, predict
 from supsup_jax.inference.rejection import Rejection, best_score, calibrate, confidence, reject
@@ -20,7 +27,6 @@ from supsup_jax.masks import (
 )
 from supsup_jax.network import Network, signed_constant
 from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
-from supsup_jax.recovery import BestRecovery, Recovery, RecoveryConfig, recover, recover_best
 from supsup_jax.stores.disk import DiskStore, TaskInfo
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard

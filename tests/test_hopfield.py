@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import hopfield, models
-from supsup_jax.hopfield import energy, hebbian, retrieve, storkey
+from supsup_jax import models
+from supsup_jax.hopfield.store import energy, hebbian, memory, retrieve, storkey
 from supsup_jax.stores import store_file
 from tests.conftest import golden, random_masks
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_stored(net, norm_net, monkeypatch):
         store.append(ss.Task(mask, {"mean": jnp.zeros(3)}))
     with pytest.raises(TypeError, match=r"append its \.task"):
         store.append(ss.TrainResult(ss.Task(mask), mask, jnp.zeros(1)))
-    monkeypatch.setattr(hopfield.memory, "device_bytes", lambda: 511)
+    monkeypatch.setattr(memory, "device_bytes", lambda: 511)
     with pytest.raises(ss.CapacityError, match=r"take 512 bytes, and there are 511: mask leaves"):
         ss.HopfieldStore.create(net)
 

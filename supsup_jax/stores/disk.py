@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from supsup_jax.hopfield import HopfieldStore
+from supsup_jax.hopfield.store import HopfieldStore
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays, codecs, sharded, store_file

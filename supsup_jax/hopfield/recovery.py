@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from supsup_jax import masks
-from supsup_jax.hopfield import HopfieldStore, checked_mask, energy
+from supsup_jax.hopfield.store import HopfieldStore, checked_mask, energy
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy

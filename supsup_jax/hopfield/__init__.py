@@ -1,0 +1,1 @@
+"""HopSupSup: masks as memories of a Hopfield network."""
