@@ -70,9 +70,9 @@ class Config:
     method: str = "supsup"
     stream: str = "permuted"
 
-    def learner(self) -> ss.StreamConfig:
+    def learner(self) -> ss.stream.StreamConfig:
         names = ("window", "eps", "floor", "budget", "beyond", "train")
-        return ss.StreamConfig(**{name: getattr(self, name) for name in names})
+        return ss.stream.StreamConfig(**{name: getattr(self, name) for name in names})
 
 
 MNIST = Config("mnist", "lenet_300_100", 500, 100, (10, 50, 100), budget=150)
@@ -154,7 +154,7 @@ class Progress:
     are whole, so a save that was killed half-way leaves the one before it.
     """
 
-    def __init__(self, run: Run, state: ss.StreamState, decisions: list[ss.Decision]):
+    def __init__(self, run: Run, state: ss.stream.StreamState, decisions: list[ss.stream.Decision]):
         self.run, self.state, self.decisions = run, state, decisions
         self.files: list[str] = list(run.extra.get("files", []))
         self._saved = state.slots if self.files else ()
@@ -164,12 +164,12 @@ class Progress:
         """Where the run in its folder was last saved, or at its start."""
         key = prng.purpose_key(jax.random.key(config.seed), "stream")
         if not run.extra:
-            return cls(run, ss.init_stream(key, net, config.learner()), [])
+            return cls(run, ss.stream.init_stream(key, net, config.learner()), [])
         like = fresh_slot(key, 0, net, config.learner())
         slots = [_load_slot(run.out / "masks" / name, like) for name in run.extra["files"]]
         counters = {name: run.extra[name] for name in ("allocated", "windows", "skipped")}
         state = restore_stream(key, net, slots, config.learner(), **counters)
-        return cls(run, state, [ss.Decision(*fields) for fields in run.extra["decisions"]])
+        return cls(run, state, [ss.stream.Decision(*fields) for fields in run.extra["decisions"]])
 
     def save(self) -> None:
         state, folder = self.state, self.run.out / "masks"
@@ -259,7 +259,7 @@ def learn(
             with run.phase("train"):
                 task_key = jax.random.fold_in(key, task)
                 for index in np.asarray(draw_windows(task_key, part.num_examples, learner)):
-                    progress.state, decision = ss.observe(
+                    progress.state, decision = ss.stream.observe(
                         progress.state, net, part, index, learner, donate=True
                     )
                     progress.decisions.append(decision)
@@ -364,12 +364,12 @@ def finish(run: Run, config: Config, progress: Progress) -> dict:
     return result
 
 
-def window_table(config: Config, decisions: list[ss.Decision]) -> dict[str, np.ndarray]:
+def window_table(config: Config, decisions: list[ss.stream.Decision]) -> dict[str, np.ndarray]:
     """Each field of Decision as an array over the windows, NaN for None; and the true task."""
     columns = zip(*decisions, strict=True)
     table = {
         name: np.asarray(column, np.float64 if None in column else None)
-        for name, column in zip(ss.Decision._fields, columns, strict=True)
+        for name, column in zip(ss.stream.Decision._fields, columns, strict=True)
     }
     return {"task": true_tasks(config, len(decisions)), **table}
 

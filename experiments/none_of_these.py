@@ -70,7 +70,7 @@ class Args:
 def deviations(belief: ss.TaskBelief) -> jax.Array:
     live = jnp.isfinite(belief.scores)
     mean = jnp.mean(belief.scores, axis=-1, where=live)
-    return (ss.best_score(belief) - mean) / jnp.std(belief.scores, axis=-1, where=live)
+    return (ss.rejection.best_score(belief) - mean) / jnp.std(belief.scores, axis=-1, where=live)
 
 
 def margin(belief: ss.TaskBelief) -> jax.Array:
@@ -89,12 +89,12 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 def plan(num_labels: int) -> list[tuple[str, ss.Rule, str, list]]:
     """(objective, rule, judge, statistics) of each kind of belief."""
     objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(num_labels)}
-    statistics = [ss.confidence, deviations, margin, ss.best_score]
+    statistics = [ss.rejection.confidence, deviations, margin, ss.rejection.best_score]
     rules = [(name, ss.Rule("one_shot"), None, statistics) for name in objectives]
     for name, best in (("entropy", 1), ("superfluous", 1), ("superfluous", 5)):
         rule = ss.Rule("rerank", best=best, judge=objectives[name])
-        rules.append(("entropy", rule, name, [ss.best_score]))
-    rules.append(("superfluous", ss.Rule("oracle"), "superfluous", [ss.best_score]))
+        rules.append(("entropy", rule, name, [ss.rejection.best_score]))
+    rules.append(("superfluous", ss.Rule("oracle"), "superfluous", [ss.rejection.best_score]))
     return [(objectives[name], name, *rest) for name, *rest in rules]
 
 
@@ -165,10 +165,10 @@ def measure(net, store, stream, dataset, key, images) -> list[dict]:
         for statistic in statistics:
             # A smoke test has too few images for the rate that is meant.
             rate = max(RATE, 1 / len(beliefs["calibration"].task))
-            rejection = ss.calibrate(beliefs["calibration"], rate, statistic)
+            rejection = ss.rejection.calibrate(beliefs["calibration"], rate, statistic)
             values = {kind: np.asarray(statistic(belief)) for kind, belief in beliefs.items()}
             refused = {
-                kind: float((ss.reject(belief, rejection).task < 0).mean())
+                kind: float((ss.rejection.reject(belief, rejection).task < 0).mean())
                 for kind, belief in beliefs.items()
             }
             rows.append(

@@ -59,7 +59,9 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     # Recovery: passes over the shuffled test images of a task, one step a batch.
-    recovery: ss.RecoveryConfig = dataclasses.field(default_factory=ss.RecoveryConfig)
+    recovery: ss.hopfield.RecoveryConfig = dataclasses.field(
+        default_factory=ss.hopfield.RecoveryConfig
+    )
     passes: int = 1
     test_batch_size: int = 64
     attempts: int = 3
@@ -79,7 +81,7 @@ PRESETS = {
         epochs=10,
         batch_size=32,
         # Energies grow as the width: gamma times width is the paper's.
-        recovery=ss.RecoveryConfig(gamma=4 * 1.5e-3),
+        recovery=ss.hopfield.RecoveryConfig(gamma=4 * 1.5e-3),
         passes=3,
         test_batch_size=8,
     ),
@@ -115,7 +117,7 @@ class Args:
                 tasks=2,
                 epochs=4,
                 batch_size=32,
-                recovery=ss.RecoveryConfig(gamma=32 * 1.5e-3, learning_rate=100.0),
+                recovery=ss.hopfield.RecoveryConfig(gamma=32 * 1.5e-3, learning_rate=100.0),
                 passes=2,
                 test_batch_size=8,
                 capacity_units=32,
@@ -169,12 +171,14 @@ def build(config: Config, dataset: data.Dataset) -> ss.Network:
     return ss.Network.from_nnx(module, masked=models.is_norm_scale)
 
 
-def opened(run: Run, config: Config, net: ss.Network) -> tuple[ss.HopfieldStore, ss.MaskStore]:
+def opened(
+    run: Run, config: Config, net: ss.Network
+) -> tuple[ss.hopfield.HopfieldStore, ss.MaskStore]:
     """The stores of a run, empty or where it stopped. The masks' file is written first."""
     masks = ss.MaskStore.create(net, capacity=config.tasks)
     if not run.store_path.exists():
-        return ss.HopfieldStore.create(net), masks
-    store = ss.HopfieldStore.load(run.store_path, net)
+        return ss.hopfield.HopfieldStore.create(net), masks
+    store = ss.hopfield.HopfieldStore.load(run.store_path, net)
     saved = ss.MaskStore.load(run.out / "masks.npz", net)
     for i in range(int(store.num_tasks)):
         masks = masks.append(saved.task(i))
@@ -185,10 +189,10 @@ def learn(
     run: Run,
     config: Config,
     net: ss.Network,
-    store: ss.HopfieldStore,
+    store: ss.hopfield.HopfieldStore,
     masks: ss.MaskStore,
     stream: data.SplitStream,
-) -> tuple[ss.HopfieldStore, ss.MaskStore]:
+) -> tuple[ss.hopfield.HopfieldStore, ss.MaskStore]:
     """Learns what is left to learn, and after each task recovers all learned so far."""
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
     zeros = net.layout.tree([jnp.zeros(shape) for shape in net.layout.shapes.values()])
@@ -233,7 +237,7 @@ def checkpoint(
     run: Run,
     config: Config,
     net: ss.Network,
-    store: ss.HopfieldStore,
+    store: ss.hopfield.HopfieldStore,
     masks: ss.MaskStore,
     stream: data.SplitStream,
 ) -> dict:
@@ -255,9 +259,11 @@ def checkpoint(
     with run.phase("recover"):
         for i in tqdm(range(num_tasks), desc="  recoveries", leave=False):
             x = batches_of(config, stream, i)
-            plain.append(ss.recover(net, store, x, config.recovery, target=known[i]))
+            plain.append(ss.hopfield.recover(net, store, x, config.recovery, target=known[i]))
             best.append(
-                ss.recover_best(net, store, x, guided, attempts=config.attempts, target=known[i])
+                ss.hopfield.recover_best(
+                    net, store, x, guided, attempts=config.attempts, target=known[i]
+                )
             )
     first = [found.attempts[0] for found in best]
     traces = {"stream": traces_of(net, plain), "stream-guided": traces_of(net, first)}
@@ -294,7 +300,9 @@ def checkpoint(
     return rows["stream"]
 
 
-def traces_of(net: ss.Network, recoveries: list[ss.Recovery]) -> list[dict[str, np.ndarray]]:
+def traces_of(
+    net: ss.Network, recoveries: list[ss.hopfield.Recovery]
+) -> list[dict[str, np.ndarray]]:
     """Distances [S + 1] of each recovery by leaf."""
     return [
         dict(zip(net.layout.shapes, map(np.asarray, jax.tree.leaves(each.distance)), strict=True))
@@ -341,7 +349,7 @@ def steps_until_final(distance: np.ndarray) -> int:
     return int(changed[-1]) + 1 if len(changed) else 0
 
 
-def finish(run: Run, config: Config, store: ss.HopfieldStore, masks: ss.MaskStore) -> dict:
+def finish(run: Run, config: Config, store: ss.hopfield.HopfieldStore, masks: ss.MaskStore) -> dict:
     """Writes everything a finished run has, the result last."""
     with run.phase("capacity"):
         held = capacity_curves(config)
@@ -357,7 +365,7 @@ def finish(run: Run, config: Config, store: ss.HopfieldStore, masks: ss.MaskStor
     return result
 
 
-def store_bytes(run: Run, store: ss.HopfieldStore, masks: ss.MaskStore) -> dict[str, int]:
+def store_bytes(run: Run, store: ss.hopfield.HopfieldStore, masks: ss.MaskStore) -> dict[str, int]:
     """Bytes of what HopSupSup keeps, beside those of keeping the masks."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(store.weights))
     total = 4 * store.layout.num_weights

@@ -320,7 +320,7 @@ def test_a_task_travels_as_a_file(small_net, norm_net, path, tmp_path):
 
 
 def test_reservoirs_round_trip(small_net, path):
-    first = ss.HopfieldStore.create(small_net)
+    first = ss.hopfield.HopfieldStore.create(small_net)
     for mask in random_masks(small_net, 2):
         first = first.append(mask)
     second = first.append(random_masks(small_net, 3)[2])
@@ -332,7 +332,7 @@ def test_reservoirs_round_trip(small_net, path):
             chex.assert_trees_all_equal(disk.load_reservoir(), store)
         assert disk.verify() == []
         with pytest.raises(ss.StoreError):
-            disk.save_reservoir(ss.HopfieldStore.create(relu_net((6, 6, 5), seed=1)))
+            disk.save_reservoir(ss.hopfield.HopfieldStore.create(relu_net((6, 6, 5), seed=1)))
     with ss.DiskStore.open(path, small_net) as disk:
         with pytest.raises(ss.StoreError, match="reading only"):
             disk.save_reservoir(first)

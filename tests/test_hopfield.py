@@ -21,7 +21,7 @@ def norm_scale_net(width=8, seed=0, outputs=4, inputs=6):
 
 
 def holding(net, tasks, rule="storkey"):
-    store = ss.HopfieldStore.create(net, rule)
+    store = ss.hopfield.HopfieldStore.create(net, rule)
     for mask in tasks:
         store = store.append(mask)
     return store
@@ -115,7 +115,7 @@ def test_bad_patterns():
 
 
 def test_a_store_keeps_no_mask_and_its_size(net):
-    store = ss.HopfieldStore.create(net)
+    store = ss.hopfield.HopfieldStore.create(net)
     before = store.nbytes
     one = store.append(random_masks(net, 1)[0])
     assert int(store.num_tasks) == 0  # append is pure
@@ -161,7 +161,7 @@ def test_remove_wipes_a_mask_out_and_leaves_the_others():
     for mask in (masks[0], masks[2]):
         chex.assert_trees_all_equal(left.settle(mask), mask)
     with pytest.raises(ss.StoreError, match="the store is empty"):
-        ss.HopfieldStore.create(net).remove(masks[0])
+        ss.hopfield.HopfieldStore.create(net).remove(masks[0])
     with pytest.raises(ValueError, match="lacks the masked leaf"):
         store.remove({})
 
@@ -181,7 +181,7 @@ def test_append_inside_jit(net, store):
     def both(store, one, two):
         return store.append(one).append(two)
 
-    got = both(ss.HopfieldStore.create(net), *masks)
+    got = both(ss.hopfield.HopfieldStore.create(net), *masks)
     chex.assert_trees_all_close(got, store, rtol=1e-6, atol=1e-7)
 
 
@@ -205,12 +205,12 @@ def test_the_capacity_warns_once(rule, message):
 
 def test_what_cannot_be_stored(net, norm_net, monkeypatch):
     with pytest.raises(TypeError, match="net must be a Network, got str"):
-        ss.HopfieldStore.create("net")
+        ss.hopfield.HopfieldStore.create("net")
     with pytest.raises(ValueError, match=r"rule must be one of \['hebbian', 'storkey'\], got 'x'"):
-        ss.HopfieldStore.create(net, "x")
+        ss.hopfield.HopfieldStore.create(net, "x")
     with pytest.raises(ValueError, match="keeps no statistics, but the network has state"):
-        ss.HopfieldStore.create(norm_net)
-    store = ss.HopfieldStore.create(net)
+        ss.hopfield.HopfieldStore.create(norm_net)
+    store = ss.hopfield.HopfieldStore.create(net)
     (mask,) = random_masks(net, 1)
     with pytest.raises(ValueError, match=r"must hold only 0 and 1 at 'norm0/scale'"):
         store.append(jax.tree.map(lambda leaf: 2.0 * leaf - 1, mask))
@@ -222,7 +222,7 @@ def test_what_cannot_be_stored(net, norm_net, monkeypatch):
         store.append(ss.TrainResult(ss.Task(mask), mask, jnp.zeros(1)))
     monkeypatch.setattr(memory, "device_bytes", lambda: 511)
     with pytest.raises(ss.CapacityError, match=r"take 512 bytes, and there are 511: mask leaves"):
-        ss.HopfieldStore.create(net)
+        ss.hopfield.HopfieldStore.create(net)
 
 
 # Its file.
@@ -238,7 +238,7 @@ def saved(store, tmp_path):
 def test_round_trip(net, tmp_path, rule):
     store = holding(net, random_masks(net, 1), rule)
     store.save(tmp_path / "s")
-    loaded = ss.HopfieldStore.load(tmp_path / "s", net)
+    loaded = ss.hopfield.HopfieldStore.load(tmp_path / "s", net)
     chex.assert_trees_all_equal(loaded, store)
     assert loaded.rule == rule
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
@@ -265,7 +265,7 @@ def test_every_truncation_is_refused(net, saved):
     for size in [0, 1, 10, *range(50, len(whole), 397), len(whole) - 1]:
         saved.write_bytes(whole[:size])
         with pytest.raises(ss.StoreError):
-            ss.HopfieldStore.load(saved, net)
+            ss.hopfield.HopfieldStore.load(saved, net)
 
 
 def test_flipped_bits_are_refused_or_harmless(net, store, saved):
@@ -277,7 +277,7 @@ def test_flipped_bits_are_refused_or_harmless(net, store, saved):
         damaged[position] ^= 1 << rng.integers(8)
         saved.write_bytes(damaged)
         try:
-            loaded = ss.HopfieldStore.load(saved, net)
+            loaded = ss.hopfield.HopfieldStore.load(saved, net)
         except ss.StoreError:
             refused += 1
             continue
@@ -318,29 +318,29 @@ def test_what_does_not_fit_is_refused_by_name(net, saved):
         saved.write_bytes(whole)
         rewrite(saved, **change)
         with pytest.raises(ss.StoreError, match=message):
-            ss.HopfieldStore.load(saved, net)
+            ss.hopfield.HopfieldStore.load(saved, net)
 
 
 def test_other_networks_and_foreign_files_are_refused(net, saved, tmp_path):
     with pytest.raises(ss.StoreError, match="belongs to other weights"):
-        ss.HopfieldStore.load(saved, norm_scale_net(seed=1))
+        ss.hopfield.HopfieldStore.load(saved, norm_scale_net(seed=1))
     with pytest.raises(ss.StoreError, match="but the network masks"):
-        ss.HopfieldStore.load(saved, norm_scale_net(width=9))
+        ss.hopfield.HopfieldStore.load(saved, norm_scale_net(width=9))
     with pytest.raises(ss.StoreError, match=r"names 'supsup_jax\.HopfieldStore'"):
         ss.MaskStore.load(saved, net)
     ss.MaskStore.create(net).save(tmp_path / "masks")
     with pytest.raises(ss.StoreError, match=r"names 'supsup_jax\.MaskStore'"):
-        ss.HopfieldStore.load(tmp_path / "masks", net)
+        ss.hopfield.HopfieldStore.load(tmp_path / "masks", net)
     with pytest.raises(FileNotFoundError, match="no store at"):
-        ss.HopfieldStore.load(tmp_path / "none", net)
+        ss.hopfield.HopfieldStore.load(tmp_path / "none", net)
     with pytest.raises(TypeError, match="net must be a Network, got str"):
-        ss.HopfieldStore.load(saved, "net")
+        ss.hopfield.HopfieldStore.load(saved, "net")
     np.savez(tmp_path / "p.npz", manifest=np.asarray([{"a": 1}], dtype=object))
     with pytest.raises(ss.StoreError):
-        ss.HopfieldStore.load(tmp_path / "p.npz", net)
+        ss.hopfield.HopfieldStore.load(tmp_path / "p.npz", net)
 
 
 def test_a_store_made_inside_jit_cannot_be_saved(net, tmp_path):
-    store = jax.jit(ss.HopfieldStore.create)(net)
+    store = jax.jit(ss.hopfield.HopfieldStore.create)(net)
     with pytest.raises(ss.StoreError, match="created inside jit"):
         store.save(tmp_path / "s")

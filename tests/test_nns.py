@@ -172,7 +172,7 @@ def test_presets_are_consistent(preset):
 
 def test_the_paper_preset_is_the_reference_rule():
     config = nns.PRESETS["mnist-2500"]
-    assert config.learner() == ss.StreamConfig(budget=2500)
+    assert config.learner() == ss.stream.StreamConfig(budget=2500)
     known = nns.paper.CURVES["lenet_300_100/500", "nns", "entropy"]
     assert tuple(known) == config.checkpoints
 

@@ -26,7 +26,7 @@ def store(net):
 # Recovery.
 
 # A learning rate at which the numbers move without a chaos of flips.
-SLOW = ss.RecoveryConfig(gamma=0.05, learning_rate=2.0, momentum=0.5, weight_decay=0.01)
+SLOW = ss.hopfield.RecoveryConfig(gamma=0.05, learning_rate=2.0, momentum=0.5, weight_decay=0.01)
 
 
 def numpy_entropy_gradient(params, masks, x):
@@ -61,7 +61,7 @@ def test_recovery_is_the_formula_step_by_step(net, store, guided):
     config = dataclasses.replace(SLOW, guided=guided)
     x = np.asarray(jax.random.normal(jax.random.key(3), (4, 5, 6)))
     (target,) = random_masks(net, 1, seed=7)
-    got = ss.recover(net, store, jnp.asarray(x), config, target=target)
+    got = ss.hopfield.recover(net, store, jnp.asarray(x), config, target=target)
 
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), net.params)
     weights = [np.asarray(W, np.float64) for W in jax.tree.leaves(store.weights)]
@@ -107,7 +107,7 @@ def test_a_trained_task_is_recovered_from_its_images():
     )
     zeros = net.layout.tree([jnp.zeros(shape) for shape in net.layout.shapes.values()])
     means = 2 * jax.random.normal(jax.random.key(1), (6, 20))
-    store, tasks, streams = ss.HopfieldStore.create(net), [], []
+    store, tasks, streams = ss.hopfield.HopfieldStore.create(net), [], []
     for i, key in enumerate(keys):
         labels = 2 * i + jax.random.randint(key, (960,), 0, 2)
         images = means[labels] + jax.random.normal(key, (960, 20))
@@ -116,15 +116,15 @@ def test_a_trained_task_is_recovered_from_its_images():
         streams.append(images.reshape(30, 32, 20))
         store = store.append(tasks[i])
     # A sixteenth of the paper's width: energies are smaller by as much.
-    recovery = ss.RecoveryConfig(gamma=16 * 1.5e-3, learning_rate=100.0)
+    recovery = ss.hopfield.RecoveryConfig(gamma=16 * 1.5e-3, learning_rate=100.0)
     for task, x in zip(tasks, streams, strict=True):
-        found = ss.recover(net, store, x, recovery, target=task.mask)
+        found = ss.hopfield.recover(net, store, x, recovery, target=task.mask)
         start, *_, end = sum(np.asarray(leaf) for leaf in jax.tree.leaves(found.distance))
         assert start > 40
         assert end == 0
         chex.assert_trees_all_equal(found.mask, task.mask)
         guided = dataclasses.replace(recovery, guided=True)
-        best = ss.recover_best(net, store, x, guided, attempts=2, target=task.mask)
+        best = ss.hopfield.recover_best(net, store, x, guided, attempts=2, target=task.mask)
         chex.assert_trees_all_equal(best.best.mask, task.mask)
         assert best.uncertainty.shape == (2,)
         first, second = best.attempts
@@ -136,7 +136,9 @@ def test_a_trained_task_is_recovered_from_its_images():
 
 def test_the_best_is_the_least_uncertain(net, store):
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    got = ss.recover_best(net, store, (batch for batch in x), attempts=5, objective=ss.max_logit)
+    got = ss.hopfield.recover_best(
+        net, store, (batch for batch in x), attempts=5, objective=ss.max_logit
+    )
     assert len(got.attempts) == 2  # as many as the store holds
     want = [
         np.mean([-net(each.mask, batch).max(axis=1).mean() for batch in x]) for each in got.attempts
@@ -145,23 +147,25 @@ def test_the_best_is_the_least_uncertain(net, store):
     assert int(got.chosen) == int(np.argmin(want))
     chex.assert_trees_all_equal(got.best, got.attempts[int(got.chosen)])
     assert got.best.distance is None
-    inside = jax.jit(lambda x: ss.recover_best(net, store, x, objective=ss.max_logit).best.mask)(x)
+    inside = jax.jit(
+        lambda x: ss.hopfield.recover_best(net, store, x, objective=ss.max_logit).best.mask
+    )(x)
     chex.assert_trees_all_equal(inside, got.best.mask)
     for attempts in (0, True, 1.5):
         with pytest.raises(ValueError, match="attempts must be a positive int"):
-            ss.recover_best(net, store, x, attempts=attempts)
+            ss.hopfield.recover_best(net, store, x, attempts=attempts)
 
 
 def test_batches_come_as_an_array_or_one_by_one(net, store):
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    want = ss.recover(net, store, x, SLOW)
+    want = ss.hopfield.recover(net, store, x, SLOW)
     assert want.distance is None
-    chex.assert_trees_all_equal(ss.recover(net, store, (batch for batch in x), SLOW), want)
+    chex.assert_trees_all_equal(ss.hopfield.recover(net, store, (batch for batch in x), SLOW), want)
 
 
 def test_another_objective(net, store):
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    got = ss.recover(net, store, x, SLOW, objective=ss.max_logit)
+    got = ss.hopfield.recover(net, store, x, SLOW, objective=ss.max_logit)
     start = jax.tree.map(lambda z: z >= 0, store.mean)
     want = -net(start, x[0]).max(axis=1).mean()
     np.testing.assert_allclose(got.uncertainty[0], want, rtol=1e-5)
@@ -175,18 +179,20 @@ def test_one_compilation_serves_every_number_of_tasks(net):
         return ss.entropy(logits)
 
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    store = ss.HopfieldStore.create(net)
+    store = ss.hopfield.HopfieldStore.create(net)
     for i, mask in enumerate(random_masks(net, 3)):
         store = store.append(mask)
-        ss.recover(net, store, x + i, ss.RecoveryConfig(gamma=1e-3), objective=counting)
+        ss.hopfield.recover(
+            net, store, x + i, ss.hopfield.RecoveryConfig(gamma=1e-3), objective=counting
+        )
         first = first if i else len(traces)
     assert len(traces) == first > 0
 
 
 def test_recovery_inside_jit_and_vmap(net, store):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
-    got = jax.jit(jax.vmap(lambda x: ss.recover(net, store, x, SLOW).scores))(x)
-    want = [ss.recover(net, store, each, SLOW).scores for each in x]
+    got = jax.jit(jax.vmap(lambda x: ss.hopfield.recover(net, store, x, SLOW).scores))(x)
+    want = [ss.hopfield.recover(net, store, each, SLOW).scores for each in x]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *want)
     chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-4)
 
@@ -201,8 +207,8 @@ def test_bad_configs():
         ({"weight_decay": float("inf")}, r"weight_decay must lie in \[0, inf\), got inf"),
     ):
         with pytest.raises(ValueError, match=message):
-            ss.RecoveryConfig(**change)
-    assert hash(ss.RecoveryConfig()) == hash(ss.RecoveryConfig(gamma=1.5e-3))
+            ss.hopfield.RecoveryConfig(**change)
+    assert hash(ss.hopfield.RecoveryConfig()) == hash(ss.hopfield.RecoveryConfig(gamma=1.5e-3))
 
 
 def test_bad_input(net, store):
@@ -217,7 +223,7 @@ def test_bad_input(net, store):
         (TypeError, "config must be a RecoveryConfig, got float", (net, store, x, 0.1)),
         (TypeError, "net must be a Network, got str", ("net", store, x)),
         (ss.StoreError, "but the network masks", (norm_scale_net(width=9), store, x)),
-        (ss.StoreError, "the store is empty", (net, ss.HopfieldStore.create(net), x)),
+        (ss.StoreError, "the store is empty", (net, ss.hopfield.HopfieldStore.create(net), x)),
         (
             TypeError,
             "x must hold floats .* got dtype int32",
@@ -238,10 +244,10 @@ def test_bad_input(net, store):
         (TypeError, "x must be an array or an iterable of batches, got 3", (net, store, 3)),
     ):
         with pytest.raises(error, match=message):
-            ss.recover(*arguments)
+            ss.hopfield.recover(*arguments)
     with pytest.raises(TypeError, match="objective must be a hashable function"):
-        ss.recover(net, store, x, objective="entropy")
+        ss.hopfield.recover(net, store, x, objective="entropy")
     with pytest.raises(ValueError, match="target lacks the masked leaf 'norm0/scale'"):
-        ss.recover(net, store, x, target={})
+        ss.hopfield.recover(net, store, x, target={})
     with pytest.raises(ValueError, match="must hold only 0 and 1"):
-        ss.recover(net, store, x, target=jax.tree.map(lambda leaf: 2.0 * leaf, mask))
+        ss.hopfield.recover(net, store, x, target=jax.tree.map(lambda leaf: 2.0 * leaf, mask))

@@ -27,7 +27,7 @@ def known():
 
 def test_confidence_is_the_paper_s_statistic():
     z = golden("novelty")
-    got = ss.confidence(belief_of(z["neg_alpha_grad"]))
+    got = ss.rejection.confidence(belief_of(z["neg_alpha_grad"]))
     np.testing.assert_allclose(got, 7 * z["max_softmax"], rtol=1e-5)
     # The paper's rule for a new task is confidence < 1 + 1/8.
     np.testing.assert_array_equal(got < 1.125, z["is_new"])
@@ -40,21 +40,21 @@ def test_confidence_runs_from_1_to_the_number_of_tasks():
         scores[1, 0] += 1
         scores[2, 0] += 1000
         by_hand = num_tasks * math.e / (math.e + num_tasks - 1)
-        got = ss.confidence(belief_of(scores))
+        got = ss.rejection.confidence(belief_of(scores))
         np.testing.assert_allclose(got, [1, by_hand, num_tasks], rtol=1e-6)
         assert got.dtype == jnp.float32
-        assert ss.confidence(belief_of(scores[1])).shape == ()
+        assert ss.rejection.confidence(belief_of(scores[1])).shape == ()
 
 
 def test_best_score_is_the_score_of_the_task_named(known):
     want = [known.scores[b, t] for b, t in enumerate(known.task)]
-    np.testing.assert_array_equal(ss.best_score(known), want)
+    np.testing.assert_array_equal(ss.rejection.best_score(known), want)
 
 
-@pytest.mark.parametrize("statistic", [ss.confidence, ss.best_score])
+@pytest.mark.parametrize("statistic", [ss.rejection.confidence, ss.rejection.best_score])
 @pytest.mark.parametrize(("rate", "refused"), [(0.005, 1), (0.01, 2), (0.29, 58), (0.999, 199)])
 def test_the_least_sure_of_the_given_inputs_are_refused(known, statistic, rate, refused):
-    found = ss.reject(known, ss.calibrate(known, rate, statistic))
+    found = ss.rejection.reject(known, ss.rejection.calibrate(known, rate, statistic))
     least = np.argsort(np.asarray(statistic(known)))[:refused]
     want = np.asarray(known.task).copy()
     want[least] = -1
@@ -70,28 +70,30 @@ def test_new_inputs_are_refused_at_the_same_rate():
         scores[:, 2] += rng.random(4000)
         return belief_of(scores)
 
-    refused = np.asarray(ss.reject(draw(1), ss.calibrate(draw(0), 0.05)).task) < 0
+    refused = (
+        np.asarray(ss.rejection.reject(draw(1), ss.rejection.calibrate(draw(0), 0.05)).task) < 0
+    )
     assert abs(refused.mean() - 0.05) < 4 * math.sqrt(2 * 0.05 * 0.95 / 4000)
 
 
 def test_inputs_that_are_equally_unsure_are_all_kept():
     scores = np.zeros((100, 4))
     scores[:90, 1] = 2
-    found = ss.reject(belief_of(scores), ss.calibrate(belief_of(scores), 0.05))
+    found = ss.rejection.reject(belief_of(scores), ss.rejection.calibrate(belief_of(scores), 0.05))
     assert (found.task >= 0).all()
 
 
 def test_what_is_not_a_number_is_refused(known):
-    rejection = ss.calibrate(known)
+    rejection = ss.rejection.calibrate(known)
     lost = known._replace(scores=known.scores.at[3].set(jnp.nan))
-    assert int(ss.reject(lost, rejection).task[3]) == -1
+    assert int(ss.rejection.reject(lost, rejection).task[3]) == -1
 
 
 def test_one_decision_of_a_batch(known):
-    rejection = ss.calibrate(known, 0.1)
-    rows = ss.reject(known, rejection)
+    rejection = ss.rejection.calibrate(known, 0.1)
+    rows = ss.rejection.reject(known, rejection)
     for b in (0, 1, int(jnp.argmin(rows.task))):
-        one = ss.reject(jax.tree.map(lambda leaf, b=b: leaf[b], known), rejection)
+        one = ss.rejection.reject(jax.tree.map(lambda leaf, b=b: leaf[b], known), rejection)
         assert one.task.shape == ()
         assert int(one.task) == int(rows.task[b])
 
@@ -102,16 +104,16 @@ def test_inside_jit_without_a_trace_per_threshold(known):
     @jax.jit
     def route(belief, rejection):
         traces.append(1)
-        return ss.reject(belief, rejection)
+        return ss.rejection.reject(belief, rejection)
 
     for rate in (0.01, 0.3):
-        rejection = ss.calibrate(known, rate)
-        want = ss.reject(known, rejection)
+        rejection = ss.rejection.calibrate(known, rate)
+        want = ss.rejection.reject(known, rejection)
         np.testing.assert_array_equal(route(known, rejection).task, want.task)
     assert len(traces) == 1
-    inside = jax.jit(lambda belief: ss.calibrate(belief, 0.3).threshold)(known)
+    inside = jax.jit(lambda belief: ss.rejection.calibrate(belief, 0.3).threshold)(known)
     np.testing.assert_allclose(inside, rejection.threshold)
-    threshold = jax.vmap(lambda belief: ss.calibrate(belief, 0.3))(
+    threshold = jax.vmap(lambda belief: ss.rejection.calibrate(belief, 0.3))(
         jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), known)
     ).threshold
     np.testing.assert_allclose(threshold, [rejection.threshold] * 2)
@@ -123,12 +125,14 @@ def test_every_rule_s_belief_is_taken():
     x = jax.random.normal(jax.random.key(0), (20, 6))
     for rule in (ss.Rule("one_shot"), ss.Rule("oracle"), ss.Rule("rerank", best=3)):
         found = rule(net, store, x)
-        assert len(np.unique(ss.best_score(found))) == 20
-        rejected = ss.reject(found, ss.calibrate(found, 0.1, ss.best_score))
+        assert len(np.unique(ss.rejection.best_score(found))) == 20
+        rejected = ss.rejection.reject(
+            found, ss.rejection.calibrate(found, 0.1, ss.rejection.best_score)
+        )
         assert int((rejected.task < 0).sum()) == 2
     judged = ss.rerank(net, store, x, best=1, judge=ss.Superfluous(3))
     p = jax.nn.softmax(ss.predict(net, store, x, judged.task))
-    np.testing.assert_allclose(ss.best_score(judged), jnp.log(p[:, :3].sum(1)), rtol=1e-4)
+    np.testing.assert_allclose(ss.rejection.best_score(judged), jnp.log(p[:, :3].sum(1)), rtol=1e-4)
 
 
 def test_auroc_by_counting_pairs():
@@ -155,26 +159,31 @@ def test_the_script_runs_without_data(tmp_path, capsys):
 def test_bad_input(known):
     for rate in (0, 1, -0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"rate must lie in \(0, 1\), got"):
-            ss.calibrate(known, rate)
+            ss.rejection.calibrate(known, rate)
     for rate in ("1%", True, None):
         with pytest.raises(TypeError, match=r"rate must be a number in \(0, 1\), got"):
-            ss.calibrate(known, rate)
+            ss.rejection.calibrate(known, rate)
     with pytest.raises(ValueError, match=r"rate 0\.001 needs at least 1000 inputs .* got 200"):
-        ss.calibrate(known, 0.001)
+        ss.rejection.calibrate(known, 0.001)
     with pytest.raises(ValueError, match="belief must be of N inputs of learned tasks"):
-        ss.calibrate(jax.tree.map(lambda leaf: leaf[0], known))
+        ss.rejection.calibrate(jax.tree.map(lambda leaf: leaf[0], known))
     with pytest.raises(TypeError, match="statistic must be a hashable function of a belief"):
-        ss.calibrate(known, statistic="margin")
+        ss.rejection.calibrate(known, statistic="margin")
     with pytest.raises(ValueError, match=r"statistic must return one number a decision, \(200,\)"):
-        ss.calibrate(known, statistic=lambda belief: belief.scores)
+        ss.rejection.calibrate(known, statistic=lambda belief: belief.scores)
     with pytest.raises(ValueError, match="statistic is not a number for 1 of the inputs"):
-        ss.calibrate(known._replace(scores=known.scores.at[3].set(jnp.nan)))
+        ss.rejection.calibrate(known._replace(scores=known.scores.at[3].set(jnp.nan)))
     alone = np.full((200, 4), -np.inf)
     alone[:, 0] = np.arange(200)
     with pytest.raises(ValueError, match=r"all 200 inputs are equally sure \(1\): among one task"):
-        ss.calibrate(belief_of(alone))
+        ss.rejection.calibrate(belief_of(alone))
     with pytest.raises(TypeError, match="rejection must come from calibrate, got float"):
-        ss.reject(known, 1.5)
-    for call in (ss.confidence, ss.best_score, ss.calibrate, lambda b: ss.reject(b, None)):
+        ss.rejection.reject(known, 1.5)
+    for call in (
+        ss.rejection.confidence,
+        ss.rejection.best_score,
+        ss.rejection.calibrate,
+        lambda b: ss.rejection.reject(b, None),
+    ):
         with pytest.raises(TypeError, match="belief must be a TaskBelief, got"):
             call(known.scores)

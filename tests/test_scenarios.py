@@ -23,7 +23,9 @@ from supsup_jax.training.stream import (
 )
 from tests.conftest import golden, relu_net
 
-CONFIG = ss.StreamConfig(window=3, train=ss.TrainConfig(steps=6, batch_size=8, learning_rate=1e-2))
+CONFIG = ss.stream.StreamConfig(
+    window=3, train=ss.TrainConfig(steps=6, batch_size=8, learning_rate=1e-2)
+)
 KEY = jax.random.key(0)
 
 
@@ -40,10 +42,10 @@ def toy_window(seed=0, config=CONFIG):
 
 def stream_of(net, config, num_windows=8, start=None, data=None):
     """States and decisions of `num_windows` windows, each of a task of its own."""
-    state = start or ss.init_stream(KEY, net, config)
+    state = start or ss.stream.init_stream(KEY, net, config)
     states, decisions = [state], []
     for i in range(num_windows):
-        state, decision = ss.observe(
+        state, decision = ss.stream.observe(
             state, net, data or toy_data(seed=i), toy_window(i, config), config
         )
         states.append(state)
@@ -151,7 +153,7 @@ def test_a_decoy_that_wins_is_exchanged_and_allocated(small_net):
     # Every other mask drops all weights, and so has no say; decoy 3 stands out.
     silent = {i: ones(small_net, -1.0) for i in (0, 1, 2, 4)}
     before = with_scores(before, small_net, config, silent)
-    after, decision = ss.observe(before, small_net, toy_data(), toy_window(), config)
+    after, decision = ss.stream.observe(before, small_net, toy_data(), toy_window(), config)
     nu = rule_by_hand(small_net, before, toy_data(), toy_window(), config)
     assert nu.argmax() == 3  # else the test shows nothing
     assert nu.max() >= 1.0001 / 5
@@ -166,11 +168,11 @@ def test_a_decoy_that_wins_is_exchanged_and_allocated(small_net):
 @pytest.mark.parametrize("windows", [1, 4])
 def test_a_donated_store_learns_the_same(small_net, windows):
     config = dataclasses.replace(CONFIG, eps=1e-4)
-    kept = given = ss.init_stream(jax.random.key(0), small_net, config)
+    kept = given = ss.stream.init_stream(jax.random.key(0), small_net, config)
     for i in range(windows):
-        kept, want = ss.observe(kept, small_net, toy_data(), toy_window(seed=i), config)
+        kept, want = ss.stream.observe(kept, small_net, toy_data(), toy_window(seed=i), config)
         before = given
-        given, got = ss.observe(
+        given, got = ss.stream.observe(
             given, small_net, toy_data(), toy_window(seed=i), config, donate=True
         )
         assert got == want
@@ -200,8 +202,8 @@ def by_hand(net, slot, config, data=None, index=None):
 @pytest.mark.parametrize("change", [{}, {"rule": "topk", "density": 0.5, "optimizer": "sgd"}])
 def test_a_window_trains_as_train_step_looped(small_net, change):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **change))
-    start = ss.init_stream(KEY, small_net, config)
-    state, decision = ss.observe(start, small_net, toy_data(), toy_window(), config)
+    start = ss.stream.init_stream(KEY, small_net, config)
+    state, decision = ss.stream.observe(start, small_net, toy_data(), toy_window(), config)
     want = by_hand(small_net, start.slots[0], config)
     chex.assert_trees_all_close(state.slots[0], want, rtol=1e-5, atol=1e-7)
     mask = jax.tree.map(lambda m: m != 0, config.train.mask(small_net.layout, want.scores))
@@ -210,7 +212,7 @@ def test_a_window_trains_as_train_step_looped(small_net, change):
     logits = small_net(config.train.mask(small_net.layout, start.slots[0].scores), x)
     first = -jax.nn.log_softmax(logits)[jnp.arange(8), y].mean()
     one = dataclasses.replace(config, window=1)
-    _, decision = ss.observe(start, small_net, toy_data(), toy_window()[:1], one)
+    _, decision = ss.stream.observe(start, small_net, toy_data(), toy_window()[:1], one)
     assert decision.loss == pytest.approx(float(first), rel=1e-5)
 
 
@@ -320,14 +322,14 @@ def test_scores_and_optimizer_state_stay_on_the_host(small_net):
 
 
 def test_observing_is_pure_and_deterministic(small_net):
-    start = ss.init_stream(KEY, small_net, CONFIG)
+    start = ss.stream.init_stream(KEY, small_net, CONFIG)
     copy = jax.tree.map(np.asarray, start.slots)
     first, second = (
-        ss.observe(start, small_net, toy_data(), toy_window(), CONFIG) for _ in range(2)
+        ss.stream.observe(start, small_net, toy_data(), toy_window(), CONFIG) for _ in range(2)
     )
     chex.assert_trees_all_equal(first, second)
     chex.assert_trees_all_equal(start.slots, copy)
-    other = ss.init_stream(jax.random.key(1), small_net, CONFIG)
+    other = ss.stream.init_stream(jax.random.key(1), small_net, CONFIG)
     assert not np.array_equal(other.slots[0].scores["kernel0"], copy[0].scores["kernel0"])
 
 
@@ -340,7 +342,9 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(small_net):
             KEY, small_net, old.slots, config, allocated=old.allocated, windows=old.windows
         )
         for j in range(i, 6):
-            state, decision = ss.observe(state, small_net, toy_data(j), toy_window(j), config)
+            state, decision = ss.stream.observe(
+                state, small_net, toy_data(j), toy_window(j), config
+            )
             assert decision == decisions[j]
         chex.assert_trees_all_equal(state.slots, states[-1].slots)
         chex.assert_trees_all_equal(state.store, states[-1].store)
@@ -349,7 +353,7 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(small_net):
 def test_the_state_is_a_pytree_and_shows_itself(small_net):
     states, _ = stream_of(small_net, CONFIG, 2)
     same = jax.tree.map(lambda leaf: leaf, states[-1])
-    assert isinstance(same, ss.StreamState)
+    assert isinstance(same, ss.stream.StreamState)
     T = states[-1].allocated
     assert repr(same) == f"StreamState({T} masks and {5 - T} decoys after 2 windows)"
 
@@ -387,19 +391,19 @@ def test_a_stream_of_separable_tasks_is_found():
     """Three tasks on pixels of their own, three windows each; the first two come again."""
     net = relu_net((48, 100, 100))
     recipe = ss.TrainConfig(steps=90, batch_size=32, learning_rate=1e-2)
-    config = ss.StreamConfig(window=30, train=recipe)
+    config = ss.stream.StreamConfig(window=30, train=recipe)
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 4
     prototypes = rng.integers(0, 2, (4, 16)) * 200
     images = (prototypes[labels] + rng.integers(0, 55, (200, 16))).astype(np.uint8)
     data = ss.TaskData(jnp.asarray(images), jnp.asarray(labels), transform=ss.Normalize(0, 0.5))
-    state, masks = ss.init_stream(KEY, net, config), []
+    state, masks = ss.stream.init_stream(KEY, net, config), []
     for part, task in enumerate(tasks := [0, 1, 2, 0, 1]):
         view = np.full(48, -1)
         view[16 * task : 16 * task + 16] = np.arange(16)
         seen = dataclasses.replace(data, view=jnp.asarray(view))
         for index in draw_windows(jax.random.key(part), 200, config):
-            state, decision = ss.observe(state, net, seen, np.asarray(index), config)
+            state, decision = ss.stream.observe(state, net, seen, np.asarray(index), config)
             masks.append(decision.mask)
     assert masks == np.repeat(tasks, 3).tolist()
 
@@ -441,21 +445,21 @@ def test_bad_configs():
         ({"beyond": "grow"}, r"beyond must be one of \('reuse', 'skip'\), got 'grow'"),
     ):
         with pytest.raises(ValueError, match=message):
-            ss.StreamConfig(**change)
+            ss.stream.StreamConfig(**change)
     with pytest.raises(TypeError, match="objective must be a hashable function"):
-        ss.StreamConfig(objective="entropy")
+        ss.stream.StreamConfig(objective="entropy")
     with pytest.raises(TypeError, match="train must be a TrainConfig, got dict"):
-        ss.StreamConfig(train={})
-    assert hash(ss.StreamConfig()) == hash(ss.StreamConfig())
+        ss.stream.StreamConfig(train={})
+    assert hash(ss.stream.StreamConfig()) == hash(ss.stream.StreamConfig())
 
 
 def test_bad_windows(small_net):
-    state = ss.init_stream(KEY, small_net, CONFIG)
+    state = ss.stream.init_stream(KEY, small_net, CONFIG)
     good, index = toy_data(), toy_window()
 
     def refuses(error, match, data=good, index=index, config=CONFIG, net=small_net, state=state):
         with pytest.raises(error, match=match):
-            ss.observe(state, net, data, index, config)
+            ss.stream.observe(state, net, data, index, config)
 
     refuses(TypeError, "net must be a Network", net=small_net.params)
     refuses(TypeError, "config must be a StreamConfig", config=CONFIG.train)
@@ -485,9 +489,9 @@ def test_bad_windows(small_net):
 
 def test_bad_starts(small_net):
     with pytest.raises(TypeError, match="key must be a JAX random key, got 0"):
-        ss.init_stream(0, small_net, CONFIG)
+        ss.stream.init_stream(0, small_net, CONFIG)
     with pytest.raises(TypeError, match="net must be a Network"):
-        ss.init_stream(KEY, {}, CONFIG)
+        ss.stream.init_stream(KEY, {}, CONFIG)
     with pytest.raises(ValueError, match=r"multiple of window \(4\), .* got 6"):
         draw_windows(KEY, 40, dataclasses.replace(CONFIG, window=4))
     with pytest.raises(ValueError, match="num_examples must be at least 1, got 0"):
@@ -502,9 +506,9 @@ def test_bad_starts(small_net):
 def test_divergence_is_reported(small_net):
     images = jnp.full((40, 6), jnp.nan)
     data = ss.TaskData(images, jnp.arange(40) % 5)
-    state = ss.init_stream(KEY, small_net, CONFIG)
+    state = ss.stream.init_stream(KEY, small_net, CONFIG)
     with pytest.raises(ValueError, match="training diverged at window 0"):
-        ss.observe(state, small_net, data, toy_window(), CONFIG, donate=True)
+        ss.stream.observe(state, small_net, data, toy_window(), CONFIG, donate=True)
     assert int(state.store.num_tasks) == 5  # an error leaves a store that was to be donated
     with pytest.raises(ValueError, match="training diverged at window 0"):
-        ss.observe(state, small_net, data, toy_window(), CONFIG)
+        ss.stream.observe(state, small_net, data, toy_window(), CONFIG)

@@ -130,7 +130,7 @@ def test_the_presets():
         assert config.dataset in ("digits", "synthetic")
     paper = Args(preset="mnist-hopsupsup").config()
     assert (paper.width, paper.outputs, paper.tasks, paper.test_batch_size) == (2048, 10, 5, 64)
-    assert paper.recovery == ss.RecoveryConfig(1.5e-3, 500.0, 0.9, 1e-4)
+    assert paper.recovery == ss.hopfield.RecoveryConfig(1.5e-3, 500.0, 0.9, 1e-4)
     train = split_mnist.train_config(paper, 12665)
     assert (train.steps, train.batch_size, train.learning_rate) == (99, 128, 0.1)
     assert (train.optimizer, train.momentum, train.weight_decay) == ("sgd", 0.9, 1e-4)

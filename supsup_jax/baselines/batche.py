@@ -15,7 +15,7 @@ from supsup_jax import prng
 from supsup_jax.baselines.sharing import Baseline, check_kernels, check_state, put_leaves
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.stores.mask_store import TaskStore
+from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import PyTree, StoreError, Task
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from supsup_jax import prng
+from supsup_jax.checks import check_type
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
@@ -97,8 +98,7 @@ class Learned(NamedTuple):
 
 def check_kernels(net: Network) -> Network:
     """`net`, unless it masks what is no kernel [..., in, out]."""
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
+    check_type("net", net, Network)
     for name, shape in net.layout.named_shapes:
         if len(shape) < 2:
             raise ValueError(f"baselines take kernels [..., in, out], {name!r} has shape {shape}")
@@ -198,10 +198,8 @@ def learn(
     trains_shared = baseline.shared_learns == "always" or (
         baseline.shared_learns == "first" and first
     )
-    if not isinstance(data, TaskData):
-        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    check_type("data", data, TaskData)
+    check_type("config", config, TrainConfig)
     data.check()
     data.check_labels(_num_outputs(baseline, shared, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))

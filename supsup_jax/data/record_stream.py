@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from supsup_jax.checks import check_int
 from supsup_jax.data import crops
 from supsup_jax.data.records import ImageRecords, test_split
 from supsup_jax.data.sources import NORMALIZATION, prepared_folder
@@ -58,8 +59,7 @@ class RecordStream:
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field} must be an int of at least {least}, got {value!r}")
+            check_int(field, value, least)
         folder = prepared_folder(name, data_dir)
         self._records = {
             "training": ImageRecords(folder, "train"),

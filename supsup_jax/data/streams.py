@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax import prng
+from supsup_jax.checks import check_int
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
 from supsup_jax.types import TaskData
@@ -231,8 +232,7 @@ def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> j
     lacks is filled from the front of the order.
     Raises ValueError for a batch_size that is not a positive int.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    check_int("batch_size", batch_size, 1)
     data.check()
     return _one_pass(data, key, batch_size=batch_size)
 

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from supsup_jax import masks
+from supsup_jax.checks import check_int, check_type
 from supsup_jax.hopfield.store import HopfieldStore, checked_mask, energy
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
@@ -101,10 +102,8 @@ def recover(
     target: a mask, if known; it is only measured against.
     Raises TypeError or ValueError for arguments that do not fit, and for an empty store.
     """
-    if not isinstance(store, HopfieldStore):
-        raise TypeError(f"store must be a HopfieldStore, got {type(store).__name__}")
-    if not isinstance(config, RecoveryConfig):
-        raise TypeError(f"config must be a RecoveryConfig, got {type(config).__name__}")
+    check_type("store", store, HopfieldStore)
+    check_type("config", config, RecoveryConfig)
     store.check_fits(net)
     store.check_holds_tasks()
     infer.check_objective(objective)
@@ -146,8 +145,7 @@ def recover_best(
     `attempts` (outside jit T at most) and not with T. All attempts share one compiled program.
     Arguments and errors as `recover`, and ValueError unless attempts is a positive int.
     """
-    if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-        raise ValueError(f"attempts must be a positive int, got {attempts!r}")
+    check_int("attempts", attempts, 1)
     x, left, found, judged = _stacked(x), store, [], []
     for attempt in range(attempts):
         recovery = recover(net, left, x, config, objective=objective, target=target)

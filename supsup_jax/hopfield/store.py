@@ -21,11 +21,12 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import devices
+from supsup_jax.checks import check_type
 from supsup_jax.layout import Layout
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
 from supsup_jax.stores import store_file
-from supsup_jax.stores.mask_store import check_same_network, digest_of
+from supsup_jax.stores.base import check_same_network, digest_of
 from supsup_jax.types import CapacityError, PyTree, StoreError, Task, TrainResult
 
 FORMAT = "supsup_jax.HopfieldStore"
@@ -126,8 +127,7 @@ class HopfieldStore:
         state (a task's statistics would not be constant in size), CapacityError, a ValueError
         too, where d^2 floats for each masked leaf do not fit in memory.
         """
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        check_type("net", net, Network)
         if rule not in RULES:
             raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}")
         if net.state is not None:
@@ -269,8 +269,7 @@ class HopfieldStore:
         Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
         file that is damaged, not of a HopfieldStore, of a newer version, or of another network.
         """
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        check_type("net", net, Network)
         manifest, arrays = store_file.read(path, FORMAT, VERSION, net)
         with store_file.sensible(path):
             rule, num_tasks = manifest["rule"], int(manifest["num_tasks"])

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import devices
+from supsup_jax.checks import check_int, check_type
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
@@ -147,8 +148,7 @@ def evaluate(
     Raises TypeError or ValueError before compiling for arguments that do not fit, such as an
     empty store, a stream shorter than the tasks learned, or test data of fewer images than m.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}")
+    check_int("batch_size", batch_size, 1)
     decide = parse_protocol(protocol, batch_size)
     infer.check_pair(net, store)
     infer.check_objective(objective)
@@ -218,10 +218,7 @@ def _parts(task, name, decide):
             f"named; got {type(task).__name__}"
         )
     for number, batch in enumerate(task):
-        if not isinstance(batch, TaskData):
-            raise TypeError(
-                f"batch {number} of {name} must be a TaskData, got {type(batch).__name__}"
-            )
+        check_type(f"batch {number} of {name}", batch, TaskData)
         yield f"batch {number} of {name}", batch
 
 

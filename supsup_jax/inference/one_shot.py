@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from supsup_jax.checks import is_traced
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.stores.mask_store import MaskStore, TaskStore
+from supsup_jax.stores.base import TaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, TaskIdError
 
 # Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
@@ -113,7 +115,7 @@ def predict(net: Network, store: MaskStore, x: jax.Array, task: jax.Array | int)
     if task.shape not in ((), (x.shape[0],)):
         raise ValueError(f"task must be one id or [{x.shape[0]}], got shape {task.shape}")
     num_tasks = store.num_tasks
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in (task, num_tasks)):
+    if not is_traced((task, num_tasks)):
         ids = np.asarray(task)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= int(num_tasks):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supsup_jax.checks import check_type
 from supsup_jax.types import TaskBelief
 
 Confidence = Callable[[TaskBelief], jax.Array]  # [B] or [], higher is surer
@@ -122,5 +123,4 @@ def reject(belief: TaskBelief, rejection: Rejection) -> TaskBelief:
 
 
 def _check_belief(belief):
-    if not isinstance(belief, TaskBelief):
-        raise TypeError(f"belief must be a TaskBelief, got {type(belief).__name__}")
+    check_type("belief", belief, TaskBelief)

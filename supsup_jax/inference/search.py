@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from supsup_jax import devices
+from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE, varying_like
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
@@ -56,8 +56,7 @@ def descend(
     infer.check_input(x)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive int, got {steps!r}")
+    check_int("steps", steps, 1)
     return _descend(
         net,
         store,
@@ -93,7 +92,7 @@ def binary_search(
     infer.check_pair(net, store)
     infer.check_objective(objective)
     infer.check_input(x)
-    _check_count("base", base, 2)
+    check_int("base", base, 2)
     num_tasks = store.num_tasks
     if not isinstance(num_tasks, jax.core.Tracer):
         _check_base(base, int(num_tasks))
@@ -141,7 +140,7 @@ def rerank(
     infer.check_pair(net, store)
     infer.check_objective(objective)
     infer.check_input(x)
-    _check_count("best", best, 1)
+    check_int("best", best, 1)
     judge = objective if judge is None else judge
     infer.check_objective(judge, "judge")
     return _rerank(
@@ -161,13 +160,6 @@ def _check_base(base, num_tasks):
             f"base must be at most T, the number of tasks: got base {base} for {num_tasks} tasks; "
             "one_shot names the task in a single round"
         )
-
-
-def _check_count(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value}")
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "optimizer", "steps", "per_example"))
@@ -400,7 +392,7 @@ class Rule:
             raise ValueError("rule 'descend' needs an optimizer and steps")
         for name, least in (("base", 2), ("best", 1), ("steps", 1)):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least)
+                check_int(name, getattr(self, name), least)
 
     def check_tasks(self, num_tasks: int) -> None:
         """Raises ValueError for options that this many tasks do not allow, as the rule would."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from supsup_jax.checks import check_int
 from supsup_jax.hopfield.store import HopfieldStore
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
@@ -302,8 +303,7 @@ class DiskStore:
     def parts(self, size: int = 1024) -> "Parts":
         """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
         self._network()
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive int, got {size!r}")
+        check_int("size", size, 1)
         return Parts(self, size)
 
     def refresh(self) -> int:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,111 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax import devices
-from supsup_jax.devices import ONE_DEVICE
+from supsup_jax.checks import check_int, check_type, is_traced
 from supsup_jax.kernels import certify, contraction
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays, store_file
-from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
-
-
-class TaskStore:
-    """What inference asks of the tasks it chooses among: a MaskStore, or a baseline's like it.
-
-    A subclass, a pytree, has `layout`, `capacity` (K, static), `num_tasks` (int32 []), `task(i)`,
-    `mixture(alphas)`, `contract(v, implementation)`, `certified_scores(v)` and `taken(ids,
-    num_tasks)` as MaskStore has; its masks may hold any real numbers.
-
-    The rest is here as it is for a store on one device. Over a mesh (see `sharding`) every device
-    has a store of its own slots, whose `devices` reaches the others' and whose masks and rows are
-    a part of all; there a *slot* is a place in this store, and a task's id counts through all.
-    """
-
-    devices = ONE_DEVICE
-
-    @property
-    def slots(self) -> jax.Array:
-        """bool [K], whether each slot holds a task."""
-        return jnp.arange(self.capacity) < self.num_tasks
-
-    @property
-    def all_tasks(self) -> jax.Array:
-        """T, int32 [], over all devices."""
-        return self.num_tasks
-
-    def slot_of(self, ids: jax.Array) -> jax.Array:
-        """The slots here of the tasks `ids`; `capacity` where another device has the task."""
-        return ids
-
-    def under(self, slot: jax.Array, function: Callable[[Task], jax.Array]) -> jax.Array:
-        """function(the task in `slot`), zeros for a slot that is not here."""
-        return function(self.task(slot))
-
-    def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
-        """function(the store of a device, *arrays), on every device of this store.
-
-        args: pairs (arrays, where they lie: a PartitionSpec of `devices`); out: where the results
-        lie. A device sees its own part of each.
-        """
-        del out
-        return function(self, *(value for value, _ in args))
-
-    def untyped(self) -> "TaskStore":
-        """This store for programs that mix its results with arrays of one device. Outside jit."""
-        return self
-
-    def mask(self, i: int) -> PyTree:
-        """Mask of task i: bool pytree like params, None where not masked.
-
-        Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
-        jit the id is clipped to that range.
-        """
-        return self.task(i).mask
-
-    def per_slot(self, alphas: jax.Array) -> jax.Array:
-        """Coefficients [..., K] of [..., K] or [..., T], 0 where there is no task."""
-        alphas = jnp.asarray(alphas)
-        if not jnp.issubdtype(alphas.dtype, jnp.floating):
-            raise TypeError(f"alphas must be floats, got dtype {alphas.dtype}")
-        length = alphas.shape[-1] if alphas.ndim else 0
-        fits = length == self.capacity or (
-            0 < length < self.capacity and (self._traced or length == int(self.num_tasks))
-        )
-        if not fits:
-            held = "" if self._traced else f", or {int(self.num_tasks)}, the tasks held"
-            raise ValueError(
-                f"alphas must end in {self.capacity}, the capacity{held}; got {alphas.shape}"
-            )
-        spare = [(0, 0)] * (alphas.ndim - 1) + [(0, self.capacity - length)]
-        return jnp.where(self.slots, jnp.pad(alphas.astype(jnp.float32), spare), 0)
-
-    def mixture_of(self, kept: jax.Array) -> PyTree:
-        """The uniform mixture of the tasks `kept`, bool [K], at least one."""
-        return self.mixture(kept / kept.sum().astype(jnp.float32))
-
-    def check_holds_tasks(self) -> None:
-        """Raises StoreError when the store is known to be empty."""
-        if not self._traced and int(self.num_tasks) == 0:
-            raise StoreError("the store is empty: append a task first")
-
-    def check_fits(self, net: Network) -> None:
-        """Raises StoreError unless the masks have the network's leaves and shapes."""
-        check_layout(self.layout, net)
-
-    @property
-    def _traced(self):
-        return isinstance(self.num_tasks, jax.core.Tracer)
-
-    def _index(self, i):
-        if isinstance(i, jax.core.Tracer):
-            return i.astype(jnp.int32)
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
-            raise TypeError(f"a task id must be an integer, got {i!r}")
-        held = self.capacity if self._traced else int(self.num_tasks)
-        if not 0 <= (i := i.__index__()) < held:
-            raise TaskIdError(f"task {i} is not in the store, which holds {held}")
-        return jnp.int32(i)
+from supsup_jax.stores.base import TaskStore, check_same_network, digest_of
+from supsup_jax.types import PyTree, StoreError, Task, TrainResult
 
 
 class _Static(NamedTuple):
@@ -143,14 +45,9 @@ class MaskStore(TaskStore):
 
         Raises TypeError unless net is a Network, ValueError unless capacity is at least 1.
         """
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
-        if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-            raise TypeError(f"capacity must be an int, got {capacity!r}")
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
-        if not traced:
+        check_type("net", net, Network)
+        check_int("capacity", capacity, 1)
+        if not is_traced(net.params):
             devices.check_room(arrays.nbytes(net.layout, net.state, int(capacity)), int(capacity))
         return cls(
             arrays.empty(net.layout, net.state, int(capacity)),
@@ -323,8 +220,7 @@ class MaskStore(TaskStore):
         Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
         file that is damaged, not a store, of a newer version, or of another network.
         """
-        if not isinstance(net, Network):
-            raise TypeError(f"net must be a Network, got {type(net).__name__}")
+        check_type("net", net, Network)
         return cls.of_bank(net, *store_file.load(path, net))
 
     @classmethod
@@ -427,48 +323,3 @@ def checked_task(
                 f"got {jnp.result_type(got)} {jnp.shape(got)}"
             )
     return leaves, state
-
-
-def check_layout(layout: Layout, net: Network) -> None:
-    """Raises TypeError or StoreError unless `net` masks the leaves of this layout."""
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
-    if layout.shapes != net.layout.shapes:
-        raise StoreError(
-            f"the store holds masks of {layout.shapes}, but the network masks {net.layout.shapes}"
-        )
-    if layout != net.layout:
-        raise StoreError(
-            f"the store's masks have the structure {layout.treedef}, "
-            f"but the network's {net.layout.treedef}"
-        )
-
-
-def check_same_network(layout: Layout, seed: Any, fingerprint: jax.Array, net: Network) -> None:
-    """Raises StoreError unless a store of this layout, seed and fingerprint belongs to `net`.
-
-    As `MaskStore.check_fits` says.
-    """
-    check_layout(layout, net)
-    seeds = seed, net.seed
-    if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
-        mine, theirs = map(int, seeds)
-        if mine != theirs:
-            raise StoreError(
-                f"the store belongs to other weights: drawn from seed {mine}, this network's "
-                f"from seed {theirs}"
-            )
-    if net._fingerprint and not isinstance(fingerprint, jax.core.Tracer):
-        mine = np.asarray(fingerprint).tobytes()
-        if any(mine) and mine != bytes.fromhex(net._fingerprint):
-            raise StoreError(
-                f"the store belongs to other weights (sha256 {mine.hex()[:12]}...) than this "
-                f"network's ({net._fingerprint[:12]}...)"
-            )
-
-
-def digest_of(net: Network) -> jax.Array:
-    """The fingerprint of the weights as uint8 [32]; zeros inside jit, where they have no values."""
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(net.params))
-    digest = bytes(32) if traced else bytes.fromhex(net.fingerprint)
-    return jnp.asarray(np.frombuffer(digest, np.uint8))

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from supsup_jax import devices
+from supsup_jax.checks import check_int
 from supsup_jax.devices import (
     DATA,
     ROWS,
@@ -40,7 +41,8 @@ from supsup_jax.kernels import contraction
 from supsup_jax.layout import Layout, unpack
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays
-from supsup_jax.stores.mask_store import MaskStore, TaskStore
+from supsup_jax.stores.base import TaskStore
+from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.types import PyTree, Task
 
 # Where a bank's arrays lie: words by tiles, statistics by slots, the rest on every device.
@@ -66,10 +68,7 @@ def shard(
     check_mesh(mesh, TASK)
     least = max(1, int(store.num_tasks))
     capacity = least if capacity is None else capacity
-    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer):
-        raise TypeError(f"capacity must be an int, got {capacity!r}")
-    if capacity < least:
-        raise ValueError(f"capacity must be at least {least}, got {capacity}")
+    check_int("capacity", capacity, least)
     parts = mesh.shape[TASK]
     capacity = parts * -(-int(capacity) // parts)
     held, held_parts = store, 1

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from supsup_jax import network, prng
+from supsup_jax.checks import check_type
 from supsup_jax.network import Network
 from supsup_jax.training import train
 from supsup_jax.training.train import ScoreMean, TrainConfig, TrainState
@@ -103,7 +104,7 @@ def _checked(batches, net, config, done) -> Iterator[TaskData]:
                 f"batches must hold one for each of the {config.steps - done} steps to go, they "
                 f"ended after {i - done}"
             ) from None
-        train.check_is_data(batch, f"batch {i}")
+        check_type(f"batch {i}", batch, TaskData)
         batch.check()
         if batch.num_examples != config.batch_size:
             raise ValueError(
@@ -116,8 +117,7 @@ def _checked(batches, net, config, done) -> Iterator[TaskData]:
 
 
 def _check_progress(start, key, net, config):
-    if not isinstance(start, TrainProgress):
-        raise TypeError(f"start must be a TrainProgress, got {type(start).__name__}")
+    check_type("start", start, TrainProgress)
     like = jax.eval_shape(functools.partial(_start, config=config), key, net, None)
     kinds = [
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(lambda tree: tree, each))

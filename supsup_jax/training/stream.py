@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import masks, network, prng
+from supsup_jax.checks import check_int, check_key, check_type
 from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
@@ -57,8 +58,7 @@ class StreamConfig:
             value = getattr(self, name)
             if name == "budget" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+            check_int(name, value, least)
         if not 0 < self.eps < self.floor - 1:
             raise ValueError(
                 f"eps must lie in (0, floor - 1) = (0, {self.floor - 1}), for no nu exceeds 1 and "
@@ -67,8 +67,7 @@ class StreamConfig:
         if self.beyond not in BEYOND:
             raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
         infer.check_objective(self.objective)
-        if not isinstance(self.train, TrainConfig):
-            raise TypeError(f"train must be a TrainConfig, got {type(self.train).__name__}")
+        check_type("train", self.train, TrainConfig)
 
     def threshold(self, allocated: int) -> float:
         """What max nu must reach for T = `allocated` masks to know a batch."""
@@ -329,12 +328,9 @@ _draw = functools.partial(jax.jit, static_argnums=(1, 2))(train.batch_indices)
 
 
 def _check_types(key, net, config):
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"key must be a JAX random key, got {key!r}")
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
-    if not isinstance(config, StreamConfig):
-        raise TypeError(f"config must be a StreamConfig, got {type(config).__name__}")
+    check_key(key)
+    check_type("net", net, Network)
+    check_type("config", config, StreamConfig)
 
 
 def _check_counts(allocated, num_slots, config):
@@ -351,8 +347,7 @@ def _check_counts(allocated, num_slots, config):
 
 def _check_window(state, net, data, index, config):
     """Raises unless the window is one of this learner's; returns C."""
-    if not isinstance(data, TaskData):
-        raise TypeError(f"data must be a TaskData, got {type(data).__name__}")
+    check_type("data", data, TaskData)
     infer.check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()

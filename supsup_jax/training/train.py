@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from supsup_jax import devices, masks, prng
+from supsup_jax.checks import check_int, check_key, check_type
 from supsup_jax.layout import Layout
 from supsup_jax.masks import Density, kept_counts
 from supsup_jax.network import Network, num_outputs
@@ -59,8 +60,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+            check_int(name, value, least)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         for name, most in (
@@ -200,7 +200,7 @@ def train_task(
     are not finite.
     """
     check_start(key, net, config, init_scores)
-    check_is_data(data)
+    check_type("data", data, TaskData)
     data.check()
     data.check_labels(num_outputs(net, data))
     if mesh is None:
@@ -251,7 +251,7 @@ def train_tasks(
     """
     num_tasks = _num_tasks(keys)
     check_types(net, config)
-    check_is_data(data)
+    check_type("data", data, TaskData)
     if isinstance(init_scores, ScoreMean):
         raise TypeError(
             "init_scores must be scores with a leading T: tasks learned at once have no earlier "
@@ -550,8 +550,7 @@ def _num_tasks(keys):
 
 def check_start(key, net, config, init_scores):
     """Raises TypeError or ValueError unless a task's training can start from these."""
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"key must be a JAX random key, got {key!r}")
+    check_key(key)
     check_types(net, config)
     if isinstance(init_scores, ScoreMean):
         _check_scores(net.layout, init_scores.mean)
@@ -560,17 +559,10 @@ def check_start(key, net, config, init_scores):
 
 
 def check_types(net, config):
-    if not isinstance(net, Network):
-        raise TypeError(f"net must be a Network, got {type(net).__name__}")
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    check_type("net", net, Network)
+    check_type("config", config, TrainConfig)
     if config.rule == "topk":
         kept_counts(net.layout, config.density)
-
-
-def check_is_data(data, name="data"):
-    if not isinstance(data, TaskData):
-        raise TypeError(f"{name} must be a TaskData, got {type(data).__name__}")
 
 
 def check_finite(result, config):
