@@ -42,7 +42,7 @@ from experiments import continual, paper, plots, reports
 from experiments.runs import Run, UsageError, usage_errors
 from supsup_jax import data, metrics, prng
 from supsup_jax.layout import named_leaves
-from supsup_jax.training import train
+from supsup_jax.training.steps import TrainState
 from supsup_jax.training.stream import allocated_store, draw_windows, fresh_slot, restore_stream
 
 
@@ -433,7 +433,7 @@ def print_result(result: dict) -> None:
     )
 
 
-def _save_slot(path: Path, slot: train.TrainState) -> None:
+def _save_slot(path: Path, slot: TrainState) -> None:
     """Written beside and renamed, so that `path` is whole where it exists."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -445,7 +445,7 @@ def _save_slot(path: Path, slot: train.TrainState) -> None:
         raise
 
 
-def _load_slot(path: Path, like: train.TrainState) -> train.TrainState:
+def _load_slot(path: Path, like: TrainState) -> TrainState:
     """The slot saved at `path`. Raises UsageError for a file that is not one of this run's."""
     want = named_leaves(like)
     try:

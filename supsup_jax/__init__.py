@@ -26,7 +26,9 @@ from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard
 from supsup_jax.training import stream
 from supsup_jax.training.batches import start_training, train_on_batches
-from supsup_jax.training.train import ScoreMean, TrainConfig, train_task, train_tasks
+from supsup_jax.training.config import TrainConfig
+from supsup_jax.training.steps import ScoreMean
+from supsup_jax.training.train import train_task, train_tasks
 from supsup_jax.types import (
     CapacityError,
     Normalize,

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax.training import train
 from supsup_jax.training.batches import _step
+from supsup_jax.training.steps import batch_indices
 from tests.conftest import NormNet
 
 CONFIG = ss.TrainConfig(steps=7, batch_size=8, learning_rate=1e-2, schedule="cosine")
@@ -53,7 +53,7 @@ def photographs(num=20, seed=0):
 def batches_of(key, data, config):
     """What train_task sees, from the host and a batch at a time."""
     images, labels = np.asarray(data.images), np.asarray(data.labels)
-    for index in np.asarray(train.batch_indices(key, data.num_examples, config)):
+    for index in np.asarray(batch_indices(key, data.num_examples, config)):
         yield dataclasses.replace(data, images=images[index], labels=labels[index])
 
 

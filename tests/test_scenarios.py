@@ -8,7 +8,7 @@ import pytest
 
 import supsup_jax as ss
 from supsup_jax.training import stream as scenarios
-from supsup_jax.training import train
+from supsup_jax.training.steps import batch_indices, mask_loss, train_step
 from supsup_jax.training.stream import (
     _ask,
     _fresh,
@@ -191,7 +191,7 @@ def by_hand(net, slot, config, data=None, index=None):
     # The network is an argument, as in the library: as a constant it would round otherwise.
     @jax.jit
     def step(net, state, x, y):
-        return train.train_step(train.mask_loss(net, config.train), config.train, state, x, y)
+        return train_step(mask_loss(net, config.train), config.train, state, x, y)
 
     state = slot
     for batch in index:
@@ -383,7 +383,7 @@ def test_windows_are_the_batches_of_a_task(small_net):
     config = dataclasses.replace(CONFIG, window=2)
     index = draw_windows(KEY, 40, config)
     assert index.shape == (3, 2, 8)
-    want = train.batch_indices(KEY, 40, config.train)
+    want = batch_indices(KEY, 40, config.train)
     np.testing.assert_array_equal(index.reshape(6, 8), want)
 
 

@@ -9,6 +9,7 @@ import pytest
 import supsup_jax as ss
 from supsup_jax.data import PermutedStream, load_dataset
 from supsup_jax.training import train
+from supsup_jax.training.steps import batch_indices
 from tests.conftest import golden, relu_apply, relu_net
 
 FAST = ss.TrainConfig(steps=20, batch_size=8, learning_rate=1e-2)
@@ -58,7 +59,7 @@ def test_training_learns_and_leaves_the_weights_alone():
 @pytest.mark.parametrize(("num", "steps", "batch_size"), [(10, 7, 4), (3, 5, 8), (60, 3, 16)])
 def test_every_epoch_shows_every_example_once(num, steps, batch_size):
     config = ss.TrainConfig(steps=steps, batch_size=batch_size)
-    order = np.asarray(train.batch_indices(jax.random.key(0), num, config)).reshape(-1)
+    order = np.asarray(batch_indices(jax.random.key(0), num, config)).reshape(-1)
     assert order.shape == (steps * batch_size,)
     epochs = [order[i : i + num] for i in range(0, len(order) - num + 1, num)]
     for epoch in epochs:

@@ -20,7 +20,8 @@ from supsup_jax.checks import check_type
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
-from supsup_jax.training.train import TrainConfig, all_finite, cross_entropy, diverged, fit
+from supsup_jax.training.config import TrainConfig
+from supsup_jax.training.steps import all_finite, cross_entropy, diverged, fit
 from supsup_jax.types import PyTree, TaskData
 
 WHEN = ("never", "first", "always")

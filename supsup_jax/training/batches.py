@@ -14,8 +14,18 @@ import jax.numpy as jnp
 from supsup_jax import network, prng
 from supsup_jax.checks import check_type
 from supsup_jax.network import Network
-from supsup_jax.training import train
-from supsup_jax.training.train import ScoreMean, TrainConfig, TrainState
+from supsup_jax.training.config import TrainConfig
+from supsup_jax.training.steps import (
+    ScoreMean,
+    TrainState,
+    check_finite,
+    check_start,
+    data_step,
+    init_train_state,
+    learned,
+    mask_loss,
+    start_scores,
+)
 from supsup_jax.types import PyTree, TaskData, TrainResult
 
 
@@ -42,7 +52,7 @@ def start_training(
 
     Arguments and errors as in `train_task`, whose scores it draws.
     """
-    train.check_start(key, net, config, init_scores)
+    check_start(key, net, config, init_scores)
     return _start(key, net, init_scores, config)
 
 
@@ -75,7 +85,7 @@ def train_on_batches(
     if start is None:
         start = start_training(key, net, config, init_scores)
     else:
-        train.check_start(key, net, config, init_scores)
+        check_start(key, net, config, init_scores)
         _check_progress(start, key, net, config)
     done = int(start.step)
     # A copy, as the first step consumes it; the network's own state is among its leaves.
@@ -89,7 +99,7 @@ def train_on_batches(
         if on_step is not None:
             on_step(i, progress)
     result = _finish(net, progress, config)
-    train.check_finite(result, config)
+    check_finite(result, config)
     return result
 
 
@@ -134,19 +144,19 @@ def _check_progress(start, key, net, config):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _start(key, net, init_scores, config):
-    scores = train.start_scores(key, net, init_scores)
-    state = train.init_train_state(config, scores, net.state)
+    scores = start_scores(key, net, init_scores)
+    state = init_train_state(config, scores, net.state)
     return TrainProgress(jnp.int32(0), jnp.full(config.steps, jnp.nan), state)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="before")
 def _step(augment_key, net, batch, before, *, config):
     index = before.step, jnp.arange(batch.num_examples)
-    loss = train.mask_loss(net, config)
-    state, value = train.data_step(augment_key, loss, batch, config, before.state, index)
+    loss = mask_loss(net, config)
+    state, value = data_step(augment_key, loss, batch, config, before.state, index)
     return TrainProgress(before.step + 1, before.loss.at[before.step].set(value), state), value
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _finish(net, progress, config):
-    return train.learned(net, progress.state, progress.loss, config)
+    return learned(net, progress.state, progress.loss, config)

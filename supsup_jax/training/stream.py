@@ -26,8 +26,15 @@ from supsup_jax.inference import one_shot as infer
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.training import train
-from supsup_jax.training.train import TrainConfig, TrainState
+from supsup_jax.training.config import TrainConfig
+from supsup_jax.training.steps import (
+    TrainState,
+    all_finite,
+    batch_indices,
+    data_step,
+    init_train_state,
+    mask_loss,
+)
 from supsup_jax.types import Objective, Task, TaskData
 
 BEYOND = ("reuse", "skip")
@@ -304,18 +311,16 @@ def _learn(key, net, data, index, before, window, *, config):
     """The slot after a window, its task, losses [window], and whether all of it is finite."""
     steps = window * len(index) + jnp.arange(len(index))
     augment_key = prng.purpose_key(key, "augment")
-    step = functools.partial(
-        train.data_step, augment_key, train.mask_loss(net, config), data, config
-    )
+    step = functools.partial(data_step, augment_key, mask_loss(net, config), data, config)
     after, loss = lax.scan(step, before, (steps, index))
-    return after, _task(net, after, config=config), loss, train.all_finite((after.scores, loss))
+    return after, _task(net, after, config=config), loss, all_finite((after.scores, loss))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _fresh(key, i, net, *, config):
     key = jax.random.fold_in(prng.purpose_key(key, "slots"), i)
     scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
-    return train.init_train_state(config, scores, net.state)
+    return init_train_state(config, scores, net.state)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -324,7 +329,7 @@ def _task(net, slot, *, config):
     return Task(mask, slot.state)
 
 
-_draw = functools.partial(jax.jit, static_argnums=(1, 2))(train.batch_indices)
+_draw = functools.partial(jax.jit, static_argnums=(1, 2))(batch_indices)
 
 
 def _check_types(key, net, config):

@@ -1,0 +1,229 @@
+"""Training, step by step: what learning a task at once, from batches, from a stream and the
+baselines have in common.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from supsup_jax import devices, masks, prng
+from supsup_jax.checks import check_key, check_type
+from supsup_jax.masks import kept_counts
+from supsup_jax.network import Network
+from supsup_jax.training.config import TrainConfig
+from supsup_jax.types import PyTree, Task, TaskData, TrainResult
+
+
+class ScoreMean(NamedTuple):
+    """The running mean of the scores of the tasks learned so far (paper section 3.2): O(n).
+
+    num_tasks: int32 []. mean: float32 pytree like a mask, 0 before the first task.
+    A pytree; `train_task(..., init_scores=mean)` starts there, or from a draw before any task.
+    """
+
+    num_tasks: jax.Array
+    mean: PyTree
+
+    @classmethod
+    def create(cls, net: Network) -> "ScoreMean":
+        """Of no task yet."""
+        zeros = [jnp.zeros(shape) for shape in net.layout.shapes.values()]
+        return cls(jnp.int32(0), net.layout.tree(zeros))
+
+    def include(self, scores: PyTree) -> "ScoreMean":
+        """With one more task's scores, a TrainResult's `scores`.
+
+        Raises ValueError when they are not a pytree like the mean, leaf by leaf.
+        """
+        if jax.tree.structure(scores) != jax.tree.structure(self.mean):
+            raise ValueError(
+                f"scores must be a pytree like {jax.tree.structure(self.mean)}, as a TrainResult "
+                f"holds them, got {jax.tree.structure(scores)}"
+            )
+        for mean, each in zip(jax.tree.leaves(self.mean), jax.tree.leaves(scores), strict=True):
+            if jnp.shape(each) != mean.shape:
+                raise ValueError(
+                    f"scores must be of one task, {mean.shape}, got {jnp.shape(each)}: include "
+                    "those of several one by one"
+                )
+        num_tasks = self.num_tasks + 1
+        mean = jax.tree.map(lambda m, s: m + (s - m) / num_tasks, self.mean, scores)
+        return ScoreMean(num_tasks, mean)
+
+    def start(self, drawn: PyTree) -> PyTree:
+        """The mean, or the `drawn` scores where there is no earlier task."""
+        return jax.tree.map(lambda m, d: jnp.where(self.num_tasks > 0, m, d), self.mean, drawn)
+
+
+class TrainState(NamedTuple):
+    """What one step hands the next: what is trained (scores, or a baseline's weights), the
+    optimizer's state, the network's state.
+    """
+
+    scores: PyTree
+    optimizer: optax.OptState
+    state: PyTree
+
+
+# (trained, network state, x [B, ...], y [B]) -> (mean loss [], network state)
+Loss = Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
+
+
+def start_scores(key: jax.Array, net: Network, init_scores: PyTree | ScoreMean | None) -> PyTree:
+    """Where scores start, as `train_task` says."""
+    if init_scores is not None and not isinstance(init_scores, ScoreMean):
+        return init_scores
+    drawn = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+    return drawn if init_scores is None else init_scores.start(drawn)
+
+
+def init_train_state(config: TrainConfig, start: PyTree, state: PyTree) -> TrainState:
+    """The state before the first step: what is trained at `start`, the network at `state`."""
+    return TrainState(start, config.transformation().init(start), state)
+
+
+def mask_loss(net: Network, config: TrainConfig) -> Loss:
+    """The loss of scores: cross-entropy under their mask, the weights fixed."""
+
+    def loss(scores, state, x, y):
+        logits, state = net.train_logits(config.mask(net.layout, scores), state, x)
+        return cross_entropy(logits, y), state
+
+    return loss
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean over the batch, in nats, in float32."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def fit(
+    key: jax.Array, loss: Loss, start: PyTree, state: PyTree, data: TaskData, config: TrainConfig
+) -> tuple[TrainState, jax.Array]:
+    """Minimises `loss` from `start` over config.steps batches of `data`, in one scan.
+
+    For use inside jit. Returns where it arrived, and the losses [steps], each before its update.
+    """
+    augment_key = prng.purpose_key(key, "augment")
+    batches = batch_indices(key, data.num_examples, config)
+    step = functools.partial(data_step, augment_key, loss, data, config)
+    before = init_train_state(config, start, state)
+    return lax.scan(step, before, (jnp.arange(config.steps), batches))
+
+
+def batch_indices(key: jax.Array, num_examples: int, config: TrainConfig) -> jax.Array:
+    """Examples of each step, int32 [steps, batch_size].
+
+    One epoch after another, each a new order of all examples, cut into batches; a batch may
+    straddle two epochs, so no example is ever left out.
+    """
+    total = config.steps * config.batch_size
+    if not config.shuffle:
+        return (jnp.arange(total) % num_examples).reshape(config.steps, config.batch_size)
+    epochs = -(-total // num_examples)
+    keys = jax.random.split(prng.purpose_key(key, "batches"), epochs)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys)
+    return orders.reshape(-1)[:total].reshape(config.steps, config.batch_size)
+
+
+def data_step(
+    augment_key: jax.Array,
+    loss: Loss,
+    data: TaskData,
+    config: TrainConfig,
+    before: TrainState,
+    batch: tuple[jax.Array, jax.Array],
+) -> tuple[TrainState, jax.Array]:
+    """A step on the examples of one batch (i [], index [B]), for a scan over batches."""
+    i, index = batch
+    x, y = data.batch(index)
+    if config.augment is not None:
+        x = config.augment(jax.random.fold_in(augment_key, i), x)
+    return train_step(loss, config, before, x, y)
+
+
+def train_step(
+    loss: Loss, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """One step on network inputs x [B, ...] and labels y [B]; and the loss before it."""
+    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
+        before.scores, before.state, x, y
+    )
+    updates, optimizer = config.transformation().update(grads, before.optimizer, before.scores)
+    return TrainState(optax.apply_updates(before.scores, updates), optimizer, state), value
+
+
+def split_rows(loss: Loss, mesh: Mesh) -> Loss:
+    """`loss` with the rows of a batch split along the axis `data` of an auto mesh.
+
+    A program for all devices is the program for one, but for where its arrays lie: batch
+    statistics, too, are still those of the whole batch.
+    """
+    rows = devices.on_mesh(mesh, devices.ROWS)
+
+    def split(trained, state, x, y):
+        x, y = lax.with_sharding_constraint((x, y), rows)
+        return loss(trained, state, x, y)
+
+    return split
+
+
+def learned(net: Network, after: TrainState, loss: jax.Array, config: TrainConfig) -> TrainResult:
+    """What was learned, where training arrived."""
+    mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
+    return TrainResult(Task(mask, after.state), after.scores, loss)
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+    """bool [], whether every leaf is."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def diverged(config: TrainConfig, where: str = "") -> ValueError:
+    """The error of a training that ended without numbers."""
+    return ValueError(
+        f"training diverged{where}: scores or losses are not finite; "
+        f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
+    )
+
+
+def check_start(key, net, config, init_scores):
+    """Raises TypeError or ValueError unless a task's training can start from these."""
+    check_key(key)
+    check_types(net, config)
+    if isinstance(init_scores, ScoreMean):
+        check_scores(net.layout, init_scores.mean)
+    elif init_scores is not None:
+        check_scores(net.layout, init_scores)
+
+
+def check_types(net, config):
+    check_type("net", net, Network)
+    check_type("config", config, TrainConfig)
+    if config.rule == "topk":
+        kept_counts(net.layout, config.density)
+
+
+def check_finite(result, config):
+    """Raises ValueError unless scores and losses, if concrete, are numbers."""
+    traced = isinstance(result.loss, jax.core.Tracer)
+    if not traced and not bool(all_finite((result.scores, result.loss))):
+        raise diverged(config)
+
+
+def check_scores(layout, scores):
+    for name, leaf in zip(layout.shapes, layout.leaves(scores, "init_scores"), strict=True):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"init_scores must be floats, got {jnp.result_type(leaf)} at {name!r}")
+        # In NumPy: under the caller's jit, jnp would trace even what is concrete.
+        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(f"init_scores must be finite, got NaN or infinity at {name!r}")
