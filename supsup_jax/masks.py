@@ -156,6 +156,8 @@ def _signed_topk_jvp(k, primals, tangents):
     return _signed_topk(*primals, k), tangents[0]
 
 
+# Jitted for calls outside jit, where its loop would compile op by op; within, as if written out.
+@functools.partial(jax.jit, static_argnames="k", inline=True)
 def _largest(magnitudes: jax.Array, k: int) -> jax.Array:
     """True for the k largest of the non-negative `magnitudes`, lower index first among equals.
 

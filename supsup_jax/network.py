@@ -1,6 +1,7 @@
 """The one fixed network that every task shares."""
 
 import copy
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -230,14 +231,7 @@ def signed_constant(net: Network, seed: int) -> Network:
     drawn.seed = jnp.asarray(seed, jnp.uint32)
     drawn.initializer = SIGNED_CONSTANT
     drawn._fingerprint = None
-    keys = jax.random.split(
-        prng.purpose_key(jax.random.key(drawn.seed), "weights"), len(net.layout.shapes)
-    )
-    weights = {
-        name: jax.random.rademacher(key, shape, jnp.float32)
-        * np.float32(math.sqrt(2 / math.prod(shape[:-1])))
-        for key, (name, shape) in zip(keys, net.layout.named_shapes, strict=True)
-    }
+    weights = dict(zip(net.layout.shapes, _signed(drawn.seed, net.layout), strict=True))
     drawn.params = jax.tree_util.tree_unflatten(
         jax.tree.structure(net.params),
         [
@@ -246,6 +240,18 @@ def signed_constant(net: Network, seed: int) -> Network:
         ],
     )
     return drawn
+
+
+@functools.partial(jax.jit, static_argnames="layout", inline=True)
+def _signed(seed, layout):
+    """The weights of each masked leaf, float32."""
+    key = prng.purpose_key(jax.random.key(seed), "weights")
+    keys = jax.random.split(key, len(layout.shapes))
+    return [
+        jax.random.rademacher(key, shape, jnp.float32)
+        * np.float32(math.sqrt(2 / math.prod(shape[:-1])))
+        for key, (_, shape) in zip(keys, layout.named_shapes, strict=True)
+    ]
 
 
 def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:
