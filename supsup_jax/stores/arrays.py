@@ -68,6 +68,7 @@ def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
     )
 
 
+@jax.jit
 def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
     """The bank with the masks `words`, laid out like its own and 0 beyond `num_tasks`."""
     everything = jnp.ones(words.shape[0] * words.shape[2], bool)
@@ -77,21 +78,6 @@ def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
         counts=counts.astype(bank.counts.dtype),
         num_tasks=jnp.asarray(num_tasks, jnp.int32),
     )
-
-
-_holding = jax.jit(holding)
-
-
-def of_tasks(
-    layout: Layout,
-    state: PyTree,
-    capacity: int,
-    tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
-) -> Bank:
-    """A bank of tasks that come from files, `capacity` of them at most; arguments as in `tiled`."""
-    words, states, num_tasks = tiled(layout, state, capacity, tasks)
-    bank = empty(layout, None, capacity)._replace(states=jax.tree.map(jnp.asarray, states))
-    return _holding(bank, jax.device_put(words), num_tasks)
 
 
 def tiled(
@@ -197,11 +183,6 @@ def held(bank: Bank, i: jax.Array) -> Held:
     )
 
 
-def slot_of(bank: Bank, i: jax.Array, in_place: bool) -> Slot:
-    """Slot i, for a program that changes the bank in place, or one that does not."""
-    return Slot(i, held(bank, i) if in_place else None)
-
-
 def write_if(valid: jax.Array, bank: Bank, slot: Slot, task: Task, layout: Layout) -> Bank:
     """The slot's task exchanged where `valid`; else written back as it is, counted as dropped.
 
@@ -215,29 +196,21 @@ def write_if(valid: jax.Array, bank: Bank, slot: Slot, task: Task, layout: Layou
     return written._replace(dropped=bank.dropped + ~valid)
 
 
-def _append(large, small, slot, task, layout, capacity):
-    """Another task in the slot behind the others, dropped where the bank is full.
+def _write_task(large, small, slot, task, *, layout, capacity, append):
+    """The slot's task exchanged, or one appended there; a slot without a place is dropped.
 
     large, small: the fields of a Bank, of which the first three can be donated.
     """
     bank = Bank(*large, *small)
-    free = bank.num_tasks < capacity
-    slot = slot._replace(i=jnp.minimum(slot.i, capacity - 1))
-    written = write_if(free, bank, slot, task, layout)
-    return written._replace(num_tasks=bank.num_tasks + free)
+    valid = (slot.i >= 0) & (slot.i < (capacity if append else bank.num_tasks))
+    slot = slot._replace(i=jnp.clip(slot.i, 0, capacity - 1))
+    written = write_if(valid, bank, slot, task, layout)
+    return written._replace(num_tasks=bank.num_tasks + (valid if append else 0))
 
 
-def _replace(large, small, slot, task, layout):
-    """A task exchanged; an id that names none is dropped. Arguments as in `_append`."""
-    bank = Bank(*large, *small)
-    valid = (slot.i >= 0) & (slot.i < bank.num_tasks)
-    return write_if(valid, bank, slot._replace(i=jnp.where(valid, slot.i, 0)), task, layout)
-
-
-append = jax.jit(_append, static_argnames=("layout", "capacity"))
-append_in_place = jax.jit(_append, static_argnames=("layout", "capacity"), donate_argnames="large")
-replace = jax.jit(_replace, static_argnames="layout")
-replace_in_place = jax.jit(_replace, static_argnames="layout", donate_argnames="large")
+_STATIC = ("layout", "capacity", "append")
+write = jax.jit(_write_task, static_argnames=_STATIC)
+write_in_place = jax.jit(_write_task, static_argnames=_STATIC, donate_argnames="large")
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))

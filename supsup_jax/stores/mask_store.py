@@ -59,10 +59,12 @@ class MaskStore(TaskStore):
     def of_tasks(
         cls, net: Network, capacity: int, tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]]
     ) -> "MaskStore":
-        """A store of tasks of `net` that come from files: see `arrays.of_tasks`. Outside jit."""
+        """A store of tasks of `net` that come from files, as `arrays.tiled` takes them."""
         devices.check_room(arrays.nbytes(net.layout, net.state, capacity), capacity)
-        bank = arrays.of_tasks(net.layout, net.state, capacity, tasks)
-        return cls(bank, Origin.of(net), capacity)
+        words, states, held = arrays.tiled(net.layout, net.state, capacity, tasks)
+        bank = arrays.empty(net.layout, None, capacity)
+        bank = bank._replace(states=jax.tree.map(jnp.asarray, states))
+        return cls(arrays.holding(bank, jax.device_put(words), held), Origin.of(net), capacity)
 
     def with_bank(self, bank: arrays.Bank, capacity: int | None = None) -> "MaskStore":
         """A store of the same network with other arrays, and of another capacity unless None."""
@@ -126,23 +128,18 @@ class MaskStore(TaskStore):
         if not self._traced and int(self._bank.num_tasks) == self.capacity:
             store = self._grown()
         in_place = not self._traced and (donate or store is not self)
-        write, bank = arrays.append_in_place if in_place else arrays.append, store._bank
-        slot = arrays.slot_of(bank, bank.num_tasks, in_place)
-        written = write(bank[:3], bank[3:], slot, task, store.layout, store.capacity)
-        if donate and store is not self and not isinstance(written.words, jax.core.Tracer):
+        written = store._written(store._bank.num_tasks, task, in_place, append=True)
+        if donate and store is not self and not written._traced:
             self.consume()
-        return store.with_bank(written)
+        return written
 
     def replace(self, i: int, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
         """This store with task i exchanged. donate as in `append`; raises as that and `mask`.
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i, task, bank = self._index(i), self.checked(task), self._bank
-        in_place = donate and not self._traced
-        write = arrays.replace_in_place if in_place else arrays.replace
-        slot = arrays.slot_of(bank, i, in_place)
-        return self.with_bank(write(bank[:3], bank[3:], slot, task, self.layout))
+        i, task = self._index(i), self.checked(task)
+        return self._written(i, task, donate and not self._traced, append=False)
 
     def remove(self, i: int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.
@@ -265,6 +262,12 @@ class MaskStore(TaskStore):
         words = getattr(self._bank, "words", None)  # transformations put placeholders here
         concrete = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
         return concrete and words.is_deleted()
+
+    def _written(self, i, task, in_place, append):
+        write, bank = arrays.write_in_place if in_place else arrays.write, self._bank
+        slot = arrays.Slot(i, arrays.held(bank, i) if in_place else None)
+        static = {"layout": self.layout, "capacity": self.capacity, "append": append}
+        return self.with_bank(write(bank[:3], bank[3:], slot, task, **static))
 
     def _grown(self):
         """A copy with twice the room."""

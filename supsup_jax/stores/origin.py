@@ -37,7 +37,7 @@ def check_layout(layout: Layout, net: Network, what: Any = "the store") -> None:
         raise StoreError(
             f"{what} holds masks of {layout.shapes}, but the network masks {net.layout.shapes}"
         )
-    if layout.treedef not in (None, net.layout.treedef):
+    if layout.treedef not in (net.layout.treedef, _as_list(layout.named_shapes)):
         raise StoreError(
             f"{what} holds masks of the structure {layout.treedef}, "
             f"but the network's is {net.layout.treedef}"
@@ -53,7 +53,7 @@ def check_layout(layout: Layout, net: Network, what: Any = "the store") -> None:
 class Origin:
     """Whose masks a store holds: which leaves of a network, and the weights that they belong to.
 
-    layout: of the masked leaves; its treedef is None where it was read from a file.
+    layout: of the masked leaves; a list of them where it was read from a file.
     initializer: what drew the weights; None where they were given.
     seed: that they were drawn from, uint32 []; None where they were given.
     fingerprint: sha256 of all weights, uint8 [32]; zeros where it was made inside jit, None for a
@@ -91,7 +91,7 @@ class Origin:
         digest = np.frombuffer(bytes.fromhex(manifest["fingerprint"]), np.uint8)
         if len(digest) != 32:
             raise ValueError(f"the fingerprint {manifest['fingerprint']!r}")
-        return cls(Layout(None, shapes), initializer, seed, digest)
+        return cls(Layout(_as_list(shapes), shapes), initializer, seed, digest)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -127,6 +127,10 @@ class Origin:
                 f"{_told(self.initializer, seed, sha256)}, this network's "
                 f"{_told(net.initializer, other_seed, other_sha256)}"
             )
+
+
+def _as_list(shapes):
+    return jax.tree.structure([0] * len(shapes))
 
 
 def _value(seed):
