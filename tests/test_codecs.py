@@ -249,25 +249,14 @@ def test_resnet50_at_the_papers_densities(s, total, csc16_mb, bound_mb):
     """MB for 100 tasks; sizes depend on how many weights are kept, hardly on which."""
     layout, kept = erdos_renyi("ResNet50", s)
     assert sum(kept) == total and layout.num_weights == 23_475_392
-    sizes = codecs.coded_bytes(with_kept(layout, kept))
+    mask = with_kept(layout, kept)
+    sizes, coded = codecs.coded_bytes(mask), codecs.encode(mask)
+    assert (codecs.codec_of(coded), len(coded)) == ("enumerative", sizes.enumerative)
+    chex.assert_trees_all_equal(codecs.decode(coded, layout), mask)
     assert sizes.csc16_indices == 2 * total and round(sizes.csc16_indices / 1e4, 1) == csc16_mb
     assert round(sizes.bound / 1e4, 1) == bound_mb
     assert sizes.bitpack == 23_475_392 // 8 + 32
     assert sizes.enumerative < 1.01 * sizes.bound < 0.5 * sizes.csc16_indices
-
-
-@pytest.mark.parametrize("s", [1, 32])
-def test_gem_resnet18_within_two_percent_of_the_bound(s):
-    layout, kept = erdos_renyi("GEMResNet18", s)
-    mask = with_kept(layout, kept)
-    coded = codecs.encode(mask)
-    assert codecs.codec_of(coded) == "enumerative"
-    chex.assert_trees_all_equal(codecs.decode(coded, layout), mask)
-    bound = sum(
-        math.log2(math.comb(math.prod(shape), k)) / 8
-        for shape, k in zip(layout.shapes.values(), kept, strict=True)
-    )
-    assert len(coded) < 1.02 * bound + 32 + 8 * len(kept)
 
 
 @pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.3, 0.5, 0.9, 1])
@@ -282,23 +271,14 @@ def test_sizes_are_exact_and_auto_takes_the_smallest(density, side):
     assert len(coded) == lengths[codecs.codec_of(coded)] == min(lengths.values())
 
 
-def test_a_mask_near_its_base_takes_little():
-    layout = layout_of({"a": (200, 300), "b": (50,)})
-    base = draw(layout, 0.1)
-    moved = with_kept(layout, (100, 1), seed=5)
-    mask = jax.tree.map(np.logical_xor, base, moved)
-    coded = codecs.encode(mask, "xor-delta", base)
-    assert codecs.codec_of(coded) == "xor-delta"
-    assert len(coded) == len(codecs.encode(moved)) < 0.1 * len(codecs.encode(mask))
-    chex.assert_trees_all_equal(codecs.decode(coded, layout, base), mask)
-
-
 @pytest.mark.parametrize("density", [0, 0.003, 0.5, 1])
-def test_xor_delta_round_trip(density):
+def test_a_mask_takes_what_differs_from_its_base(density):
     layout = layout_of(SHAPES)
     base, moved = draw(layout, 0.5), draw(layout, density, seed=2)
     mask = jax.tree.map(np.logical_xor, base, moved)
     coded = codecs.encode(mask, "xor-delta", base)
+    assert codecs.codec_of(coded) == "xor-delta"
+    assert len(coded) == len(codecs.encode(moved))
     chex.assert_trees_all_equal(codecs.decode(coded, layout, base), mask)
 
 

@@ -9,22 +9,17 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
+from supsup_jax.stores import base
 from supsup_jax.stores.disk import CODECS
 from supsup_jax.stores.journal import read_manifest
 from supsup_jax.stores.records import signed_manifest
 from tests.conftest import filled_store, random_masks, relu_net
+from tests.test_saved import with_statistics
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "tasks"
-
-
-def normed_tasks(net, count):
-    return [
-        ss.Task(mask, jax.tree.map(lambda leaf, i=i: leaf + i, net.state))
-        for i, mask in enumerate(random_masks(net, count))
-    ]
 
 
 def test_round_trip(small_net, path):
@@ -45,22 +40,17 @@ def test_round_trip(small_net, path):
             }
 
 
-def test_statistics_round_trip(norm_net, path):
-    tasks = normed_tasks(norm_net, 3)
-    with ss.DiskStore.open(path, norm_net, mode="x") as disk:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_statistics_round_trip(path, dtype):
+    state = {"mean": jnp.asarray([1.5, -2.25], dtype), "count": jnp.asarray(7)}
+    net = ss.Network(lambda p, s, x, train: (x @ p["k"], s), {"k": jnp.ones((4, 2))}, state=state)
+    tasks = with_statistics(net, 3)
+    with ss.DiskStore.open(path, net, mode="x") as disk:
         for task in tasks:
             disk.append(task)
-        chex.assert_trees_all_equal(disk.load(), filled_store(norm_net, tasks, capacity=3))
+        chex.assert_trees_all_equal(disk.load(), filled_store(net, tasks, capacity=3))
         chex.assert_trees_all_equal(disk.task(2), jax.tree.map(np.asarray, tasks[2]))
         assert disk.info(0).state_bytes == disk.load().state_bytes
-
-
-def test_statistics_in_bfloat16_round_trip(path):
-    state = {"mean": jnp.asarray([1.5, -2.25], jnp.bfloat16)}
-    net = ss.Network(lambda p, s, x, train: (x @ p["k"], s), {"k": jnp.ones((4, 2))}, state=state)
-    with ss.DiskStore.open(path, net, mode="a") as disk:
-        disk.append(ss.Task(random_masks(net, 1)[0], state))
-        chex.assert_trees_all_equal(disk.load().task(0).state, state)
 
 
 @pytest.mark.parametrize("codec", [*CODECS[:-1], "auto"])
@@ -91,6 +81,15 @@ def test_deltas_are_coded_against_earlier_tasks(path):
         chex.assert_trees_all_equal(disk.load(), filled_store(net, [first, second, first], 3))
         assert disk.info(2).base == 1
         assert disk.info(1).mask_bytes < disk.info(0).mask_bytes / 2
+
+
+def test_a_mask_is_checked_once_on_its_way(small_net, path, monkeypatch):
+    (mask,), checked = random_masks(small_net, 1), []
+    monkeypatch.setattr(base, "check_binary", lambda name, leaf: checked.append(name))
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        for codec in ("words", "enumerative", "auto"):
+            disk.append(mask, codec=codec)
+    assert checked == 3 * list(small_net.layout.shapes)
 
 
 def test_slices_and_lists_of_tasks(small_net, path):
@@ -219,7 +218,7 @@ def test_bad_input(small_net, norm_net, path):
         with pytest.raises(IndexError, match="task 0 is not in"):
             disk.append(mask, codec="xor-delta", base=0)
         with pytest.raises(ss.StoreError, match="the network masks"):
-            disk.extend(filled_store(norm_net, normed_tasks(norm_net, 1)))
+            disk.extend(filled_store(norm_net, with_statistics(norm_net, 1)))
         with pytest.raises(ValueError, match="names must be 1"):
             disk.extend(filled_store(small_net, [mask]), names=["a", "b"])
         assert len(disk) == 0

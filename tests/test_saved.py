@@ -40,6 +40,14 @@ def saved(stores, kind, tmp_path):
     return tmp_path / "store"
 
 
+def with_statistics(net, count):
+    """Tasks whose statistics are the network's plus their number."""
+    return [
+        ss.Task(mask, jax.tree.map(lambda leaf, i=i: leaf + i, net.state))
+        for i, mask in enumerate(random_masks(net, count))
+    ]
+
+
 def test_round_trip(net, stores, kind, saved):
     loaded = KINDS[kind].load(saved, net)
     chex.assert_trees_all_equal(loaded, stores[kind])
@@ -56,10 +64,7 @@ def test_an_empty_store_round_trips(net, kind, tmp_path):
 def test_statistics_round_trip(dtype, tmp_path):
     state = {"mean": jnp.asarray([1.5, -2.25], dtype), "count": jnp.asarray(7)}
     net = ss.Network(lambda p, s, x, train: (x @ p["k"], s), {"k": jnp.ones((4, 2))}, state=state)
-    tasks = [
-        ss.Task(mask, jax.tree.map(lambda leaf, i=i: leaf + i, state))
-        for i, mask in enumerate(random_masks(net, 3))
-    ]
+    tasks = with_statistics(net, 3)
     store = filled_store(net, tasks, capacity=2)
     store.save(tmp_path / "s")
     loaded = ss.MaskStore.load(tmp_path / "s", net)

@@ -235,8 +235,7 @@ class ShardedStore(TaskStore):
             names = (TASK,)
         devices = MeshDevices(rows_split=DATA in names)
 
-        def there(spec):
-            return on_axes(names, spec)
+        there = functools.partial(on_axes, names)
 
         def local(tasks, *values):
             return function(_Shard(tasks, self.layout, self.capacity // parts, devices), *values)
@@ -249,7 +248,7 @@ class ShardedStore(TaskStore):
             local,
             mesh=mesh,
             in_specs=(BANK, *specs),
-            out_specs=jax.tree.map(there, out, is_leaf=_is_spec),
+            out_specs=jax.tree.map(there, out, is_leaf=lambda spec: isinstance(spec, P)),
             # A network may loop from constants of its own, whose type the check would refuse.
             check_vma=False,
         )(self._store.bank, *values)
@@ -445,7 +444,3 @@ def _resharded(mesh, tree, spec):
         return tree
     sharding = on_mesh(mesh, spec)
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), tree)
-
-
-def _is_spec(leaf):
-    return isinstance(leaf, P)
