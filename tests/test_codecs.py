@@ -352,6 +352,14 @@ def test_forged_counts_are_refused_before_memory_is_taken(small):
         tracemalloc.stop()
 
 
+def test_gaps_beyond_the_leaf_are_refused():
+    """The last weight is kept; then all lower bits of the gaps are set."""
+    layout = layout_of({"w": (100,)})
+    coded = codecs.encode({"w": np.isin(np.arange(100), (49, 99)), "bias": None}, "enumerative")
+    with pytest.raises(ss.StoreError, match="makes no sense"):
+        codecs.decode(changed(coded, 28, b"\xff"), layout)
+
+
 def test_what_is_no_mask_is_told(small):
     layout, mask = small
     with pytest.raises(ValueError, match="only 0 and 1 at 'a'"):
