@@ -37,7 +37,7 @@ import tqdm
 import tyro
 
 from experiments import runs
-from supsup_jax.stores import journal
+from supsup_jax.stores import journal, records
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError
 
@@ -171,14 +171,14 @@ class Watched(types.SimpleNamespace):
 
 @contextlib.contextmanager
 def watching(before: Callable) -> Iterator[None]:
-    """Routes what `task_log` asks of the system through `before(name, real, arguments)`."""
+    """Routes what `journal` asks of the system through `before(name, real, arguments)`."""
     flush = journal._flush
-    journal.os = Watched(before)
+    journal.os = records.os = Watched(before)
     journal._flush = getattr(journal.os, flush.__name__)
     try:
         yield
     finally:
-        journal.os, journal._flush = os, flush
+        journal.os, records.os, journal._flush = os, os, flush
 
 
 def forked(work: Callable[[int], None]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ def random_store(
     """
     first = min(num_tasks, int(learned.num_tasks)) if learned is not None else 0
     store = ss.MaskStore.create(net, num_tasks)
-    tiles, num_words, lanes = store._bank.words.shape
+    tiles, num_words, lanes = store.bank.words.shape
     # 1 wherever a bit stands for a weight: the last words may hold fewer than 32.
     whole = pack(net.layout.pad(jnp.ones(net.layout.num_weights, bool)))
 
@@ -45,5 +45,5 @@ def random_store(
 
     words = draw()
     if first:
-        words = with_learned(words, learned._bank.words)
-    return store._with(arrays.holding(store._bank, words, num_tasks))
+        words = with_learned(words, learned.bank.words)
+    return store.with_bank(arrays.holding(store.bank, words, num_tasks))

@@ -25,7 +25,8 @@ import numpy as np
 
 from supsup_jax.network import SIGNED_CONSTANT, Network, signed_constant
 from supsup_jax.stores import codecs, journal
-from supsup_jax.stores.disk import CODECS, DiskStore, check_manifest
+from supsup_jax.stores.disk import CODECS, FORMAT, DiskStore
+from supsup_jax.stores.origin import read_manifest
 from supsup_jax.types import StoreError
 
 # What an overlap picture reads: beyond, it would take minutes and show no more.
@@ -100,7 +101,7 @@ def repair(store: Path, /) -> None:
     Args:
         store: Folder of the store.
     """
-    check_manifest(journal.read_manifest(store), store, None)
+    read_manifest(journal.read_manifest(store), FORMAT, store)
     done = journal.repair(store)
     print("\n".join(done) if done else "nothing to mend")
 
@@ -234,7 +235,7 @@ def _network(store, named):
     from flax import nnx
 
     manifest = journal.read_manifest(store)
-    check_manifest(manifest, store, None)
+    read_manifest(manifest, FORMAT, store)
     found = _named_network(named) if named else _dense_network(manifest["layout"], store)
     if isinstance(found, nnx.Module):
         found = Network.from_nnx(found)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import tracemalloc
 
@@ -11,10 +12,10 @@ from scipy import sparse
 import supsup_jax as ss
 from experiments import benchmark_codecs
 from supsup_jax.layout import Layout
-from supsup_jax.stores import codecs, rans
+from supsup_jax.stores import codecs
 from tests.conftest import filled_store, random_masks
 
-PLAIN = ("bitpack", "csc16", "enumerative")
+PLAIN = ("bitpack", "enumerative")
 SHAPES = {"scalar": (), "one": (1,), "odd": (7,), "conv": (3, 3, 2, 5), "dense": (61, 33)}
 
 
@@ -36,7 +37,7 @@ def with_kept(layout, kept, seed=0):
     leaves = []
     for shape, k in zip(layout.shapes.values(), kept, strict=True):
         leaf = np.zeros(math.prod(shape), bool)
-        leaf[rng.choice(leaf.size, k, replace=False)] = True
+        leaf[rng.choice(leaf.size, k, replace=False, shuffle=False)] = True
         leaves.append(leaf.reshape(shape))
     return layout.tree(leaves)
 
@@ -84,7 +85,7 @@ def test_round_trip_of_few_weights(codec):
 
 
 @pytest.mark.parametrize("codec", PLAIN)
-def test_round_trip_of_many_lanes_and_long_gaps(codec):
+def test_round_trip_of_many_weights_and_long_gaps(codec):
     layout = layout_of({"a": (300, 200), "b": (60_000, 2), "c": (3, 30_000)})
     mask = with_kept(layout, (9_000, 40, 1))
     mask["b"][-1] = mask["c"][0, 0] = True
@@ -114,69 +115,53 @@ def test_bitpack_reads_as_its_page_says(small):
         assert (payload[j // 8] >> (j % 8)) & 1 == kept
 
 
-def test_csc16_is_scipys():
+def test_csc16_counts_what_scipy_stores():
     layout = layout_of({"conv": (3, 3, 4, 6), "dense": (50, 7)})
     mask = draw(layout, 0.2)
-    payload = codecs.encode(mask, "csc16")[24:-8]
     matrices = [
         sparse.csc_matrix(leaf.reshape(-1, leaf.shape[-1]))
         for leaf in mask.values()
         if leaf is not None
     ]
-    want = [m.indptr.astype("<u4") for m in matrices] + [m.indices.astype("<u2") for m in matrices]
-    assert payload == b"".join(array.tobytes() for array in want)
-    assert codecs.coded_bytes(mask).csc16_indices == 2 * sum(m.nnz for m in matrices)
+    sizes = codecs.coded_bytes(mask)
+    assert sizes.csc16_indices == sum(m.indices.astype("<u2").nbytes for m in matrices)
+    pointers = sum(m.indptr.astype("<u4").nbytes for m in matrices)
+    assert sizes.csc16 == 32 + pointers + sizes.csc16_indices
+
+
+def test_csc16_counts_rows_up_to_16_bits():
+    for rows, counted in ((65_536, True), (65_537, False)):
+        sizes = codecs.coded_bytes({"w": np.ones((rows, 1), bool)})
+        assert (sizes.csc16 is not None) == counted
 
 
 def read_plainly(coded, sizes):
-    """Enumerative masks read weight by weight, in Python's whole numbers, by the format's page."""
-
-    def number(width):
-        nonlocal data
-        value, data = int.from_bytes(data[:width], "little"), data[width:]
-        return value
-
+    """Enumerative masks read bit by bit, in Python's whole numbers, by the format's page."""
     data = coded[24:-8]
-    kept, counts = ([number(4) for _ in sizes] for _ in range(2))
-    models = []
-    for n, k in zip(sizes, kept, strict=True):
-        n, k = max(n, 2), max(min(k, n - k), 1)
-        shift = next(r for r in range(64) if 8 * k * 2**r > n)
-        ratio = (n - k) * 2**64 // n
-        for _ in range(shift):
-            ratio = ratio**2 // 2**64
-        tails = [2**64]
-        while tails[-1] >= 2**58:
-            tails.append(tails[-1] * ratio // 2**64)
-        models.append((shift, [4096 - tail // 2**52 for tail in tails] + [4096]))
-    low_bits = sum(min(k, n - k) * m[0] for n, k, m in zip(sizes, kept, models, strict=True))
-    low = number(-(-low_bits // 8))
-    lanes = -(-sum(counts) // 1024)
-    states = [number(4) for _ in range(lanes)]
-    symbols, j = [], 0
-    for count, (_, table) in zip(counts, models, strict=True):
-        symbols.append([])
-        for _ in range(count):
-            x = states[j % lanes]
-            symbol = max(i for i, start in enumerate(table) if start <= x % 4096)
-            x = (table[symbol + 1] - table[symbol]) * (x // 4096) + x % 4096 - table[symbol]
-            states[j % lanes] = x if x >= 2**16 else x << 16 | number(2)
-            symbols[-1].append(symbol)
-            j += 1
-    assert not data
+    kept = [int.from_bytes(data[4 * i : 4 * i + 4], "little") for i in range(len(sizes))]
+    few = [min(k, n - k) for n, k in zip(sizes, kept, strict=True)]
+    shifts = []
+    for n, k in zip(sizes, few, strict=True):
+        shift, x = 0, (n - k) * 2**64 // n
+        while k and x**2 + x * 2**64 > 2**128:
+            shift, x = shift + 1, x**2 // 2**64
+        shifts.append(shift)
+    data = data[4 * len(sizes) :]
+    low_bytes = -(-sum(k * shift for k, shift in zip(few, shifts, strict=True)) // 8)
+    lower, unary = (
+        iter([byte >> i & 1 for byte in part for i in range(8)])
+        for part in (data[:low_bytes], data[low_bytes:])
+    )
     leaves = []
-    for n, k, part, (shift, table) in zip(sizes, kept, symbols, models, strict=True):
-        few, many, place, gap = min(k, n - k), len(table) - 2, -1, 0
-        rare, leaf = k == few, [k != few] * n
-        at = 0
-        for symbol in part:
-            gap += symbol << shift
-            if symbol != many:
-                gap += sum((low >> (bit * few + at) & 1) << bit for bit in range(shift))
-                place, gap, at = place + gap + 1, 0, at + 1
-                leaf[place] = rare
-        low >>= few * shift
+    for n, k, rare, shift in zip(sizes, kept, few, shifts, strict=True):
+        leaf, place = [k != rare] * n, -1
+        for _ in range(rare):
+            gap = sum(next(lower) << i for i in range(shift))
+            gap += sum(1 for _ in iter(unary.__next__, 1)) << shift
+            place += gap + 1
+            leaf[place] = not leaf[place]
         leaves.append(leaf)
+    assert not any(unary)
     return leaves
 
 
@@ -192,13 +177,12 @@ def test_enumerative_reads_as_its_page_says():
 @pytest.mark.parametrize(
     "codec, length, checksum",
     [
-        ("bitpack", 8285, "dc9821938cdbd834"),
-        ("csc16", 11888, "a9377b3499078a0a"),
-        ("enumerative", 3471, "db0a15f5e41800ff"),
-        ("xor-delta", 1338, "3b13760ec4654008"),
+        ("bitpack", 8285, "74a190d8a546ed1a"),
+        ("enumerative", 3456, "8da1665987a25909"),
+        ("xor-delta", 1324, "a22420c2b5cc5fd2"),
     ],
 )
-def test_format_1_stays_as_it_is(codec, length, checksum):
+def test_format_2_stays_as_it_is(codec, length, checksum):
     """A release that writes other bytes must raise the format's number and go on reading these."""
     layout = layout_of({"w": (300, 200), "v": (300, 20), "u": (17,)})
 
@@ -215,12 +199,14 @@ def test_format_1_stays_as_it_is(codec, length, checksum):
     assert (len(coded), coded[-8:].hex()) == (length, checksum)
 
 
-def test_every_table_gives_every_symbol_a_share():
-    for n in [2, 3, 5, 8, 9, 64, 1000, 2_359_296, 2**32 - 1]:
-        for k in {1, 2, 3, n // 100, n // 9, n // 8, n // 7, n // 3, n // 2} - {0}:
-            table = codecs._gap_model(n, min(k, n // 2)).table.astype(int)
-            assert table[0] == 0 and table[-1] == 4096 and len(table) <= 257
-            assert (np.diff(table) >= 1).all()
+def test_the_shift_is_the_best_there_is():
+    """Of all shifts it takes the fewest bits, for geometric gaps as random masks have."""
+    for n, k in itertools.product([2, 3, 64, 1000, 2_359_296], [1, 2, 7, 400, 50_000, 900_000]):
+        if k > n // 2:
+            continue
+        reached = [(1 - k / n) ** 2**shift for shift in range(40)]
+        bits = [shift + 1 / (1 - min(x, 1 - 1e-12)) for shift, x in enumerate(reached)]
+        assert bits[codecs._shift(n, k)] <= min(bits) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("n, k", [(1, 0), (10, 10), (10, 3), (5000, 1), (5000, 40), (5000, 2500)])
@@ -228,17 +214,26 @@ def test_bound_is_the_logarithm_of_a_whole_number(n, k):
     layout = layout_of({"w": (n,), "v": (2, n)})
     mask = with_kept(layout, (k, k))
     want = math.log2(math.comb(n, k)) + math.log2(math.comb(2 * n, k))
-    np.testing.assert_allclose(codecs.bound_bytes(mask), want / 8, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(codecs.coded_bytes(mask).bound, want / 8, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.2, 0.3, 0.38, 0.5, 0.7, 0.99])
-def test_enumerative_meets_the_bound(density):
+@pytest.mark.parametrize(
+    "density, over",
+    [
+        *((0.001, 0.012), (0.01, 0.013), (0.1, 0.015), (0.113, 0.028), (0.214, 0.036)),
+        *((0.38, 0.043), (0.5, 0.0), (0.7, 0.012), (0.99, 0.013)),
+    ],
+)
+def test_enumerative_is_near_the_bound(density, over):
+    """Rice's codes of geometric gaps are up to .12 bits a kept weight above it, bits as they are at
+    a half; a rounding of either side aside.
+    """
     n = 250_000
     layout = layout_of({"w": (500, 500)})
     k = round(density * n)
     coded = codecs.encode(with_kept(layout, (k,)), "enumerative")
     bound = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2) / 8
-    assert bound < len(coded) < 1.013 * bound + 45
+    assert bound < len(coded) < (1.002 + over) * bound + 40
 
 
 @pytest.mark.parametrize(
@@ -251,76 +246,40 @@ def test_enumerative_meets_the_bound(density):
     ],
 )
 def test_resnet50_at_the_papers_densities(s, total, csc16_mb, bound_mb):
-    """MB for 100 tasks; sizes depend on how many weights are kept, not on which."""
+    """MB for 100 tasks; sizes depend on how many weights are kept, hardly on which."""
     layout, kept = erdos_renyi("ResNet50", s)
     assert sum(kept) == total and layout.num_weights == 23_475_392
-    leaves = [
-        np.arange(math.prod(d)).reshape(d) < k
-        for d, k in zip(layout.shapes.values(), kept, strict=True)
-    ]
-    sizes = codecs.coded_bytes(layout.tree(leaves))
+    mask = with_kept(layout, kept)
+    sizes, coded = codecs.coded_bytes(mask), codecs.encode(mask)
+    assert (codecs.codec_of(coded), len(coded)) == ("enumerative", sizes.enumerative)
+    chex.assert_trees_all_equal(codecs.decode(coded, layout), mask)
     assert sizes.csc16_indices == 2 * total and round(sizes.csc16_indices / 1e4, 1) == csc16_mb
     assert round(sizes.bound / 1e4, 1) == bound_mb
     assert sizes.bitpack == 23_475_392 // 8 + 32
     assert sizes.enumerative < 1.01 * sizes.bound < 0.5 * sizes.csc16_indices
 
 
-@pytest.mark.parametrize("s", [1, 32])
-def test_gem_resnet18_within_two_percent_of_the_bound(s):
-    layout, kept = erdos_renyi("GEMResNet18", s)
-    mask = with_kept(layout, kept)
-    coded = codecs.encode(mask)
-    assert codecs.codec_of(coded) == "enumerative"
-    chex.assert_trees_all_equal(codecs.decode(coded, layout), mask)
-    bound = sum(
-        math.log2(math.comb(math.prod(shape), k)) / 8
-        for shape, k in zip(layout.shapes.values(), kept, strict=True)
-    )
-    assert len(coded) < 1.02 * bound + 32 + 8 * len(kept)
-
-
 @pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.3, 0.5, 0.9, 1])
 @pytest.mark.parametrize("side", [3, 200])
-def test_sizes_are_known_beforehand_and_auto_takes_the_smallest(density, side):
+def test_sizes_are_exact_and_auto_takes_the_smallest(density, side):
     layout = layout_of({"w": (side, side), "v": (side,)})
     mask = draw(layout, density)
     sizes = codecs.coded_bytes(mask)
     lengths = {codec: len(codecs.encode(mask, codec)) for codec in PLAIN}
-    assert sizes.bitpack == lengths["bitpack"] and sizes.csc16 == lengths["csc16"]
-    assert abs(sizes.enumerative - lengths["enumerative"]) < max(50, 0.01 * sizes.enumerative)
+    assert (sizes.bitpack, sizes.enumerative) == (lengths["bitpack"], lengths["enumerative"])
     coded = codecs.encode(mask)
-    assert len(coded) == lengths[codecs.codec_of(coded)]
-    assert len(coded) <= 1.01 * min(lengths.values())
-
-
-def test_a_mask_near_its_base_takes_little():
-    layout = layout_of({"a": (200, 300), "b": (50,)})
-    base = draw(layout, 0.1)
-    moved = with_kept(layout, (100, 1), seed=5)
-    mask = jax.tree.map(np.logical_xor, base, moved)
-    coded = codecs.encode(mask, base=base)
-    assert codecs.codec_of(coded) == "xor-delta"
-    assert len(coded) == len(codecs.encode(moved)) < 0.1 * len(codecs.encode(mask))
-    chex.assert_trees_all_equal(codecs.decode(coded, layout, base), mask)
-    sizes = codecs.coded_bytes(mask, base)
-    assert abs(sizes.xor_delta - len(coded)) < 50 and codecs.coded_bytes(mask).xor_delta is None
+    assert len(coded) == lengths[codecs.codec_of(coded)] == min(lengths.values())
 
 
 @pytest.mark.parametrize("density", [0, 0.003, 0.5, 1])
-def test_xor_delta_round_trip(density):
+def test_a_mask_takes_what_differs_from_its_base(density):
     layout = layout_of(SHAPES)
     base, moved = draw(layout, 0.5), draw(layout, density, seed=2)
     mask = jax.tree.map(np.logical_xor, base, moved)
     coded = codecs.encode(mask, "xor-delta", base)
+    assert codecs.codec_of(coded) == "xor-delta"
+    assert len(coded) == len(codecs.encode(moved))
     chex.assert_trees_all_equal(codecs.decode(coded, layout, base), mask)
-
-
-def test_auto_leaves_a_base_that_does_not_help():
-    layout = layout_of({"w": (100, 100)})
-    mask, base = draw(layout, 0.02), draw(layout, 0.5, seed=1)
-    coded = codecs.encode(mask, base=base)
-    assert codecs.codec_of(coded) == "enumerative"
-    chex.assert_trees_all_equal(codecs.decode(coded, layout), mask)
 
 
 def test_a_wrong_base_is_told(small):
@@ -347,44 +306,6 @@ def test_another_layout_is_told(small):
                 codecs.decode(coded, layout_of(other))
 
 
-def test_majority_counts_votes(small_net):
-    for count in (1, 2, 5):
-        masks = random_masks(small_net, count)
-        want = [
-            np.sum(leaves, axis=0) > count / 2
-            for leaves in zip(*map(jax.tree.leaves, masks), strict=True)
-        ]
-        for given in (masks, iter(masks), filled_store(small_net, masks)):
-            chex.assert_trees_all_equal(codecs.majority(given), small_net.layout.tree(want))
-
-
-def test_majority_of_none_or_of_different_masks(small, small_net):
-    with pytest.raises(ValueError, match="at least one mask"):
-        codecs.majority([])
-    with pytest.raises(ss.StoreError, match="the store is empty"):
-        codecs.majority(ss.MaskStore.create(small_net))
-    _, mask = small
-    with pytest.raises(ValueError, match="mask 1 lacks the masked leaf 'b'"):
-        codecs.majority([mask, {"a": mask["a"]}])
-
-
-@pytest.mark.parametrize("codec", [*PLAIN, "xor-delta"])
-def test_every_flipped_bit_and_every_truncation_is_refused(small, codec):
-    layout, mask = small
-    base = draw(layout, 0.5, seed=3) if codec == "xor-delta" else None
-    coded = codecs.encode(mask, codec, base)
-    for bit in range(8 * len(coded)):
-        damaged = bytearray(coded)
-        damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ss.StoreError, match=r"not a coded mask|checksum"):
-            codecs.decode(bytes(damaged), layout, base)
-    for size in range(len(coded)):
-        with pytest.raises(ss.StoreError, match=r"not a coded mask|cut short"):
-            codecs.decode(coded[:size], layout, base)
-    with pytest.raises(ss.StoreError, match="checksum"):
-        codecs.decode(coded + b"\0", layout, base)
-
-
 @pytest.mark.parametrize("codec", PLAIN)
 def test_what_is_signed_anew_is_refused_or_a_mask(small, codec):
     """Behind the checksum: no flip, cut or addition brings anything but StoreError or a mask."""
@@ -393,7 +314,7 @@ def test_what_is_signed_anew_is_refused_or_a_mask(small, codec):
     forged = [body + b"\0", body + b"\0\0"]
     forged += [body[:size] for size in range(24, len(body))]
     for payload in forged:
-        with pytest.raises(ss.StoreError, match=r"makes no sense|end"):
+        with pytest.raises(ss.StoreError, match="makes no sense"):
             codecs.decode(signed(payload), layout)
     for bit in range(8 * len(body)):
         damaged = bytearray(body)
@@ -408,9 +329,11 @@ def test_what_is_signed_anew_is_refused_or_a_mask(small, codec):
 def test_headers_of_other_formats_and_codecs_are_told(small):
     layout, mask = small
     coded = codecs.encode(mask)
-    with pytest.raises(ss.StoreError, match="has format 2, this release reads 1: upgrade"):
-        codecs.decode(changed(coded, 4, b"\2"), layout)
-    for at, new in ((5, b"\3"), (6, b"\2")):
+    with pytest.raises(ss.StoreError, match="has format version 3, this release reads 2: upgrade"):
+        codecs.decode(changed(coded, 4, b"\3"), layout)
+    with pytest.raises(ss.StoreError, match=r"written by supsup_jax 0\.1\.0 in format 1; this"):
+        codecs.decode(changed(coded, 4, b"\1"), layout)
+    for at, new in ((5, b"\2"), (6, b"\2")):
         with pytest.raises(ss.StoreError, match="header that makes no sense"):
             codecs.codec_of(changed(coded, at, new))
     for foreign in (b"", b"SSMK", b"PK\3\4" + bytes(100)):
@@ -418,42 +341,23 @@ def test_headers_of_other_formats_and_codecs_are_told(small):
             codecs.codec_of(foreign)
 
 
-@pytest.mark.parametrize(
-    "codec, at",
-    # The last pointer of a leaf; kept and symbols of one.
-    [("csc16", 24 + 12), ("csc16", 24 + 4), ("enumerative", 24), ("enumerative", 24 + 8)],
-)
-def test_forged_lengths_are_refused_before_memory_is_taken(small, codec, at):
+def test_forged_counts_are_refused_before_memory_is_taken(small):
     layout, mask = small
-    coded = codecs.encode(mask, codec)
-    for length in (2**32 - 1, 2**31, 10**6):
+    coded = codecs.encode(mask, "enumerative")
+    for count in (2**32 - 1, 2**31, 10**6, 16):
         tracemalloc.start()
         with pytest.raises(ss.StoreError, match="makes no sense"):
-            codecs.decode(changed(coded, at, length.to_bytes(4, "little")), layout)
+            codecs.decode(changed(coded, 24, count.to_bytes(4, "little")), layout)
         assert tracemalloc.get_traced_memory()[1] < 1e6
         tracemalloc.stop()
 
 
-def test_more_symbols_than_weights_are_refused_before_memory_is_taken(small):
-    """With states enough for the million symbols that it claims."""
-    layout, mask = small
-    coded = codecs.encode(mask, "enumerative")
-    long = coded[:32] + (10**6).to_bytes(4, "little") + coded[36:-8] + bytes(4 * 1000)
-    tracemalloc.start()
+def test_gaps_beyond_the_leaf_are_refused():
+    """The last weight is kept; then all lower bits of the gaps are set."""
+    layout = layout_of({"w": (100,)})
+    coded = codecs.encode({"w": np.isin(np.arange(100), (49, 99)), "bias": None}, "enumerative")
     with pytest.raises(ss.StoreError, match="makes no sense"):
-        codecs.decode(signed(long), layout)
-    assert tracemalloc.get_traced_memory()[1] < 1e6
-    tracemalloc.stop()
-
-
-def test_rans_refuses_words_too_few_or_too_many():
-    symbols, table = np.arange(100, dtype=np.uint8) % 2, np.array([0, 3000, 4096], np.uint32)
-    states, words = rans.encode([symbols], [table])
-    np.testing.assert_array_equal(rans.decode([100], [table], states, words)[0], symbols)
-    with pytest.raises(ss.StoreError, match="end early"):
-        rans.decode([100], [table], states, words[:-1])
-    with pytest.raises(ss.StoreError, match="do not end where they should"):
-        rans.decode([100], [table], states, np.append(words, words))
+        codecs.decode(changed(coded, 28, b"\xff"), layout)
 
 
 def test_what_is_no_mask_is_told(small):
@@ -465,29 +369,17 @@ def test_what_is_no_mask_is_told(small):
     with pytest.raises(ValueError, match="at least one leaf"):
         codecs.encode({"a": None})
     with pytest.raises(ValueError, match="the base must have shape"):
-        codecs.encode(mask, base=mask | {"b": mask["b"][:3]})
+        codecs.encode(mask, "xor-delta", mask | {"b": mask["b"][:3]})
     with pytest.raises(ValueError, match=r"one of .*'xor-delta'.*, got 'zip'"):
         codecs.encode(mask, "zip")
-    with pytest.raises(ValueError, match="needs base="):
+    with pytest.raises(ValueError, match=r"takes base=.* got codec 'xor-delta' without one"):
         codecs.encode(mask, "xor-delta")
-    with pytest.raises(ValueError, match="base is for the codecs"):
-        codecs.encode(mask, "csc16", mask)
+    with pytest.raises(ValueError, match=r"takes base=.* got codec 'bitpack' with one"):
+        codecs.encode(mask, "bitpack", mask)
     with pytest.raises(TypeError, match="coded must be bytes, got str"):
         codecs.decode("text", layout)
     with pytest.raises(TypeError, match=r"layout must be one such as net\.layout, got dict"):
         codecs.decode(codecs.encode(mask), mask)
-
-
-def test_csc16_refuses_more_rows_than_it_counts():
-    fits, tall = {"w": np.ones((65_536, 1), bool)}, {"w": np.ones((65_537, 1), bool)}
-    chex.assert_trees_all_equal(
-        codecs.decode(codecs.encode(fits, "csc16"), layout_of({"w": (65_536, 1)})),
-        fits | {"bias": None},
-    )
-    with pytest.raises(ValueError, match=r"counts 65,536 rows, and 'w' .* has 65,537: choose"):
-        codecs.encode(tall, "csc16")
-    assert codecs.coded_bytes(tall).csc16 is None
-    assert codecs.codec_of(codecs.encode(tall)) == "enumerative"
 
 
 def test_the_benchmark_states_what_its_codecs_take(tmp_path, capsys):

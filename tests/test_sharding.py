@@ -236,7 +236,7 @@ def test_bad_input(net, store, x):
         ss.shard(store, (8,))
     with pytest.raises(TypeError, match="store must be a MaskStore, got Network"):
         ss.shard(net, mesh_of(task=2))
-    with pytest.raises(ValueError, match="capacity must be at least 13, got 12"):
+    with pytest.raises(ValueError, match="capacity must be an int of at least 13, got 12"):
         ss.shard(store, mesh_of(task=2), capacity=12)
     with pytest.raises(
         ValueError, match=r"batch_size must be a multiple of the 4 .*'data'.* got 6"

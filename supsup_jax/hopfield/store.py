@@ -8,29 +8,32 @@ Against one bit a weight this never saves memory: d^2 floats are the price of 32
 rules hold fewer than d. What it buys is a search that does not know what it searches among.
 """
 
+import dataclasses
 import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from supsup_jax import devices
-from supsup_jax.checks import check_type
+from supsup_jax.checks import check_type, is_traced
 from supsup_jax.layout import Layout
-from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
-from supsup_jax.stores import store_file
-from supsup_jax.stores.base import check_same_network, digest_of
+from supsup_jax.stores.base import checked_mask
+from supsup_jax.stores.origin import (
+    Origin,
+    arrays_in,
+    load_record,
+    manifest_of,
+    save_arrays,
+    sensible,
+)
 from supsup_jax.types import CapacityError, PyTree, StoreError, Task, TrainResult
 
 FORMAT = "supsup_jax.HopfieldStore"
-VERSION = 1
 
 
 def hebbian(weights: jax.Array, pattern: jax.Array) -> jax.Array:
@@ -97,13 +100,12 @@ def pattern_capacity(rule: str, d: int) -> float:
     return d / math.sqrt(spread) if rule == "storkey" else d / spread
 
 
-class _Static(NamedTuple):
-    layout: Layout
-    rule: str
-    initializer: str | None
-
-
-@jax.tree_util.register_pytree_with_keys_class
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("_weights", "_total", "num_tasks", "origin"),
+    meta_fields=("rule",),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HopfieldStore:
     """The masks of all tasks in one Hopfield network a masked leaf: of constant size.
 
@@ -112,12 +114,15 @@ class HopfieldStore:
 
     Leaves: for each masked leaf of d weights the Hopfield weights, float32 [d, d], and the sum of
     the +-1 masks, int32 [d], whose mean is where recovery starts (the sum is exact, so ties of
-    the mean stay ties); T; the fingerprint of the network's weights and their seed.
+    the mean stay ties); T, int32 []; and seed and fingerprint of `origin`, which says whose the
+    masks are. rule: "storkey" or "hebbian".
     """
 
-    def __init__(self, weights, total, num_tasks, fingerprint, seed, static: _Static):
-        self._weights, self._total, self._num_tasks = weights, total, num_tasks
-        self._fingerprint, self._seed, self._static = fingerprint, seed, static
+    _weights: tuple[jax.Array, ...]
+    _total: tuple[jax.Array, ...]
+    num_tasks: jax.Array
+    origin: Origin
+    rule: str
 
     @classmethod
     def create(cls, net: Network, rule: str = "storkey") -> "HopfieldStore":
@@ -142,27 +147,17 @@ class HopfieldStore:
                 f"{room:,}: mask leaves of few weights, such as norm scales"
             )
         return cls(
-            weights=tuple(jnp.zeros((d, d)) for d in sizes.values()),
-            total=tuple(jnp.zeros(d, jnp.int32) for d in sizes.values()),
-            num_tasks=jnp.zeros((), jnp.int32),
-            fingerprint=digest_of(net),
-            seed=None if net.seed is None else jnp.array(net.seed, copy=True),
-            static=_Static(net.layout, rule, net.initializer),
+            tuple(jnp.zeros((d, d)) for d in sizes.values()),
+            tuple(jnp.zeros(d, jnp.int32) for d in sizes.values()),
+            jnp.zeros((), jnp.int32),
+            Origin.of(net),
+            rule,
         )
-
-    @property
-    def num_tasks(self) -> jax.Array:
-        """T, int32 []."""
-        return self._num_tasks
-
-    @property
-    def rule(self) -> str:
-        return self._static.rule
 
     @property
     def layout(self) -> Layout:
         """Which leaves are masked, and their order."""
-        return self._static.layout
+        return self.origin.layout
 
     @property
     def nbytes(self) -> int:
@@ -203,12 +198,12 @@ class HopfieldStore:
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
         """
         leaves = self._leaves(task)
-        if not isinstance(self.num_tasks, jax.core.Tracer):
+        if not is_traced(self.num_tasks):
             self._warn_beyond(int(self.num_tasks) + 1)
         weights, total, num_tasks = _append(
             self._weights, self._total, self.num_tasks, leaves, rule=self.rule
         )
-        return HopfieldStore(weights, total, num_tasks, self._fingerprint, self._seed, self._static)
+        return HopfieldStore(weights, total, num_tasks, self.origin, self.rule)
 
     def remove(self, mask: PyTree) -> "HopfieldStore":
         """This store with what it knows of one mask wiped out, and T less by one.
@@ -220,7 +215,7 @@ class HopfieldStore:
         self.check_holds_tasks()
         leaves = checked_mask(self.layout, mask, "the mask")
         weights, total, num_tasks = _remove(self._weights, self._total, self.num_tasks, leaves)
-        return HopfieldStore(weights, total, num_tasks, self._fingerprint, self._seed, self._static)
+        return HopfieldStore(weights, total, num_tasks, self.origin, self.rule)
 
     def settle(self, mask: PyTree, sweeps: int = 20) -> PyTree:
         """The mask, of bools, that `retrieve` leads to from `mask` in each leaf."""
@@ -233,75 +228,47 @@ class HopfieldStore:
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty."""
-        if not isinstance(self.num_tasks, jax.core.Tracer) and int(self.num_tasks) == 0:
+        if not is_traced(self.num_tasks) and int(self.num_tasks) == 0:
             raise StoreError("the store is empty: append a task first")
 
     def check_fits(self, net: Network) -> None:
         """Raises StoreError unless the masks have the network's leaves, shapes and weights.
 
-        What can be compared when: as `MaskStore.check_fits`.
+        What can be compared when: see `Origin.check`.
         """
-        check_same_network(self.layout, self._seed, self._fingerprint, net)
+        self.origin.check(net)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
-        """Writes the store to the file `path`, wholly or not at all, as `MaskStore.save` does.
+        """Writes the store to the file `path`, wholly or not at all; `docs/format.md` is its page.
 
-        In the manner of `store_file`, format 1 of its own: weights.0 ... float32 [d, d] and
-        total.0 ... int32 [d], in the layout's order; the manifest names the rule and T.
+        In a DiskStore's folder, as reservoir.bin, it is among what `DiskStore.verify` checks.
         Errors as `MaskStore.save`.
         """
-        origin = store_file.Origin(
-            self.layout,
-            self._static.initializer,
-            self._seed,
-            np.asarray(self._fingerprint).tobytes(),
+        save_arrays(
+            path,
+            manifest_of(FORMAT, self.origin),
+            {"rule": self.rule, "num_tasks": int(self.num_tasks)},
+            [*self._weights, *self._total],
+            overwrite,
         )
-        path = store_file.target(path, origin, overwrite)
-        arrays = {f"weights.{i}": np.asarray(leaf) for i, leaf in enumerate(self._weights)}
-        arrays |= {f"total.{i}": np.asarray(leaf) for i, leaf in enumerate(self._total)}
-        fields = {"rule": self.rule, "num_tasks": int(self.num_tasks)}
-        store_file.write(path, FORMAT, VERSION, origin, fields, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike, net: Network) -> "HopfieldStore":
         """The store saved at `path`, once it is seen to belong to `net`.
 
         Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
-        file that is damaged, not of a HopfieldStore, of a newer version, or of another network.
+        file that is damaged, not of a HopfieldStore, of another version, or of another network.
         """
-        check_type("net", net, Network)
-        manifest, arrays = store_file.read(path, FORMAT, VERSION, net)
-        with store_file.sensible(path):
-            rule, num_tasks = manifest["rule"], int(manifest["num_tasks"])
-            if rule not in RULES or num_tasks < 0:
-                raise ValueError(f"{num_tasks} tasks by the rule {rule!r}")
-        want = {}
-        for i, d in enumerate(_sizes(net.layout).values()):
-            want |= {f"weights.{i}": ((d, d), "float32"), f"total.{i}": ((d,), "int32")}
-        store_file.check_arrays(path, manifest, arrays, want)
-        places = range(len(net.layout.shapes))
-        weights, totals = ([arrays[f"{name}.{i}"] for i in places] for name in ("weights", "total"))
-        return cls.of_arrays(net, rule, num_tasks, weights, totals)
-
-    @classmethod
-    def of_arrays(
-        cls,
-        net: Network,
-        rule: str,
-        num_tasks: int,
-        weights: Sequence[np.ndarray],
-        totals: Sequence[np.ndarray],
-    ) -> "HopfieldStore":
-        """The store of arrays as loaded from files: float32 [d, d] and int32 [d] a masked leaf."""
-        empty = cls.create(net, rule)
-        return cls(
-            weights=tuple(map(jnp.asarray, weights)),
-            total=tuple(map(jnp.asarray, totals)),
-            num_tasks=jnp.int32(num_tasks),
-            fingerprint=empty._fingerprint,
-            seed=empty._seed,
-            static=empty._static,
-        )
+        record = load_record(path, FORMAT, net)
+        with sensible(path):
+            rule, num_tasks = record.metadata["rule"], record.metadata["num_tasks"]
+            if rule not in RULES or type(num_tasks) is not int or num_tasks < 0:
+                raise ValueError(f"{num_tasks!r} tasks by the rule {rule!r}")
+        sizes = _sizes(net.layout).values()
+        kinds = [*(("<f4", (d, d)) for d in sizes), *(("<i4", (d,)) for d in sizes)]
+        arrays = tuple(map(jnp.asarray, arrays_in(record.body, kinds, path)))
+        weights, total = arrays[: len(sizes)], arrays[len(sizes) :]
+        return cls(weights, total, jnp.int32(num_tasks), Origin.of(net), rule)
 
     def _leaves(self, task):
         if isinstance(task, TrainResult):
@@ -322,15 +289,6 @@ class HopfieldStore:
                 "(recover(..., target=mask) counts the bits that differ)",
                 stacklevel=3,
             )
-
-    def tree_flatten_with_keys(self):
-        key = jax.tree_util.GetAttrKey
-        names = ("weights", "total", "num_tasks", "fingerprint", "seed")
-        return [(key(name), getattr(self, f"_{name}")) for name in names], self._static
-
-    @classmethod
-    def tree_unflatten(cls, static, leaves):
-        return cls(*leaves, static=static)
 
     def __repr__(self) -> str:
         return f"HopfieldStore({self.rule}, units={list(_sizes(self.layout).values())})"
@@ -373,14 +331,6 @@ def _outer(a, b):
 def _sizes(layout):
     """Units of each leaf's Hopfield network, by name."""
     return {name: math.prod(shape) for name, shape in layout.named_shapes}
-
-
-def checked_mask(layout: Layout, mask: PyTree, what: str) -> list[jax.Array]:
-    """The leaves of a mask, once they are seen to fit and to hold 0 and 1 only."""
-    leaves = layout.leaves(mask, what)
-    for name, leaf in zip(layout.shapes, leaves, strict=True):
-        check_binary(name, leaf)
-    return leaves
 
 
 def _checked_pattern(weights, pattern):

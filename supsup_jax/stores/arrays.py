@@ -46,6 +46,11 @@ class Bank(NamedTuple):
     dropped: jax.Array
 
 
+def like_state(bank: Bank) -> PyTree:
+    """Shapes and dtypes of one task's statistics."""
+    return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), bank.states)
+
+
 def nbytes(layout: Layout, state: PyTree, capacity: int) -> int:
     """Bytes of a bank, before it is made."""
     arrays = jax.eval_shape(lambda: empty(layout, state, capacity))
@@ -63,6 +68,7 @@ def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
     )
 
 
+@jax.jit
 def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
     """The bank with the masks `words`, laid out like its own and 0 beyond `num_tasks`."""
     everything = jnp.ones(words.shape[0] * words.shape[2], bool)
@@ -72,21 +78,6 @@ def holding(bank: Bank, words: jax.Array, num_tasks: jax.Array | int) -> Bank:
         counts=counts.astype(bank.counts.dtype),
         num_tasks=jnp.asarray(num_tasks, jnp.int32),
     )
-
-
-_holding = jax.jit(holding)
-
-
-def of_tasks(
-    layout: Layout,
-    state: PyTree,
-    capacity: int,
-    tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
-) -> Bank:
-    """A bank of tasks that come from files, `capacity` of them at most; arguments as in `tiled`."""
-    words, states, num_tasks = tiled(layout, state, capacity, tasks)
-    bank = empty(layout, None, capacity)._replace(states=jax.tree.map(jnp.asarray, states))
-    return _holding(bank, jax.device_put(words), num_tasks)
 
 
 def tiled(
@@ -172,6 +163,13 @@ class Held(NamedTuple):
     state: PyTree
 
 
+class Slot(NamedTuple):
+    """Where a task is written. held: what is there, None to be read in the program that writes."""
+
+    i: jax.Array
+    held: Held | None = None
+
+
 @jax.jit
 def held(bank: Bank, i: jax.Array) -> Held:
     """What slot i holds, to be read before the bank is changed in place.
@@ -185,47 +183,34 @@ def held(bank: Bank, i: jax.Array) -> Held:
     )
 
 
-def _append(words, counts, states, num_tasks, dropped, old, leaves, state, layout, capacity):
-    """Another task behind the others, dropped where the bank is full.
+def write_if(valid: jax.Array, bank: Bank, slot: Slot, task: Task, layout: Layout) -> Bank:
+    """The slot's task exchanged where `valid`; else written back as it is, counted as dropped.
 
-    The fields of a Bank come one by one so that the large ones can be donated. old: what the slot
-    holds; None to read it here.
+    task: its mask as leaves in the layout's order, and its statistics.
     """
-    bank = Bank(words, counts, states, num_tasks, dropped)
-    free = num_tasks < capacity
-    slot = jnp.minimum(num_tasks, capacity - 1)
-    written = _write_if(free, bank, slot, old, leaves, state, layout)
-    return written._replace(num_tasks=num_tasks + free)
-
-
-def _write_if(valid, bank, i, old, leaves, state, layout):
-    """Task i replaced where `valid`; else written back as it is, and counted as dropped."""
+    i, old = slot
     old = held(bank, i) if old is None else old
-    bits = jnp.where(valid, _bits(leaves, layout), unpack(old.words).reshape(-1) != 0)
-    state = jax.tree.map(lambda was, row: jnp.where(valid, row, was), old.state, state)
+    bits = jnp.where(valid, _bits(task.mask, layout), unpack(old.words).reshape(-1) != 0)
+    state = jax.tree.map(lambda was, row: jnp.where(valid, row, was), old.state, task.state)
     written = _write(bank, i, old.words, bits, state)
     return written._replace(dropped=bank.dropped + ~valid)
 
 
-append = jax.jit(_append, static_argnames=("layout", "capacity"))
-append_in_place = jax.jit(
-    _append,
-    static_argnames=("layout", "capacity"),
-    donate_argnames=("words", "counts", "states"),
-)
+def _write_task(large, small, slot, task, *, layout, capacity, append):
+    """The slot's task exchanged, or one appended there; a slot without a place is dropped.
+
+    large, small: the fields of a Bank, of which the first three can be donated.
+    """
+    bank = Bank(*large, *small)
+    valid = (slot.i >= 0) & (slot.i < (capacity if append else bank.num_tasks))
+    slot = slot._replace(i=jnp.clip(slot.i, 0, capacity - 1))
+    written = write_if(valid, bank, slot, task, layout)
+    return written._replace(num_tasks=bank.num_tasks + (valid if append else 0))
 
 
-def _replace(words, counts, states, num_tasks, dropped, i, old, leaves, state, layout):
-    """Task i exchanged; an id that names no task is dropped. Arguments as in `_append`."""
-    bank = Bank(words, counts, states, num_tasks, dropped)
-    valid = (i >= 0) & (i < bank.num_tasks)
-    return _write_if(valid, bank, jnp.where(valid, i, 0), old, leaves, state, layout)
-
-
-replace = jax.jit(_replace, static_argnames="layout")
-replace_in_place = jax.jit(
-    _replace, static_argnames="layout", donate_argnames=("words", "counts", "states")
-)
+_STATIC = ("layout", "capacity", "append")
+write = jax.jit(_write_task, static_argnames=_STATIC)
+write_in_place = jax.jit(_write_task, static_argnames=_STATIC, donate_argnames="large")
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))

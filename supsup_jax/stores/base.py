@@ -1,17 +1,17 @@
-"""What inference asks of a store, and whose masks a store holds."""
+"""What inference asks of a store, and what a store asks of a task."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from supsup_jax.checks import check_type, is_traced
 from supsup_jax.devices import ONE_DEVICE
-from supsup_jax.layout import Layout
+from supsup_jax.layout import Layout, named_leaves
+from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
-from supsup_jax.types import PyTree, StoreError, Task, TaskIdError
+from supsup_jax.stores.origin import check_layout
+from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
 class TaskStore:
@@ -112,44 +112,39 @@ class TaskStore:
         return jnp.int32(i)
 
 
-def check_layout(layout: Layout, net: Network) -> None:
-    """Raises TypeError or StoreError unless `net` masks the leaves of this layout."""
-    check_type("net", net, Network)
-    if layout.shapes != net.layout.shapes:
-        raise StoreError(
-            f"the store holds masks of {layout.shapes}, but the network masks {net.layout.shapes}"
-        )
-    if layout != net.layout:
-        raise StoreError(
-            f"the store's masks have the structure {layout.treedef}, "
-            f"but the network's {net.layout.treedef}"
-        )
+def checked_mask(layout: Layout, mask: PyTree, what: str) -> list[jax.Array]:
+    """The leaves of a mask, in order, once they are seen to fit and to hold 0 and 1 only."""
+    leaves = layout.leaves(mask, what)
+    for name, leaf in zip(layout.shapes, leaves, strict=True):
+        check_binary(name, leaf)
+    return leaves
 
 
-def check_same_network(layout: Layout, seed: Any, fingerprint: jax.Array, net: Network) -> None:
-    """Raises StoreError unless a store of this layout, seed and fingerprint belongs to `net`.
+def checked_task(
+    task: Task | PyTree, layout: Layout, like_state: PyTree
+) -> tuple[list[jax.Array], PyTree]:
+    """The leaves of a task's mask, in order, and its statistics, once they are seen to fit.
 
-    As `MaskStore.check_fits` says.
+    task: a Task, or a bare mask where there are no statistics. like_state: shapes and dtypes.
+    Raises TypeError or ValueError, naming the leaf, as `MaskStore.append`.
     """
-    check_layout(layout, net)
-    seeds = seed, net.seed
-    if not any(seed is None or isinstance(seed, jax.core.Tracer) for seed in seeds):
-        mine, theirs = map(int, seeds)
-        if mine != theirs:
-            raise StoreError(
-                f"the store belongs to other weights: drawn from seed {mine}, this network's "
-                f"from seed {theirs}"
+    if isinstance(task, TrainResult):
+        raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
+    mask, state = task if isinstance(task, Task) else (task, None)
+    leaves = checked_mask(layout, mask, "the mask")
+    if jax.tree.structure(state) != jax.tree.structure(like_state):
+        if like_state is None:
+            raise ValueError("the network has no state, but the task brings one")
+        raise ValueError(
+            f"append Task(mask, state) with the statistics {list(named_leaves(like_state))}: "
+            f"the network has state; got {list(named_leaves(state))}"
+        )
+    for (name, want), got in zip(
+        named_leaves(like_state).items(), jax.tree.leaves(state), strict=True
+    ):
+        if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
+            raise ValueError(
+                f"state must be {want.dtype} {want.shape} at {name!r}, "
+                f"got {jnp.result_type(got)} {jnp.shape(got)}"
             )
-    if net._fingerprint and not isinstance(fingerprint, jax.core.Tracer):
-        mine = np.asarray(fingerprint).tobytes()
-        if any(mine) and mine != bytes.fromhex(net._fingerprint):
-            raise StoreError(
-                f"the store belongs to other weights (sha256 {mine.hex()[:12]}...) than this "
-                f"network's ({net._fingerprint[:12]}...)"
-            )
-
-
-def digest_of(net: Network) -> jax.Array:
-    """The fingerprint of the weights as uint8 [32]; zeros inside jit, where they have no values."""
-    digest = bytes(32) if is_traced(net.params) else bytes.fromhex(net.fingerprint)
-    return jnp.asarray(np.frombuffer(digest, np.uint8))
+    return leaves, state

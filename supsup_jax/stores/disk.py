@@ -11,25 +11,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from supsup_jax.checks import check_int
-from supsup_jax.hopfield.store import HopfieldStore
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
-from supsup_jax.stores import arrays, codecs, sharded, store_file
-from supsup_jax.stores.journal import (
-    MANIFEST,
-    Problem,
-    TaskLog,
-    read_alone,
+from supsup_jax.stores import arrays, codecs, journal, records, sharded
+from supsup_jax.stores.base import checked_task
+from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
+from supsup_jax.stores.mask_store import MaskStore
+from supsup_jax.stores.origin import (
+    Origin,
+    arrays_in,
+    as_bytes,
+    manifest_of,
     read_manifest,
-    write_alone,
+    sensible,
 )
-from supsup_jax.stores.mask_store import MaskStore, checked_task
+from supsup_jax.stores.records import Record
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
-from supsup_jax.version import __version__
 
 FORMAT = "supsup_jax.DiskStore"
-VERSION = 1
 WORDS = "words"  # the packed masks of a MaskStore as they are: nothing to decode
 CODECS = (WORDS, *codecs.CODECS)
 MODES = ("r", "a", "x")
@@ -69,14 +69,10 @@ class DiskStore:
     def __init__(self, log: TaskLog, net: Network | None):
         # Made by `open` alone, which checks that log and network belong together.
         self._log, self._net = log, net
-        self._shapes, self._states = _leaves_of(log.manifest)
-        # Without a network, masks are lists of their leaves.
-        self._layout = (
-            net.layout if net else Layout(jax.tree.structure([0] * len(self._shapes)), self._shapes)
-        )
-        self._state_bytes = sum(
-            dtype.itemsize * math.prod(shape) for dtype, shape in self._states.values()
-        )
+        origin, states = read_manifest(log.manifest, FORMAT, log.path, net)
+        self._layout: Layout = net.layout if net else origin.layout
+        self._states = list(states.values())
+        self._state_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._states)
         self._base = None, None  # the last base of an xor-delta, and its leaves
 
     @classmethod
@@ -105,8 +101,9 @@ class DiskStore:
         if not isinstance(net, Network) and (new or net is not None):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
         if new:
-            return cls(TaskLog.create(path, manifest_of(net)), net)
-        check_manifest(read_manifest(path), path, net)
+            manifest = manifest_of(FORMAT, Origin.of(net), net.state)
+            return cls(TaskLog.create(path, manifest), net)
+        read_manifest(journal.read_manifest(path), FORMAT, path, net)  # before a writer mends it
         return cls(TaskLog.open(path, writes=mode == "a", timeout=timeout), net)
 
     def __len__(self) -> int:
@@ -149,9 +146,20 @@ class DiskStore:
         unless the store is open for appending; OSError where the disk is full, and then the store
         holds what it held.
         """
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._state)
-        leaves, state = checked_task(task, self._layout, like)
-        return self._append(leaves, jax.tree.leaves(state), name, labels, codec, base, durable)
+        leaves, state = checked_task(task, self._layout, self._network().state)
+        _check_names(name, labels)
+        leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
+        codec, mask = self._coded(leaves, codec, base)
+        metadata = {
+            "name": name,
+            "labels": None if labels is None else list(labels),
+            "codec": codec,
+            "base": base,
+            "kept": [int(np.count_nonzero(leaf)) for leaf in leaves],
+            "mask_bytes": len(mask),
+        }
+        body = [mask, *map(as_bytes, jax.tree.leaves(state))]
+        return self._log.append(metadata, body, durable=durable)
 
     def extend(self, store: MaskStore, names: Sequence[str] | None = None) -> range:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
@@ -173,15 +181,16 @@ class DiskStore:
 
         Raises as `task`, FileExistsError where something is, OSError for the rest.
         """
+        if Path(path).exists():
+            raise FileExistsError(f"{path} exists; name a new file")
         record = self._log.read(self._index(i))
-        coding = self._coding(record, i)
         metadata, body = record.metadata, [record.body]
+        coding = self._coding(record, i)
         if coding.base is not None:  # which the other store need not hold
-            mask = self._layout.tree(self._read_leaves(coding, i))
-            coded = codecs.encode(mask)
-            metadata |= {"codec": codecs.codec_of(coded), "base": None, "mask_bytes": len(coded)}
-            body = [coded, record.body[len(coding.mask) :]]
-        write_alone(path, self.manifest, metadata, body)
+            mask = codecs.encode_leaves(self._layout, self._leaves(coding, i))
+            coded = {"codec": codecs.codec_of(mask), "base": None, "mask_bytes": len(mask)}
+            metadata, body = metadata | coded, [mask, record.body[len(coding.mask) :]]
+        records.write_alone(path, self.manifest, metadata, body)
 
     def append_file(self, path: str | os.PathLike) -> int:
         """Adds the task in a file of `export`, and returns its number.
@@ -189,55 +198,17 @@ class DiskStore:
         Raises FileNotFoundError, StoreError where it is damaged or of another network, and as
         `append`.
         """
-        manifest, record = read_alone(path)
-        check_manifest(manifest, Path(path), self._net)
+        manifest, record = records.read_alone(path)
+        read_manifest(manifest, FORMAT, path, self._net)
         for field in ("layout", "states", "fingerprint"):
-            if manifest.get(field) != self.manifest[field]:
+            if manifest[field] != self.manifest[field]:
                 raise StoreError(
                     f"{path} holds a task of another network: its {field} is "
-                    f"{manifest.get(field)}, that of {self.path} is {self.manifest[field]}"
+                    f"{manifest[field]}, that of {self.path} is {self.manifest[field]}"
                 )
-        with store_file.sensible(path):
-            if record.metadata["base"] is not None:
-                raise ValueError("a mask coded against another task")
-        self._read_words(self._coding(record, 0), 0)
+        coding = self._coding(record, 0)  # which is coded against no other, being the first
+        self._words(coding, 0)
         return self._log.append(record.metadata, [record.body])
-
-    def save_reservoir(self, store: HopfieldStore) -> None:
-        """Keeps the Hopfield networks of HopSupSup in the folder, in place of those before.
-
-        Raises StoreError unless they are of this network and the folder is open for appending.
-        """
-        store.check_fits(self._network())
-        self._log.check_writable()
-        metadata = {"rule": store.rule, "num_tasks": int(store.num_tasks)}
-        arrays = jax.tree.leaves((store.weights, store.total))
-        body = [
-            np.asarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays
-        ]
-        write_alone(self.path / RESERVOIR, self.manifest, metadata, body, overwrite=True)
-
-    def load_reservoir(self) -> HopfieldStore:
-        """What `save_reservoir` keeps.
-
-        Raises FileNotFoundError where nothing is kept, StoreError where it is damaged.
-        """
-        net, path = self._network(), self.path / RESERVOIR
-        manifest, record = read_alone(path)
-        check_manifest(manifest, path, net)
-        sizes = [math.prod(shape) for _, shape in self._shapes]
-        kinds = [("<f4", (d, d)) for d in sizes] + [("<i4", (d,)) for d in sizes]
-        arrays, data = [], record.body
-        with store_file.sensible(path):
-            for dtype, shape in kinds:
-                size = 4 * math.prod(shape)
-                arrays.append(np.frombuffer(data[:size], dtype).reshape(shape))
-                data = data[size:]
-            rule, num_tasks = record.metadata["rule"], record.metadata["num_tasks"]
-            if data or type(num_tasks) is not int or num_tasks < 0:
-                raise ValueError(f"{num_tasks!r} tasks, and {len(data):,} bytes too many")
-            half = len(sizes)
-            return HopfieldStore.of_arrays(net, rule, num_tasks, arrays[:half], arrays[half:])
 
     def flush(self) -> None:
         """Returns when all tasks are on the device: for `append(durable=False)`."""
@@ -247,7 +218,7 @@ class DiskStore:
         """What is known of task i. Raises as `task`."""
         record = self._log.read(self._index(i))
         coding, fields = self._coding(record, i), record.metadata
-        with store_file.sensible(self.path):
+        with sensible(self.path):
             name, labels, kept = (fields[name] for name in ("name", "labels", "kept"))
             if not (name is None or isinstance(name, str)):
                 raise ValueError(f"the name {name!r}")
@@ -258,7 +229,7 @@ class DiskStore:
                 None if labels is None else tuple(labels),
                 coding.codec,
                 coding.base,
-                dict(zip((leaf for leaf, _ in self._shapes), map(int, kept), strict=True)),
+                dict(zip(self._layout.shapes, map(int, kept), strict=True)),
                 len(coding.mask),
                 self._state_bytes,
             )
@@ -270,9 +241,8 @@ class DiskStore:
         """
         net, i = self._network(), self._index(i)
         record = self._log.read(i)
-        mask = self._layout.tree(self._read_leaves(self._coding(record, i), i))
-        state = jax.tree.structure(net.state).unflatten(self._read_state(record))
-        return Task(mask, state)
+        mask = self._layout.tree(self._leaves(self._coding(record, i), i))
+        return Task(mask, jax.tree.structure(net.state).unflatten(self._state(record)))
 
     def words(self, i: int) -> np.ndarray:
         """The packed mask of task i, uint32 [nw]. Raises as `task`; needs no network."""
@@ -297,8 +267,7 @@ class DiskStore:
             return sharded.of_tasks(
                 net, len(ids), lambda slots: (self._fields(ids[slot]) for slot in slots), mesh
             )
-        tasks = arrays.of_tasks(net.layout, net.state, len(ids), map(self._fields, ids))
-        return MaskStore.of_bank(net, tasks, len(ids))
+        return MaskStore.of_tasks(net, len(ids), map(self._fields, ids))
 
     def parts(self, size: int = 1024) -> "Parts":
         """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
@@ -314,7 +283,7 @@ class DiskStore:
         """Every byte of the folder against its checksums: what is wrong with it, or nothing."""
         problems = self._log.verify()
         try:
-            read_alone(self.path / RESERVOIR)
+            records.read_alone(self.path / RESERVOIR)
         except FileNotFoundError:
             pass
         except StoreError as error:
@@ -334,10 +303,6 @@ class DiskStore:
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, {len(self):,} tasks)"
 
-    @property
-    def _state(self):
-        return self._network().state
-
     def _network(self):
         if self._net is None:
             raise StoreError(f"{self.path} was opened without a network: pass net to open")
@@ -348,11 +313,8 @@ class DiskStore:
             raise TypeError(f"a task's number must be an integer, got {i!r}")
         return i.__index__()
 
-    def _append(self, leaves, state, name, labels, codec, base, durable):
-        if not (name is None or isinstance(name, str)):
-            raise TypeError(f"name must be a str, got {name!r}")
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):
-            raise TypeError(f"labels must be a list of str, got {labels!r}")
+    def _coded(self, leaves, codec, base):
+        """The codec of a mask, chosen where it is "auto", and the mask in it."""
         if codec not in (codecs.AUTO, *CODECS):
             raise ValueError(
                 f"codec must be {codecs.AUTO!r} or one of {list(CODECS)}, got {codec!r}"
@@ -362,42 +324,27 @@ class DiskStore:
                 f"codec {codecs.DELTA!r} takes base=, the number of an earlier task; "
                 f"got codec {codec!r} and base {base!r}"
             )
-        mask, against = self._layout.tree(leaves), None
         if base is not None:
-            against = self._layout.tree(self._leaves(self._index(base)))
-        if codec == codecs.AUTO:
-            codec = self._densest(mask)
-        coded = (
-            np.asarray(arrays.pack_leaves(leaves, self._layout)).astype("<u4").tobytes()
-            if codec == WORDS
-            else codecs.encode(mask, codec, against)
-        )
-        metadata = {
-            "name": name,
-            "labels": None if labels is None else list(labels),
-            "codec": codec,
-            "base": base,
-            "kept": [int(np.count_nonzero(leaf)) for leaf in leaves],
-            "mask_bytes": len(coded),
-        }
-        state = [store_file.as_native(np.ascontiguousarray(leaf)) for leaf in state]
-        body = [coded, *(leaf.tobytes() for leaf in state)]
-        return self._log.append(metadata, body, durable=durable)
-
-    def _densest(self, mask):
-        sizes = codecs.coded_bytes(mask)
-        few = {"csc16": sizes.csc16, "enumerative": sizes.enumerative}
-        best = min((size, name) for name, size in few.items() if size is not None)
-        return best[1] if best[0] < 0.9 * 4 * self._layout.num_words else WORDS
+            against = self._leaves_of(self._index(base))
+            return codec, codecs.encode_leaves(self._layout, leaves, codec, against)
+        most = 0.9 * 4 * self._layout.num_words
+        bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
+        if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
+            coded = codecs.encode_leaves(self._layout, leaves, "enumerative")
+            if len(coded) < most:
+                return "enumerative", coded
+        if codec in (codecs.AUTO, WORDS):
+            return WORDS, as_bytes(arrays.pack_leaves(leaves, self._layout))
+        return codec, codecs.encode_leaves(self._layout, leaves, codec)
 
     def _fields(self, i):
         """The words and the leaves of the statistics of task i."""
         record = self._log.read(i)
-        return self._read_words(self._coding(record, i), i), self._read_state(record)
+        return self._words(self._coding(record, i), i), self._state(record)
 
-    def _coding(self, record, i):
+    def _coding(self, record: Record, i: int) -> "_Coding":
         """How the mask of a record is coded, once that is seen to fit this store's network."""
-        with store_file.sensible(self.path):
+        with sensible(self.path):
             codec, base, size = (record.metadata[name] for name in ("codec", "base", "mask_bytes"))
             if codec not in CODECS or (codec == codecs.DELTA) != (base is not None):
                 raise ValueError(f"task {i} in codec {codec!r} with base {base!r}")
@@ -412,38 +359,33 @@ class DiskStore:
                 raise ValueError(f"task {i} in {size:,} bytes, not {self._layout.num_words} words")
         return _Coding(codec, base, record.body[:size])
 
-    def _read_words(self, coding, i):
+    def _words(self, coding, i):
         if coding.codec == WORDS:
             return np.frombuffer(coding.mask, "<u4")
-        return np.asarray(arrays.pack_leaves(self._read_leaves(coding, i), self._layout))
+        return np.asarray(arrays.pack_leaves(self._leaves(coding, i), self._layout))
 
-    def _read_leaves(self, coding, i):
+    def _leaves(self, coding, i):
+        """The mask of task i, bool leaves in the layout's order."""
         if coding.codec == WORDS:
-            return self._unpack(np.frombuffer(coding.mask, "<u4"))
-        against = None if coding.base is None else self._layout.tree(self._leaves(coding.base))
+            planes = np.frombuffer(coding.mask, "u1").reshape(-1, 4)
+            bits = np.unpackbits(planes, axis=1, bitorder="little").T.reshape(-1).view(bool)
+            shapes = [shape for _, shape in self._layout.named_shapes]
+            return codecs.split(bits[: self._layout.num_weights], shapes)
+        against = None if coding.base is None else self._leaves_of(coding.base)
         try:
-            return jax.tree.leaves(codecs.decode(coding.mask, self._layout, against))
+            return codecs.decode_leaves(coding.mask, self._layout, against)
         except StoreError as error:
             raise StoreError(f"{self.path}: the mask of task {i}: {error}") from error
 
-    def _leaves(self, i):
+    def _leaves_of(self, i):
         """The mask of a base, which several deltas are likely to share."""
         if self._base[0] != i:
-            self._base = i, self._read_leaves(self._coding(self._log.read(i), i), i)
+            self._base = i, self._leaves(self._coding(self._log.read(i), i), i)
         return self._base[1]
 
-    def _unpack(self, words):
-        planes = np.unpackbits(words.view("u1").reshape(-1, 4), axis=1, bitorder="little")
-        flat = np.ascontiguousarray(planes.T).reshape(-1).view(bool)
-        return jax.tree.leaves(self._layout.unravel(flat))
-
-    def _read_state(self, record):
-        data, leaves = record.body[len(record.body) - self._state_bytes :], []
-        for dtype, shape in self._states.values():
-            size = dtype.itemsize * math.prod(shape)
-            leaves.append(np.frombuffer(data[:size], dtype).reshape(shape))
-            data = data[size:]
-        return leaves
+    def _state(self, record):
+        start = len(record.body) - self._state_bytes
+        return arrays_in(record.body[start:], self._states, self.path)
 
 
 class _Coding(NamedTuple):
@@ -469,55 +411,8 @@ class Parts:
             yield self._disk.load(slice(start, start + self._size))
 
 
-def check_manifest(manifest: dict[str, Any], path: Path, net: Network | None) -> None:
-    """Raises StoreError unless a DiskStore's manifest makes sense and belongs to `net`."""
-    if manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} is not a {FORMAT}: its manifest names {manifest.get('format')!r}")
-    if manifest.get("version") != VERSION:
-        raise StoreError(
-            f"{path} has format version {manifest.get('version')}, this release reads {VERSION}: "
-            "upgrade supsup_jax to read it"
-        )
-    with store_file.sensible(path):
-        _leaves_of(manifest)
-        if net is not None:
-            store_file.check_network(path, manifest, net)
-            if manifest["states"] != (have := store_file.state_fields(net)):
-                raise StoreError(
-                    f"{path} holds statistics {manifest['states']}, the network has {have}"
-                )
-
-
-def _leaves_of(manifest):
-    """((name, shape), ...) of the masked leaves, and {name: (dtype, shape)} of the statistics.
-
-    Raises KeyError, TypeError or ValueError for a manifest that makes no sense.
-    """
-    shapes = tuple((name, tuple(shape)) for name, shape in manifest["layout"])
-    if not isinstance(manifest["states"], dict):
-        raise TypeError(f"the statistics {manifest['states']!r}")
-    states = {
-        name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in manifest["states"].items()
-    }
-    if any(dtype.hasobject or not isinstance(name, str) for name, (dtype, _) in states.items()):
-        raise ValueError(f"the statistics {states!r}")
-    if not (shapes and all(isinstance(name, str) for name, _ in shapes)):
-        raise ValueError(f"the leaves {shapes!r}")
-    sizes = [size for _, shape in (*shapes, *states.values()) for size in shape]
-    if not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError(f"the shapes {shapes!r} and {states!r}")
-    return shapes, states
-
-
-def manifest_of(net: Network) -> dict[str, Any]:
-    """The manifest of a store of `net`'s tasks; `docs/format.md` says what stands in it."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "initializer": net.initializer,
-        "seed": None if net.seed is None else int(net.seed),
-        "fingerprint": net.fingerprint,
-        "layout": [[name, list(shape)] for name, shape in net.layout.named_shapes],
-        "states": store_file.state_fields(net),
-        "versions": {"supsup_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
-    }
+def _check_names(name, labels):
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"name must be a str, got {name!r}")
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):
+        raise TypeError(f"labels must be a list of str, got {labels!r}")

@@ -20,39 +20,23 @@ Reads copy from the file, never map it: a mapped file that is cut short kills it
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from supsup_jax.stores import records
+from supsup_jax.stores.records import ENTRY_BYTES, Entry, Record
 from supsup_jax.types import StoreError, TaskIdError
 
 MANIFEST, RECORDS, INDEX = "manifest.json", "tasks.bin", "index.bin"
 
-_MAGIC = b"SSRC"
-_HEAD = struct.Struct("<4sIQQ")  # magic, bytes of the metadata, bytes of the body, task
-_ENTRY = struct.Struct("<QQQ32s")  # task, offset, bytes of the record, its sha256
-_CHECK_BYTES = 8
-_SHA_BYTES = 32
-_HEAD_BYTES = _HEAD.size + _CHECK_BYTES
-_ENTRY_BYTES = _ENTRY.size + _CHECK_BYTES
-_ALIGN = 64  # where a body starts in its record
 _MAX_MANIFEST_BYTES = 1 << 24
 _PARTIAL = MANIFEST + ".partial"
 
 # Linux has the cheaper call, which leaves out what a reader does not need, such as times.
 _flush = getattr(os, "fdatasync", os.fsync)
-
-
-class Record(NamedTuple):
-    """One task's record, unharmed. body: as it was given to `append`."""
-
-    metadata: dict[str, Any]
-    body: memoryview
 
 
 class Problem(NamedTuple):
@@ -82,16 +66,6 @@ def _allowed(path: Path, writes: bool) -> Iterator[None]:
         ) from error
 
 
-class _Entry(NamedTuple):
-    offset: int
-    length: int
-    sha256: bytes
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
-
-
 class TaskLog:
     """The folder `path` of records 0, 1, ..., open for reading or also for appending.
 
@@ -101,7 +75,7 @@ class TaskLog:
     def __init__(self, path: Path, manifest: dict[str, Any], writes: bool):
         self.path, self.manifest, self.writes = path, manifest, writes
         self._file = path / RECORDS
-        self._entries: list[_Entry | None] = []  # None where a damaged record must lie
+        self._entries: list[Entry | None] = []  # None where a damaged record must lie
         self._end = 0  # of the last record
         flags = os.O_RDWR if writes else os.O_RDONLY
         with _allowed(path, writes):
@@ -133,16 +107,17 @@ class TaskLog:
             what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
             raise FileExistsError(f"{path} holds {what}; name a new folder")
         with _allowed(path, writes=True):
-            _write(path / RECORDS, b"", os.O_CREAT)
+            records.write_file(path / RECORDS, [], os.O_CREAT)
         log = cls(path, manifest, writes=True)
         try:
             log._lock(0)
             if os.fstat(log._records).st_size or (path / MANIFEST).exists():
                 raise FileExistsError(f"{path} holds the records of a store; name a new folder")
-            _write(path / _PARTIAL, _signed_manifest(manifest), os.O_CREAT | os.O_TRUNC)
+            text = records.signed_manifest(manifest)
+            records.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
             os.replace(path / _PARTIAL, path / MANIFEST)
             for folder in (path, path.parent):
-                _flush_folder(folder)
+                records.flush_folder(folder)
         except BaseException:
             log.close()
             raise
@@ -188,17 +163,17 @@ class TaskLog:
         """
         self._check_open(writes=True)
         task = len(self._entries)
-        data = _record_bytes(task, metadata, body)
-        entry = _Entry(self._end, len(data), data[-_SHA_BYTES:])
+        data = records.record_bytes(task, metadata, body)
+        entry = Entry(self._end, len(data), data[-records.SHA_BYTES :])
         try:
-            _write_at(self._records, data, entry.offset)
+            records.write_at(self._records, data, entry.offset)
             if durable:
                 _flush(self._records)
-            _write_at(self._index, _entry_bytes(task, entry), task * _ENTRY_BYTES)
+            records.write_at(self._index, records.entry_bytes(task, entry), task * ENTRY_BYTES)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._records, entry.offset)
-                os.ftruncate(self._index, task * _ENTRY_BYTES)
+                os.ftruncate(self._index, task * ENTRY_BYTES)
             raise OSError(
                 error.errno,
                 f"{os.strerror(error.errno)}: task {task} was not appended, the store holds the "
@@ -207,7 +182,7 @@ class TaskLog:
             ) from error
         except BaseException:  # such as an interrupt: nothing half-written stays
             os.ftruncate(self._records, entry.offset)
-            os.ftruncate(self._index, task * _ENTRY_BYTES)
+            os.ftruncate(self._index, task * ENTRY_BYTES)
             raise
         self._entries.append(entry)
         self._end = entry.end
@@ -237,13 +212,13 @@ class TaskLog:
                 f"{file} was cut short: it has {size:,} bytes, and the record of task {i} needs "
                 f"those from {entry.offset:,} to {entry.end:,}"
             )
-        data = memoryview(_read_at(self._records, entry.offset, entry.length))
-        if _sha256(data[:-_SHA_BYTES]) != entry.sha256 or entry.sha256 != data[-_SHA_BYTES:]:
+        data = memoryview(records.read_at(self._records, entry.offset, entry.length))
+        if records.checksum(data) != entry.sha256:
             raise StoreError(
                 f"{file}: the record of task {i}, {entry.length:,} bytes at {entry.offset:,}, "
                 "does not match its checksum: it is damaged"
             )
-        return _parse_record(data, i, file)
+        return records.parse_record(data, i, file)
 
     def refresh(self) -> int:
         """Takes in what was appended since, by any process, and returns how many records there are.
@@ -252,7 +227,9 @@ class TaskLog:
         """
         self._check_open()
         start = len(self._entries)
-        rows = [_parse_entry(row, start + i) for i, row in enumerate(self._index_rows(start))]
+        rows = [
+            records.parse_entry(row, start + i) for i, row in enumerate(self._index_rows(start))
+        ]
         known = 0  # rows up to the last one that makes sense
         for i, row in enumerate(rows):
             if row is not None:
@@ -348,21 +325,21 @@ class TaskLog:
             os.ftruncate(self._records, self._end)
         if self._index_problems():
             rows = [
-                _entry_bytes(task, entry)
+                records.entry_bytes(task, entry)
                 if entry
-                else _read_at(self._index, task * _ENTRY_BYTES, _ENTRY_BYTES)
+                else records.read_at(self._index, task * ENTRY_BYTES, ENTRY_BYTES)
                 for task, entry in enumerate(self._entries)
             ]
-            _write_at(self._index, b"".join(rows), 0)
-            os.ftruncate(self._index, len(rows) * _ENTRY_BYTES)
+            records.write_at(self._index, b"".join(rows), 0)
+            os.ftruncate(self._index, len(rows) * ENTRY_BYTES)
 
     def _index_rows(self, start):
         """The whole and the last, cut-off entry of the index, from number `start` on."""
         if self._index is None:
             return []
-        size = max(0, os.fstat(self._index).st_size - start * _ENTRY_BYTES)
-        data = _read_at(self._index, start * _ENTRY_BYTES, size)
-        return [data[i : i + _ENTRY_BYTES] for i in range(0, len(data), _ENTRY_BYTES)]
+        size = max(0, os.fstat(self._index).st_size - start * ENTRY_BYTES)
+        data = records.read_at(self._index, start * ENTRY_BYTES, size)
+        return [data[i : i + ENTRY_BYTES] for i in range(0, len(data), ENTRY_BYTES)]
 
     def _index_problems(self):
         rows = self._index_rows(0)
@@ -372,7 +349,7 @@ class TaskLog:
                 missing = len(self._entries) - task
                 found.append(f"lacks the entries of the last {missing} task(s), from {task} on")
                 break
-            if entry is None or rows[task] != _entry_bytes(task, entry):
+            if entry is None or rows[task] != records.entry_bytes(task, entry):
                 found.append(f"the entry of task {task} is damaged")
         if len(rows) > len(self._entries):
             found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
@@ -380,13 +357,15 @@ class TaskLog:
 
     def _whole_record(self, offset, task):
         """The entry of the record of `task` at `offset`, None unless a whole one is there."""
-        length = _record_length(_read_at(self._records, offset, _HEAD_BYTES), task)
+        length = records.record_length(
+            records.read_at(self._records, offset, records.HEAD_BYTES), task
+        )
         # The length may be forged, so the file's own bounds what is read.
         if length is None or offset + length > os.fstat(self._records).st_size:
             return None
-        data = memoryview(_read_at(self._records, offset, length))
-        sha256 = _sha256(data[:-_SHA_BYTES])
-        return _Entry(offset, length, sha256) if sha256 == data[-_SHA_BYTES:] else None
+        data = memoryview(records.read_at(self._records, offset, length))
+        sha256 = records.checksum(data)
+        return Entry(offset, length, sha256) if sha256 else None
 
     def _whole_records_behind(self, offset):
         """How many whole records lie behind `offset`, where none is: what must not be dropped."""
@@ -394,14 +373,13 @@ class TaskLog:
         found, start, step = 0, offset, 1 << 24
         while start < size:
             # Chunks overlap by what a header spans.
-            chunk = _read_at(self._records, start, step + _HEAD_BYTES)
-            at = chunk.find(_MAGIC)
+            chunk = records.read_at(self._records, start, step + records.HEAD_BYTES)
+            at = chunk.find(records.MAGIC)
             while 0 <= at < step:
                 place = start + at
-                head = chunk[at : at + _HEAD_BYTES]
-                task = _HEAD.unpack_from(head)[3] if len(head) == _HEAD_BYTES else None
+                task = records.task_in(chunk[at : at + records.HEAD_BYTES])
                 found += task is not None and self._whole_record(place, task) is not None
-                at = chunk.find(_MAGIC, at + 1)
+                at = chunk.find(records.MAGIC, at + 1)
             start += step
         return found
 
@@ -429,8 +407,8 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
             tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
             if log._whole_records_behind(log._end):
                 aside = log.path / f"aside-{log._end}.bin"
-                data = _read_at(log._records, log._end, size - log._end)
-                _write(aside, data, os.O_CREAT | os.O_EXCL)
+                data = records.read_at(log._records, log._end, size - log._end)
+                records.write_file(aside, [data], os.O_CREAT | os.O_EXCL)
                 done.append(f"set aside in {aside.name}: {tail}, with whole records among them")
             else:
                 done.append(f"dropped {tail}, of an unfinished record")
@@ -449,154 +427,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} {kind} a store's folder: there is no {file.name} in it")
     with open(file, "rb") as stream:
         data = stream.read(_MAX_MANIFEST_BYTES + 1)
-    manifest, rest = split_manifest(data, file)
+    manifest, rest = records.split_manifest(data, file)
     if rest:
         raise StoreError(f"{file} has {len(rest)} bytes too many: it is damaged")
     return manifest
-
-
-def split_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], bytes]:
-    """A manifest, and what follows it in `data`. Raises StoreError, naming `file`."""
-    text, _, rest = data.partition(b"\n")
-    check, rest = rest[:65], rest[65:]
-    if check != _sha256(text).hex().encode() + b"\n":
-        raise StoreError(f"{file} does not match its checksum: it is damaged, or of something else")
-    try:
-        manifest = json.loads(text)
-        if not isinstance(manifest, dict):
-            raise ValueError(f"it is a {type(manifest).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file} makes no sense: {error}") from error
-    return manifest, rest
-
-
-def write_alone(
-    path: str | os.PathLike,
-    manifest: dict[str, Any],
-    metadata: dict[str, Any],
-    body: Sequence[Any],
-    overwrite: bool = False,
-) -> None:
-    """One record as a file of its own, under its manifest: what `read_alone` takes back.
-
-    Raises FileExistsError where something is, unless it is to be overwritten; OSError for the
-    rest. Nothing half-written stays.
-    """
-    path = Path(path)
-    whole = _signed_manifest(manifest) + _record_bytes(0, metadata, body)
-    partial = path.with_name(f".{path.name}.partial")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; name a new file")
-    try:
-        _write(partial, whole, os.O_CREAT | os.O_TRUNC)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
-    """The manifest and the record of a file of `write_alone`.
-
-    Raises FileNotFoundError, and StoreError when it is damaged or something else.
-    """
-    path = Path(path)
-    manifest, data = split_manifest(path.read_bytes(), path)
-    data = memoryview(data)
-    if len(data) < _HEAD_BYTES + _SHA_BYTES or _sha256(data[:-_SHA_BYTES]) != data[-_SHA_BYTES:]:
-        raise StoreError(f"{path}: the task's record does not match its checksum: it is damaged")
-    return manifest, _parse_record(data, 0, path)
-
-
-def _record_bytes(task, metadata, body):
-    text = json.dumps(metadata, separators=(",", ":")).encode()
-    text += b" " * (-(_HEAD_BYTES + len(text)) % _ALIGN)
-    body = [memoryview(part).cast("B") for part in body]
-    head = _HEAD.pack(_MAGIC, len(text), sum(map(len, body)), task)
-    data = b"".join([head, _sha256(head)[:_CHECK_BYTES], text, *body])
-    return data + _sha256(data)
-
-
-def _record_length(head, task):
-    """Bytes of the record that starts with `head`; None unless that is the head of `task`'s."""
-    if len(head) != _HEAD_BYTES or _sha256(head[: _HEAD.size])[:_CHECK_BYTES] != head[_HEAD.size :]:
-        return None
-    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(head)
-    if magic != _MAGIC or number != task:
-        return None
-    return _HEAD_BYTES + text_bytes + body_bytes + _SHA_BYTES
-
-
-def _parse_record(data, task, file):
-    """The Record in `data`, whose checksum is right: what fails here was forged."""
-    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(data)
-    body = _HEAD_BYTES + text_bytes
-    if (magic, number, body + body_bytes) != (_MAGIC, task, len(data) - _SHA_BYTES):
-        raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
-    try:
-        metadata = json.loads(bytes(data[_HEAD_BYTES:body]))
-        if not isinstance(metadata, dict):
-            raise ValueError(f"it is a {type(metadata).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file}: the metadata of task {task} makes no sense: {error}") from error
-    return Record(metadata, data[body:-_SHA_BYTES])
-
-
-def _entry_bytes(task, entry):
-    row = _ENTRY.pack(task, *entry)
-    return row + _sha256(row)[:_CHECK_BYTES]
-
-
-def _parse_entry(row, task):
-    """The entry in 64 bytes of the index; None unless it is that of `task`, unharmed."""
-    if len(row) != _ENTRY_BYTES or _sha256(row[: _ENTRY.size])[:_CHECK_BYTES] != row[_ENTRY.size :]:
-        return None
-    number, *fields = _ENTRY.unpack_from(row)
-    return _Entry(*fields) if number == task else None
-
-
-def _signed_manifest(manifest):
-    text = json.dumps(manifest).encode()
-    return text + b"\n" + _sha256(text).hex().encode() + b"\n"
-
-
-def _sha256(data):
-    return hashlib.sha256(data).digest()
-
-
-def _read_at(fd, offset, size):
-    """Up to `size` bytes, fewer only where the file ends."""
-    data = os.pread(fd, size, offset)
-    if len(data) == size or not data:
-        return data
-    parts = [data]  # the system returns 2 GiB at most at a time
-    while data and (size := size - len(data)):
-        offset += len(data)
-        data = os.pread(fd, size, offset)
-        parts.append(data)
-    return b"".join(parts)
-
-
-def _write_at(fd, data, offset):
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _write(path, data, flags):
-    """A file of `data`, flushed to the device."""
-    fd = os.open(path, os.O_WRONLY | flags, 0o666)
-    try:
-        _write_at(fd, data, 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _flush_folder(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,6 +11,7 @@ has an axis `data` too splits the rows of a batch over it where its size divides
 each device has all rows.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -38,11 +39,12 @@ from supsup_jax.devices import (
     on_mesh,
 )
 from supsup_jax.kernels import contraction
-from supsup_jax.layout import Layout, unpack
+from supsup_jax.layout import WORD_BITS, Layout, unpack
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.stores.mask_store import MaskStore
+from supsup_jax.stores.origin import Origin
 from supsup_jax.types import PyTree, Task
 
 # Where a bank's arrays lie: words by tiles, statistics by slots, the rest on every device.
@@ -74,9 +76,9 @@ def shard(
     held, held_parts = store, 1
     if isinstance(store, ShardedStore):
         held, held_parts = store._store, store._parts
-    devices.check_room(arrays.nbytes(held.layout, held._like_state, capacity // parts), capacity)
-    tasks = _tiled_anew(held, held_parts, capacity, parts)
-    return ShardedStore(_moved(held, tasks, capacity, mesh), mesh)
+    state = arrays.like_state(held.bank)
+    devices.check_room(arrays.nbytes(held.layout, state, capacity // parts), capacity)
+    return _moved(held.with_bank(_tiled_anew(held, held_parts, capacity, parts), capacity), mesh)
 
 
 def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "ShardedStore":
@@ -110,18 +112,18 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
         placed((parts * each, *leaf.shape), each, lambda held, j=j: jax.tree.leaves(held[1])[j])
         for j, leaf in enumerate(like)
     ]
-    store = MaskStore.create(net, 1)
-    tasks = arrays.Bank(
+    bank = arrays.Bank(
         placed((parts * tiles, num_words, lanes), tiles, lambda held: held[0]),
-        np.zeros(store.counts().shape, np.min_scalar_type(parts * each)),
+        np.zeros(WORD_BITS * num_words, np.min_scalar_type(parts * each)),
         jax.tree.unflatten(treedef, states),
         np.int32(num_tasks),
         np.int32(0),
     )
-    return _counted(ShardedStore(_moved(store, tasks, parts * each, mesh), mesh))
+    return _counted(_moved(MaskStore(bank, Origin.of(net), parts * each), mesh))
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("_store",), meta_fields=("mesh",))
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardedStore(TaskStore):
     """The masks of a `MaskStore` over a mesh; made by `shard`.
 
@@ -132,14 +134,10 @@ class ShardedStore(TaskStore):
     `append` fills one device after another. Share out anew, `shard(store, mesh)`, to even that out.
     """
 
-    def __init__(self, store: MaskStore, mesh: Mesh):
-        # A MaskStore whose arrays lie on the mesh, and whose words are tiled device by device: only
-        # what does not read them is asked of it.
-        self._store, self._mesh = store, mesh
-
-    @property
-    def mesh(self) -> Mesh:
-        return self._mesh
+    # A MaskStore whose arrays lie on the mesh, and whose words are tiled device by device: only
+    # what does not read them is asked of it.
+    _store: MaskStore
+    mesh: Mesh
 
     @property
     def num_tasks(self) -> jax.Array:
@@ -166,25 +164,23 @@ class ShardedStore(TaskStore):
 
         Growing moves tasks from device to device, by way of the host.
         """
-        leaves, state = self._store._usable()._fields(task)
-        store = self
+        task, store = self._store.checked(task), self
         if not self._traced and int(self.num_tasks) == self.capacity:
-            store = shard(self, self._mesh, 2 * self.capacity)
+            store = shard(self, self.mesh, 2 * self.capacity)
         in_place = not self._traced and (donate or store is not self)
-        written = store._written(store.num_tasks, leaves, state, in_place, append=True)
+        written = store._written(store.num_tasks, task, in_place, append=True)
         if donate and store is not self:
-            for leaf in jax.tree.leaves(self._store._bank[:3]):
-                leaf.delete()
+            self._store.consume()
         return written
 
     def replace(self, i: int, task: Task | PyTree, *, donate: bool = False) -> "ShardedStore":
         """As `MaskStore.replace`."""
-        i, (leaves, state) = self._index(i), self._store._fields(task)
-        return self._written(i, leaves, state, donate and not self._traced, append=False)
+        i, task = self._index(i), self._store.checked(task)
+        return self._written(i, task, donate and not self._traced, append=False)
 
     def remove(self, i: int) -> "ShardedStore":
         """As `MaskStore.remove`, by way of one device: outside jit only."""
-        return shard(self.gathered().remove(i), self._mesh, self.capacity)
+        return shard(self.gathered().remove(i), self.mesh, self.capacity)
 
     def task(self, i: int) -> Task:
         """Task i on every device, with its statistics, its mask bool. Raises as `mask`."""
@@ -205,31 +201,25 @@ class ShardedStore(TaskStore):
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
         """As `MaskStore.contract`: [..., K] along `task`, of v [..., n] on every device."""
-        self._store._usable()
+        self._store.check_usable()
         return _contract(self, v, implementation)
 
     def certified_scores(self, v: jax.Array) -> jax.Array:
         """As `MaskStore.certified_scores`: devices tell each other their best, and how many doubts
         they have.
         """
-        self._store._usable()
+        self._store.check_usable()
         return _certified_scores(self, v)
 
     def gathered(self) -> MaskStore:
         """The same tasks in one store on one device."""
-        store = self._store._usable()
-        tasks = _tiled_anew(store, self._parts, self.capacity, 1)
-        rest = jax.device_get((store._fingerprint, store._seed))
-        tasks, fingerprint, seed = jax.tree.map(jnp.asarray, (tasks, *rest))
-        return MaskStore(tasks, fingerprint, seed, store._static)
+        bank = _tiled_anew(self._store, self._parts, self.capacity, 1)
+        bank, origin = jax.tree.map(jnp.asarray, (bank, jax.device_get(self._store.origin)))
+        return MaskStore(bank, origin, self.capacity)
 
     def save(self, path: Any, overwrite: bool = False) -> None:
         """Writes the gathered store, as `MaskStore.save`; `MaskStore.load` and `shard` read it."""
         self.gathered().save(path, overwrite)
-
-    def check_holds_tasks(self) -> None:
-        """Raises StoreError when the store is known to be empty, consumed or overfull."""
-        self._store.check_holds_tasks()
 
     def check_fits(self, net: Network) -> None:
         """Raises StoreError as `MaskStore.check_fits`."""
@@ -237,7 +227,7 @@ class ShardedStore(TaskStore):
 
     def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
         """As `TaskStore.spread`: one shard_map over the whole mesh."""
-        mesh, names = self._mesh, self._mesh.axis_names
+        mesh, names, parts = self.mesh, self.mesh.axis_names, self._parts
         rows = [
             len(leaf) for value, spec in args if spec == ROWS for leaf in jax.tree.leaves(value)
         ]
@@ -245,11 +235,10 @@ class ShardedStore(TaskStore):
             names = (TASK,)
         devices = MeshDevices(rows_split=DATA in names)
 
-        def there(spec):
-            return on_axes(names, spec)
+        there = functools.partial(on_axes, names)
 
         def local(tasks, *values):
-            return function(_Shard(tasks, self._store._static, self._parts, devices), *values)
+            return function(_Shard(tasks, self.layout, self.capacity // parts, devices), *values)
 
         specs = [there(spec) for _, spec in args]
         values = [
@@ -259,59 +248,41 @@ class ShardedStore(TaskStore):
             local,
             mesh=mesh,
             in_specs=(BANK, *specs),
-            out_specs=jax.tree.map(there, out, is_leaf=_is_spec),
+            out_specs=jax.tree.map(there, out, is_leaf=lambda spec: isinstance(spec, P)),
             # A network may loop from constants of its own, whose type the check would refuse.
             check_vma=False,
-        )(self._store._bank, *values)
+        )(self._store.bank, *values)
 
     def untyped(self) -> "ShardedStore":
         """The same arrays over a mesh of no explicit axes."""
-        mesh = auto(self._mesh)
-        return ShardedStore(_moved(self._store, self._store._bank, self.capacity, mesh), mesh)
+        return _moved(self._store, auto(self.mesh))
 
     @property
     def _parts(self):
-        return self._mesh.shape[TASK]
+        return self.mesh.shape[TASK]
 
-    @property
-    def _traced(self):
-        return self._store._traced
-
-    def _index(self, i):
-        return self._store._index(i)
-
-    def _written(self, i, leaves, state, in_place, append):
-        mesh, static = self._mesh, self._store._static
+    def _written(self, i, task, in_place, append):
+        mesh, bank = self.mesh, self._store.bank
         if not self._traced:
-            leaves, state = jax.device_put((leaves, state), on_mesh(mesh, WHOLE))
-        write, old = (_write_in_place, _held(self, i)) if in_place else (_write, None)
-        tasks = write(
-            *self._store._bank, i, old, leaves, state, mesh=mesh, static=static, append=append
-        )
-        return ShardedStore(self._store._with(tasks), mesh)
-
-    def tree_flatten_with_keys(self):
-        return [(jax.tree_util.GetAttrKey("store"), self._store)], self._mesh
-
-    @classmethod
-    def tree_unflatten(cls, mesh, leaves):
-        return cls(*leaves, mesh)
+            task = jax.device_put(task, on_mesh(mesh, WHOLE))
+        write = _write_in_place if in_place else _write
+        slot = arrays.Slot(i, _held(self, i) if in_place else None)
+        static = {"mesh": mesh, "layout": self.layout, "capacity": self.capacity, "append": append}
+        bank = write(bank[:3], bank[3:], slot, task, **static)
+        return ShardedStore(self._store.with_bank(bank), mesh)
 
     def __repr__(self) -> str:
-        return f"ShardedStore({self._store!r} over {dict(self._mesh.shape)})"
+        return f"ShardedStore({self._store!r} over {dict(self.mesh.shape)})"
 
 
 class _Shard(MaskStore):
     """What one device holds of a ShardedStore, inside its shard_map: a store of K / D slots."""
 
-    def __init__(self, tasks, static, parts, devices):
-        capacity = static.capacity // parts
+    def __init__(self, bank, layout, capacity, devices):
         first = devices.first(capacity)
-        here = jnp.clip(tasks.num_tasks - first, 0, capacity)
-        super().__init__(
-            tasks._replace(num_tasks=here), None, None, static._replace(capacity=capacity)
-        )
-        self.devices, self._first, self._all_tasks = devices, first, tasks.num_tasks
+        here = jnp.clip(bank.num_tasks - first, 0, capacity)
+        super().__init__(bank._replace(num_tasks=here), Origin(layout), capacity)
+        self.devices, self._first, self._all_tasks = devices, first, bank.num_tasks
 
     @property
     def all_tasks(self):
@@ -338,21 +309,21 @@ def _counted(store):
     """The store with the counts of the masks that it holds."""
 
     def count(store):
-        words, everything = store._bank.words, jnp.ones(store._bank.words.shape[::2], bool)
+        words, everything = store.bank.words, jnp.ones(store.bank.words.shape[::2], bool)
         return store.devices.total(
             contraction.count(words, everything.reshape(-1), store.num_tasks)
         )
 
-    tasks = store._store._bank
-    counts = store.spread(count, out=WHOLE).astype(tasks.counts.dtype)
-    return ShardedStore(store._store._with(tasks._replace(counts=counts)), store.mesh)
+    held = store._store
+    counts = store.spread(count, out=WHOLE).astype(held.bank.counts.dtype)
+    return ShardedStore(held.with_bank(held.bank._replace(counts=counts)), store.mesh)
 
 
 @jax.jit
 def _task(store, i):
     def read(store, i):
         slot = store.slot_of(jnp.clip(i, 0, jnp.maximum(store.all_tasks - 1, 0)))
-        mine = arrays.held(store._bank, jnp.minimum(slot, store.capacity - 1))
+        mine = arrays.held(store.bank, jnp.minimum(slot, store.capacity - 1))
 
         def from_holder(leaf):
             there = jnp.where(slot < store.capacity, leaf, 0).astype(leaf.dtype)
@@ -386,39 +357,27 @@ def _held(store, i):
 
     def read(store, i):
         slot = jnp.minimum(store.slot_of(i), store.capacity - 1)
-        return jax.tree.map(lambda leaf: leaf[None], arrays.held(store._bank, slot))
+        return jax.tree.map(lambda leaf: leaf[None], arrays.held(store.bank, slot))
 
     return store.spread(read, (i, WHOLE), out=SLOTS)
 
 
-def _write_task(
-    words,
-    counts,
-    states,
-    num_tasks,
-    dropped,
-    i,
-    old,
-    leaves,
-    state,
-    *,
-    mesh,
-    static,
-    append,
-):
-    """Task i becomes `leaves` and `state`; an id without a place is dropped. old as in `_held`."""
-    tasks = arrays.Bank(words, counts, states, num_tasks, dropped)
-    store = ShardedStore(MaskStore(tasks, None, None, static), mesh)
-    valid = (i >= 0) & (i < (static.capacity if append else num_tasks))
+def _write_task(large, small, slot, task, *, mesh, layout, capacity, append):
+    """The slot's task exchanged; one without a place is dropped.
 
-    def write(store, i, valid, old, leaves, state):
-        slot = store.slot_of(i)
-        here = valid & (slot < store.capacity)
-        slot = jnp.minimum(slot, store.capacity - 1)
-        if old is not None:
-            old = jax.tree.map(lambda leaf: leaf[0], old)
-        was = store._bank
-        new = arrays._write_if(here, was, slot, old, leaves, state, store.layout)
+    large, small: as in `arrays.append`. slot.held: as in `_held`. task: as in `arrays.write_if`.
+    """
+    bank = arrays.Bank(*large, *small)
+    store = ShardedStore(MaskStore(bank, Origin(layout), capacity), mesh)
+    valid = (slot.i >= 0) & (slot.i < (capacity if append else bank.num_tasks))
+
+    def write(store, i, held, valid, task):
+        place, was = store.slot_of(i), store.bank
+        here = valid & (place < store.capacity)
+        if held is not None:
+            held = jax.tree.map(lambda leaf: leaf[0], held)
+        slot = arrays.Slot(jnp.minimum(place, store.capacity - 1), held)
+        new = arrays.write_if(here, was, slot, task, store.layout)
         # Of all devices one has another count, which all must learn of.
         change = new.counts.astype(jnp.int32) - was.counts.astype(jnp.int32)
         counts = was.counts.astype(jnp.int32) + store.devices.total(change)
@@ -428,20 +387,18 @@ def _write_task(
             dropped=was.dropped + ~valid,
         )
 
-    args = ((i, WHOLE), (valid, WHOLE), (old, SLOTS), (leaves, WHOLE), (state, WHOLE))
+    args = ((slot.i, WHOLE), (slot.held, SLOTS), (valid, WHOLE), (task, WHOLE))
     return store.spread(write, *args, out=BANK)
 
 
-_STATIC = ("mesh", "static", "append")
+_STATIC = ("mesh", "layout", "capacity", "append")
 _write = jax.jit(_write_task, static_argnames=_STATIC)
-_write_in_place = jax.jit(
-    _write_task, static_argnames=_STATIC, donate_argnames=("words", "counts", "states")
-)
+_write_in_place = jax.jit(_write_task, static_argnames=_STATIC, donate_argnames="large")
 
 
 def _tiled_anew(store, parts, new_capacity, new_parts):
     """The bank of a MaskStore tiled in `parts`, as NumPy arrays tiled for others."""
-    tasks, num_tasks = store._bank, int(store.num_tasks)
+    tasks, num_tasks = store.bank, int(store.num_tasks)
     words = np.moveaxis(on_host(tasks.words), 1, 0)  # [nw, tiles, lanes]
     words = words.reshape(len(words), parts, -1)[:, :, : store.capacity // parts]
     words = words.reshape(len(words), -1)[:, :num_tasks]
@@ -463,8 +420,8 @@ def _tiled_anew(store, parts, new_capacity, new_parts):
     )
 
 
-def _moved(store, tasks, capacity, mesh):
-    """A store like this one with the bank `tasks`, its arrays on the mesh."""
+def _moved(store, mesh):
+    """The sharded store of a MaskStore tiled for the mesh, its arrays there."""
 
     def put(tree, spec):
         sharding = on_mesh(mesh, spec)
@@ -477,12 +434,8 @@ def _moved(store, tasks, capacity, mesh):
 
         return jax.tree.map(there, tree)
 
-    return MaskStore(
-        arrays.Bank(*map(put, tasks, BANK)),
-        put(store._fingerprint, WHOLE),
-        put(store._seed, WHOLE),
-        store._static._replace(capacity=capacity),
-    )
+    bank = arrays.Bank(*map(put, store.bank, BANK))
+    return ShardedStore(MaskStore(bank, put(store.origin, WHOLE), store.capacity), mesh)
 
 
 def _resharded(mesh, tree, spec):
@@ -491,7 +444,3 @@ def _resharded(mesh, tree, spec):
         return tree
     sharding = on_mesh(mesh, spec)
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), tree)
-
-
-def _is_spec(leaf):
-    return isinstance(leaf, P)

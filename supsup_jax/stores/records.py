@@ -1,0 +1,217 @@
+"""A record, an entry of the index and a manifest as bytes, and a file of one record.
+
+Knows bytes and JSON, no masks; `docs/format.md` is the page. `journal` keeps many in a folder.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from supsup_jax.types import StoreError
+
+MAGIC = b"SSRC"
+_HEAD = struct.Struct("<4sIQQ")  # magic, bytes of the metadata, bytes of the body, task
+_ENTRY = struct.Struct("<QQQ32s")  # task, offset, bytes of the record, its sha256
+_CHECK_BYTES = 8
+SHA_BYTES = 32
+HEAD_BYTES = _HEAD.size + _CHECK_BYTES
+ENTRY_BYTES = _ENTRY.size + _CHECK_BYTES
+_ALIGN = 64  # where a body starts in its record
+
+
+class Record(NamedTuple):
+    """One task's record, unharmed. body: the buffers it was written from, joined."""
+
+    metadata: dict[str, Any]
+    body: memoryview
+
+
+class Entry(NamedTuple):
+    """Where a record lies, and its checksum."""
+
+    offset: int
+    length: int
+    sha256: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+def record_bytes(task: int, metadata: dict[str, Any], body: Sequence[Any]) -> bytes:
+    """The record of `task`. metadata: a JSON object. body: buffers, to be joined."""
+    text = json.dumps(metadata, separators=(",", ":")).encode()
+    text += b" " * (-(HEAD_BYTES + len(text)) % _ALIGN)
+    body = [memoryview(part).cast("B") for part in body]
+    head = _HEAD.pack(MAGIC, len(text), sum(map(len, body)), task)
+    parts = [head, sha256(head)[:_CHECK_BYTES], text, *body]
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return b"".join([*parts, whole.digest()])
+
+
+def checksum(record: memoryview) -> bytes | None:
+    """The sha256 at the end of a record, where it is that of the bytes before."""
+    end = bytes(record[-SHA_BYTES:])
+    return end if sha256(record[:-SHA_BYTES]) == end else None
+
+
+def record_length(head: bytes, task: int) -> int | None:
+    """Bytes of the record that starts with `head`; None unless that is the head of `task`'s."""
+    if len(head) != HEAD_BYTES or sha256(head[: _HEAD.size])[:_CHECK_BYTES] != head[_HEAD.size :]:
+        return None
+    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(head)
+    if magic != MAGIC or number != task:
+        return None
+    return HEAD_BYTES + text_bytes + body_bytes + SHA_BYTES
+
+
+def parse_record(data: memoryview, task: int, file: Path) -> Record:
+    """The record of `task` in `data`, whose checksum is right: what fails here was forged."""
+    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(data)
+    body = HEAD_BYTES + text_bytes
+    if (magic, number, body + body_bytes) != (MAGIC, task, len(data) - SHA_BYTES):
+        raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
+    try:
+        metadata = json.loads(bytes(data[HEAD_BYTES:body]))
+        if not isinstance(metadata, dict):
+            raise ValueError(f"it is a {type(metadata).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: the metadata of task {task} makes no sense: {error}") from error
+    return Record(metadata, data[body:-SHA_BYTES])
+
+
+def task_in(head: bytes) -> int | None:
+    """Whose record it is, says what may be its head."""
+    return _HEAD.unpack_from(head)[3] if len(head) == HEAD_BYTES else None
+
+
+def entry_bytes(task: int, entry: Entry) -> bytes:
+    """The entry of `task` in the index."""
+    row = _ENTRY.pack(task, *entry)
+    return row + sha256(row)[:_CHECK_BYTES]
+
+
+def parse_entry(row: bytes, task: int) -> Entry | None:
+    """The entry in 64 bytes of the index; None unless it is that of `task`, unharmed."""
+    if len(row) != ENTRY_BYTES or sha256(row[: _ENTRY.size])[:_CHECK_BYTES] != row[_ENTRY.size :]:
+        return None
+    number, *fields = _ENTRY.unpack_from(row)
+    return Entry(*fields) if number == task else None
+
+
+def signed_manifest(manifest: dict[str, Any]) -> bytes:
+    """A manifest's line, and that of its checksum."""
+    text = json.dumps(manifest).encode()
+    return text + b"\n" + sha256(text).hex().encode() + b"\n"
+
+
+def sha256(data: bytes | memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def split_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], memoryview]:
+    """A manifest, and what follows it in `data`. Raises StoreError, naming `file`."""
+    text = data[: data.find(b"\n")]
+    check, rest = data[len(text) + 1 : len(text) + 66], memoryview(data)[len(text) + 66 :]
+    if check != sha256(text).hex().encode() + b"\n":
+        raise StoreError(f"{file} does not match its checksum: it is damaged, or of something else")
+    try:
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it is a {type(manifest).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file} makes no sense: {error}") from error
+    return manifest, rest
+
+
+def write_alone(
+    path: str | os.PathLike,
+    manifest: dict[str, Any],
+    metadata: dict[str, Any],
+    body: Sequence[Any],
+    overwrite: bool = False,
+) -> None:
+    """One record as a file of its own, under its manifest: what `read_alone` takes back.
+
+    Written beside its final name, flushed to disk, then renamed: whatever happens, `path` holds
+    what it held or the whole new file, and nothing half-written stays.
+    Raises FileExistsError where something is, unless it is to be overwritten, FileNotFoundError for
+    a missing folder, OSError for the rest.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file to write")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or name another")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save {path.name} in; create it first")
+    # Of this process alone: two that save to one path shall not write one file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        whole = [signed_manifest(manifest), record_bytes(0, metadata, body)]
+        write_file(partial, whole, os.O_CREAT | os.O_TRUNC)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
+    """The manifest and the record of a file of `write_alone`.
+
+    Raises FileNotFoundError, and StoreError when it is damaged or something else.
+    """
+    path = Path(path)
+    manifest, data = split_manifest(path.read_bytes(), path)
+    if len(data) < HEAD_BYTES + SHA_BYTES or checksum(data) is None:
+        raise StoreError(f"{path}: the record in it does not match its checksum: it is damaged")
+    return manifest, parse_record(data, 0, path)
+
+
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes, fewer only where the file ends."""
+    data = os.pread(fd, size, offset)
+    if len(data) == size or not data:
+        return data
+    parts = [data]  # the system returns 2 GiB at most at a time
+    while data and (size := size - len(data)):
+        offset += len(data)
+        data = os.pread(fd, size, offset)
+        parts.append(data)
+    return b"".join(parts)
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of it, which one call to the system need not."""
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def write_file(path: Path, parts: Sequence[bytes], flags: int) -> None:
+    """A file of these bytes, joined, flushed to the device."""
+    fd = os.open(path, os.O_WRONLY | flags, 0o666)
+    try:
+        offset = 0
+        for part in parts:
+            write_at(fd, part, offset)
+            offset += len(part)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flush_folder(path: Path) -> None:
+    """Returns when the names in a folder are on the device."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
