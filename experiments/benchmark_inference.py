@@ -42,7 +42,7 @@ import tyro
 import supsup_jax as ss
 from experiments import networks, plots, runs, synthetic, timing
 from supsup_jax import data, devices
-from supsup_jax.inference import one_shot as infer
+from supsup_jax.inference import one_shot
 
 DENSE_BYTES = 3 * 2**30
 # Of the device's memory; the store is held once, and made tile by tile.
@@ -86,27 +86,27 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
 
     @jax.jit
     def gradient(net, store, x):
-        return -infer.weight_gradient(net, store.mixture(), x, None, ss.entropy)
+        return -one_shot.Uncertainty(net, ss.entropy).gradient(store.mixture(), x)
 
     contract = jax.jit(lambda store, v: store.contract(v))
     certified = jax.jit(lambda store, v: store.certified_scores(v))
-    one_shot = functools.partial(ss.one_shot, net, store)
+    decide = functools.partial(ss.one_shot, net, store)
     v = gradient(net, store, x)
     packed = np.asarray(store._bank.words)
     start = time.perf_counter()
-    shared = jax.block_until_ready(one_shot(x, per_example=False))
+    shared = jax.block_until_ready(decide(x, per_example=False))
     compile_seconds = time.perf_counter() - start
     measures = {
         "read": lambda: np.bitwise_or.reduce(packed, axis=None),
         "gradient": lambda: gradient(net, store, x),
         "contraction": lambda: contract(store, v),
         "certified": lambda: certified(store, v),
-        "shared": lambda: one_shot(x, per_example=False),
-        "shared/cert": lambda: one_shot(x, per_example=False, implementation="certified"),
-        "1": lambda: one_shot(x[:1]),
-        "8": lambda: one_shot(x[:8]),
-        "128": lambda: one_shot(x),
-        "128/cert": lambda: one_shot(x, implementation="certified"),
+        "shared": lambda: decide(x, per_example=False),
+        "shared/cert": lambda: decide(x, per_example=False, implementation="certified"),
+        "1": lambda: decide(x[:1]),
+        "8": lambda: decide(x[:8]),
+        "128": lambda: decide(x),
+        "128/cert": lambda: decide(x, implementation="certified"),
         "predict": lambda: ss.predict(net, store, x, jnp.arange(128) % num_tasks),
     }
     if oracle:
@@ -115,7 +115,7 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
     row = {
         "network": network,
         "tasks": num_tasks,
-        "right_of_128": int((one_shot(x).task == 0).sum()),
+        "right_of_128": int((decide(x).task == 0).sum()),
         "shared_right": bool(shared.task == 0),
         "compile_seconds": compile_seconds,
         "store_bytes": store.nbytes,
@@ -160,9 +160,7 @@ def measure_side_by_side(network: str, tasks: list[int], rounds: int, seed: int)
 
 def temporary_bytes(net: ss.Network, store: ss.MaskStore, x: jax.Array) -> int:
     """What a shared decision allocates beside its arguments, read off the compiled program."""
-    program = infer._one_shot.lower(
-        net, store, x, objective=ss.entropy, per_example=False, implementation=None
-    ).compile()
+    program = one_shot._one_shot.lower(net, store, x, ss.entropy, False, None).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

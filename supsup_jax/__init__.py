@@ -8,9 +8,9 @@ Names listed in `__all__` are the public interface; what few call is reached by 
 from supsup_jax import hopfield
 from supsup_jax.inference import rejection
 from supsup_jax.inference.evaluation import evaluate, parse_scenario
-from supsup_jax.inference.one_shot import alpha_gradient, one_shot, predict
+from supsup_jax.inference.one_shot import alpha_gradient, one_shot, one_shot_streamed
+from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule, binary_search, descend, oracle, rerank
-from supsup_jax.inference.streamed import one_shot_streamed
 from supsup_jax.masks import (
     ErdosRenyi,
     kept_count,

@@ -37,15 +37,35 @@ class OneDevice:
         del capacity
         return 0
 
+    def best_here(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The highest of scores [..., k], and its task, [...]; of equal ones the lower task."""
+        slot = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        score = jnp.take_along_axis(scores, slot[..., None], axis=-1)[..., 0]
+        return score, self.first(scores.shape[-1]) + slot
+
     def best(self, score: jax.Array, task: jax.Array) -> jax.Array:
-        """The best of every device's best, score and task [...]; of equal ones the lower task."""
+        """The task of the best of every device's `best_here`."""
         del score
         return task
 
+    def argmax(self, scores: jax.Array) -> jax.Array:
+        """The task of the highest of all scores, of each device [..., k]: int32 [...]."""
+        return self.best(*self.best_here(scores))
+
+    def few_here(self, scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """The highest `count` of scores [..., k], or all k, and their tasks."""
+        size = scores.shape[-1]
+        scores, slots = lax.top_k(scores, min(count, size))
+        return scores, self.first(size) + slots.astype(jnp.int32)
+
     def best_few(self, scores: jax.Array, tasks: jax.Array, count: int) -> jax.Array:
-        """As `best`, the best `count` of every device's best few, [..., few] -> [..., count]."""
+        """The tasks [..., count] of the best of every device's `few_here`."""
         del scores
         return tasks[..., :count]
+
+    def across_slots(self, function: Callable, *values: jax.Array) -> jax.Array:
+        """function(values [..., K]) [..., K] of values [..., k] here: the part that is here."""
+        return self.own_slots(function(*map(self.all_slots, values)))
 
     def all_slots(self, values: jax.Array) -> jax.Array:
         """[..., k] -> [..., K]."""
@@ -156,16 +176,18 @@ def auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
-def varying_like(value: jax.Array, like: jax.Array) -> jax.Array:
+def varying_like(value: PyTree, like: jax.Array) -> PyTree:
     """`value`, made to depend on `like` (of at least one element) and otherwise unchanged.
 
-    A loop's carry must enter with the type it leaves with, and a constant that meets sharded data
-    on the way does not. Adding a zero made of that data gives it the type on every release of
-    JAX, where the explicit cast has changed its name.
+    Inside shard_map the gradient in what all devices share is summed over them. And a loop's carry
+    must enter with the type it leaves with, and a constant that meets sharded data on the way does
+    not. Adding a zero made of that data gives it the type on every release of JAX, where the
+    explicit cast has changed its name.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return value  # not inside shard_map
-    return value + (jnp.ravel(like)[0] > 0).astype(value.dtype) * 0
+    here = jnp.ravel(like)[0] > 0
+    return jax.tree.map(lambda leaf: leaf + here.astype(leaf.dtype) * 0, value)
 
 
 def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:

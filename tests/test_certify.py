@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import supsup_jax as ss
 from supsup_jax.kernels import certify, contraction
+from supsup_jax.layout import pack, unpack
 from tests.test_contraction import problem
 
 BRANCHES = {  # (COARSE_PLANES, SHORTLIST) that lead to each
@@ -22,18 +24,20 @@ def branch(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_names_the_exact_task(branch, seed):
-    words, masks, v, num_tasks = problem(9, 2, 16, 27, seed=seed)
-    exact = masks @ v.astype(np.float64)
-    scores = np.asarray(certify.best_scores(words, jnp.asarray(v), num_tasks))
-    assert scores.argmax() == exact[:27].argmax()
-    assert (scores[27:] == -np.inf).all()
-    in_doubt = np.isclose(scores[:27], exact[:27], rtol=1e-4, atol=1e-4)
-    # Each branch is really taken: 3 planes leave coarse scores where they are not exact.
-    coarse = np.asarray(contraction.contract(words, jnp.asarray(v), num_tasks, "popcount", 3))
-    was_close = np.isclose(coarse[:27], exact[:27], rtol=1e-4, atol=1e-4)
-    assert in_doubt.all() if branch != "rescore" else in_doubt.sum() > was_close.sum() + 1
+def test_names_the_exact_task(branch):
+    best = jax.jit(lambda *arrays: certify.best_scores(*arrays))
+    three_planes = jax.jit(lambda *arrays: contraction.contract(*arrays, "popcount", 3))
+    for seed in range(10):
+        words, masks, v, num_tasks = problem(9, 2, 16, 27, seed=seed)
+        exact = masks @ v.astype(np.float64)
+        scores = np.asarray(best(words, v, num_tasks))
+        assert scores.argmax() == exact[:27].argmax()
+        assert (scores[27:] == -np.inf).all()
+        in_doubt = np.isclose(scores[:27], exact[:27], rtol=1e-4, atol=1e-4)
+        # Each branch is really taken: 3 planes leave coarse scores where they are not exact.
+        coarse = np.asarray(three_planes(words, v, num_tasks))
+        was_close = np.isclose(coarse[:27], exact[:27], rtol=1e-4, atol=1e-4)
+        assert in_doubt.all() if branch != "rescore" else in_doubt.sum() > was_close.sum() + 1
 
 
 @pytest.mark.parametrize("planes", [2, 4, 8, 12])
@@ -41,7 +45,7 @@ def test_the_bound_is_met_by_the_worst_pair_and_never_passed(planes):
     _, _, v, _ = problem(9, 1, 2, 2)
     left = np.asarray(certify.fixed_point.residual(jnp.asarray(v).reshape(32, 9), planes))
     worst = np.stack([left.reshape(-1) > 0, left.reshape(-1) < 0])
-    words = jax.vmap(ss.packing.pack)(jnp.asarray(worst)).T[None]
+    words = jax.vmap(pack)(jnp.asarray(worst)).T[None]
     coarse = contraction.contract(words, jnp.asarray(v), jnp.int32(2), "popcount", planes)
     exact = worst @ v.astype(np.float64)
     moved = float((exact - coarse)[0] - (exact - coarse)[1])
@@ -50,22 +54,22 @@ def test_the_bound_is_met_by_the_worst_pair_and_never_passed(planes):
 
 
 def test_ties_go_to_the_lower_task(branch):
-    words, _, v, _ = problem(9, 1, 16, 16)
+    words, _, _, num_tasks = problem(9, 1, 16, 16)
     words = words.at[:, :, 3].set(words[:, :, 11])
-    v = jnp.asarray(v)
-    best = certify.best_scores(
-        words, jnp.where(ss.packing.unpack(words[0, :, 3]).reshape(-1), 1.0, -1.0), jnp.int32(16)
-    )
+    v = jnp.where(unpack(words[0, :, 3]).reshape(-1), 1.0, -1.0)
+    best = jax.jit(lambda *arrays: certify.best_scores(*arrays))(words, v, num_tasks)
     assert int(best.argmax()) == 3
 
 
-def test_inside_jit_and_map(branch):
-    words, masks, v, num_tasks = problem(9, 2, 16, 27, batch=6)
-    best = jax.jit(lambda v: jax.lax.map(lambda v: certify.best_scores(words, v, num_tasks), v))
+@pytest.mark.parametrize("mapped", [jax.vmap, lambda best: functools.partial(jax.lax.map, best)])
+def test_inside_jit_with_map_and_vmap(mapped, monkeypatch):
+    """With 4 planes decisions take all branches, and vmap computes all of them."""
+    monkeypatch.setattr(certify, "COARSE_PLANES", 4)
+    monkeypatch.setattr(certify, "SHORTLIST", 3)
+    words, masks, v, num_tasks = problem(9, 2, 16, 27, batch=20)
+    best = jax.jit(mapped(lambda v: certify.best_scores(words, v, num_tasks)))
     want = (masks @ v.T.astype(np.float64))[:27].argmax(axis=0)
     np.testing.assert_array_equal(best(jnp.asarray(v)).argmax(axis=1), want)
-    batched = jax.vmap(lambda v: certify.best_scores(words, v, num_tasks))(jnp.asarray(v))
-    np.testing.assert_array_equal(batched.argmax(axis=1), want)
 
 
 def test_a_vector_that_is_not_finite_names_some_task():

@@ -30,7 +30,19 @@ def problem(num_words, num_tiles, lanes, num_tasks, batch=None, seed=0):
     return jnp.moveaxis(words, 1, 2), masks.astype(np.float64), v, jnp.asarray(num_tasks)
 
 
-SIZES = [(1, 1, 1, 1), (7, 2, 5, 7), (5, 3, 4, 4)]
+def contract(words, v, num_tasks, *how):
+    """Compiled for this call alone: some tests exchange what the form is made of."""
+    program = jax.jit(lambda *arrays: contraction.contract(*arrays, *how))
+    return program(words, jnp.asarray(v), num_tasks)
+
+
+def superpose(words, alphas, num_tasks):
+    program = jax.jit(lambda *arrays: contraction.superpose(*arrays))
+    return program(words, jnp.asarray(alphas, jnp.float32), num_tasks)
+
+
+# One of everything; and tiles that are full, half full and empty.
+SIZES = [(1, 1, 1, 1), (5, 3, 4, 6)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -38,7 +50,7 @@ SIZES = [(1, 1, 1, 1), (7, 2, 5, 7), (5, 3, 4, 4)]
 @pytest.mark.parametrize("size", SIZES)
 def test_contract_equals_numpy(implementation, batch, size, platform):
     words, masks, v, num_tasks = problem(*size, batch)
-    got = contraction.contract(words, jnp.asarray(v), num_tasks, implementation)
+    got = contract(words, v, num_tasks, implementation)
     np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
 
 
@@ -48,28 +60,31 @@ def test_superpose_equals_numpy(batch, size, platform):
     words, masks, _, num_tasks = problem(*size)
     rng = np.random.default_rng(1)
     alphas = rng.random((len(masks),) if batch is None else (batch, len(masks)))
-    got = contraction.superpose(words, jnp.asarray(alphas, jnp.float32), num_tasks)
+    got = superpose(words, alphas, num_tasks)
     np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["popcount", "select", "matrix"])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("implementation", ["popcount", "select", "matrix", "superpose"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
 def test_blocks_that_do_not_divide_the_words(rows, implementation, monkeypatch):
+    """Of 9 word rows; popcount and select share rows between blocks, the others have a rest."""
     lanes = 6
     monkeypatch.setattr(contraction, "CPU_BLOCK_FLOATS", rows * 32 * lanes)
     monkeypatch.setattr(contraction, "BLOCK_LANES", rows * lanes)
-    words, masks, v, num_tasks = problem(9, 2, lanes, 12, batch=3)
-    got = contraction.contract(words, jnp.asarray(v), num_tasks, implementation)
-    np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
-    alphas = np.random.default_rng(1).random(12)
-    got = contraction.superpose(words, jnp.asarray(alphas, jnp.float32), num_tasks)
-    np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5)
+    words, masks, v, num_tasks = problem(9, 2, lanes, 12, batch=2)
+    if implementation == "superpose":
+        alphas = np.random.default_rng(1).random(12)
+        got = superpose(words, alphas, num_tasks)
+        np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5)
+    else:
+        got = contract(words, v, num_tasks, implementation)
+        np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("planes", [4, 8, 16, 20, 24])
+@pytest.mark.parametrize("planes", [4, 9, 20, 24])
 def test_popcount_errs_by_half_a_step_a_weight_at_most(planes):
     words, masks, v, num_tasks = problem(7, 2, 5, 7)
-    got = contraction.contract(words, jnp.asarray(v), num_tasks, "popcount", planes)
+    got = contract(words, v, num_tasks, "popcount", planes)
     steps = np.abs(v.reshape(32, 7)).max(axis=0) / (2 ** (planes - 1) - 1)
     worst = masks.reshape(-1, 32, 7).sum(axis=1) @ steps / 2
     error = np.abs(got - v.astype(np.float64) @ masks.T)
@@ -82,14 +97,14 @@ def test_popcount_errs_by_half_a_step_a_weight_at_most(planes):
 def test_half_precision_vectors_are_not_rounded_again(implementation):
     words, masks, v, num_tasks = problem(7, 2, 5, 7)
     v = jnp.asarray(v, jnp.bfloat16)
-    got = contraction.contract(words, v, num_tasks, implementation)
+    got = contract(words, v, num_tasks, implementation)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_rounds_the_vectors_only(platform):
     words, masks, v, num_tasks = problem(7, 2, 5, 7, batch=3)
-    got = contraction.contract(words, jnp.asarray(v), num_tasks, "matrix_bf16")
+    got = contract(words, v, num_tasks, "matrix_bf16")
     rounded = np.asarray(jnp.asarray(v).astype(jnp.bfloat16), np.float64)
     np.testing.assert_allclose(got, rounded @ masks.T, rtol=1e-4, atol=1e-4)
     assert np.abs(got - v.astype(np.float64) @ masks.T).max() > 1e-3
@@ -140,10 +155,9 @@ def test_second_derivatives():
 
 
 def test_vmap_equals_a_loop():
-    words, _, v, num_tasks = problem(3, 2, 4, 6, batch=5)
-    v = jnp.asarray(v)
-    got = jax.vmap(lambda v: contraction.contract(words, v, num_tasks))(v)
-    want = np.stack([contraction.contract(words, row, num_tasks) for row in v])
+    words, _, v, num_tasks = problem(3, 2, 4, 6, batch=2)
+    got = jax.vmap(lambda v: contraction.contract(words, v, num_tasks))(jnp.asarray(v))
+    want = np.stack([contract(words, row, num_tasks) for row in v])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -152,10 +166,10 @@ def test_time_follows_tasks_not_capacity():
     words, _, v, num_tasks = problem(3, 3, 4, 4)
     words = words.at[1:].set(jnp.uint32(0xFFFFFFFF))
     for implementation in ("popcount", "select", "matrix"):
-        got = contraction.contract(words, jnp.asarray(v), num_tasks, implementation)
+        got = contract(words, v, num_tasks, implementation)
         assert (got[4:] == 0).all()
     ones = jnp.ones(12)
-    assert float(contraction.superpose(words, ones, num_tasks).max()) <= 4
+    assert float(superpose(words, ones, num_tasks).max()) <= 4
 
 
 def test_an_unknown_implementation_never_falls_back():

@@ -20,9 +20,15 @@ class Loads:
             yield filled_store(self.net, self.masks[first:stop], capacity=4)
 
 
-@pytest.mark.parametrize("per_example", [True, False])
-@pytest.mark.parametrize("objective", [ss.entropy, ss.Superfluous(3)])
-@pytest.mark.parametrize("implementation", [None, "matrix"])
+@pytest.mark.parametrize(
+    ("per_example", "objective", "implementation"),
+    [
+        (True, ss.entropy, None),
+        (False, ss.entropy, "matrix"),
+        (True, ss.Superfluous(3), "matrix"),
+        (False, ss.Superfluous(3), None),
+    ],
+)
 def test_equals_one_store_of_all_tasks(per_example, objective, implementation):
     net = relu_net((6, 8, 5))
     masks = random_masks(net, 9)
@@ -48,16 +54,15 @@ def test_bad_input():
     net = relu_net((6, 8, 5))
     store = filled_store(net, random_masks(net, 2))
     x = jnp.ones((2, 6))
-    with pytest.raises(TypeError, match="gone through twice"):
-        ss.one_shot_streamed(net, (part for part in [store]), x)
-    with pytest.raises(ValueError, match="pass at least one"):
-        ss.one_shot_streamed(net, [], x)
-    with pytest.raises(ValueError, match="store belongs to other weights"):
-        ss.one_shot_streamed(relu_net((6, 8, 5), seed=1), [store], x)
-    with pytest.raises(ValueError, match="says nothing of the others"):
-        ss.one_shot_streamed(net, [store], x, implementation="certified")
-    with pytest.raises(TypeError, match="x must be a float array"):
-        ss.one_shot_streamed(net, [store], np.ones((2, 6), np.uint8))
+    for error, message, *arguments in (
+        (TypeError, "gone through twice", net, (part for part in [store]), x),
+        (ValueError, "pass at least one", net, [], x),
+        (ValueError, "store belongs to other weights", relu_net((6, 8, 5), seed=1), [store], x),
+        (ValueError, "nothing of the others", net, [store], x, ss.entropy, True, "certified"),
+        (TypeError, "x must be a float array", net, [store], np.ones((2, 6), np.uint8)),
+    ):
+        with pytest.raises(error, match=message):
+            ss.one_shot_streamed(*arguments)
 
 
 def test_more_than_memory_says_how_much_and_what_to_do(monkeypatch):

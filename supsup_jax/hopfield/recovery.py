@@ -18,7 +18,8 @@ from jax import lax
 from supsup_jax import masks
 from supsup_jax.checks import check_int, check_type
 from supsup_jax.hopfield.store import HopfieldStore, checked_mask, energy
-from supsup_jax.inference import one_shot as infer
+from supsup_jax.inference.arguments import check_objective
+from supsup_jax.inference.one_shot import Uncertainty
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.types import Objective, PyTree
@@ -106,7 +107,7 @@ def recover(
     check_type("config", config, RecoveryConfig)
     store.check_fits(net)
     store.check_holds_tasks()
-    infer.check_objective(objective)
+    check_objective(objective)
     x = _stacked(x)
     if target is not None:
         leaves = checked_mask(net.layout, target, "target")
@@ -164,44 +165,27 @@ def recover_best(
 @functools.partial(jax.jit, static_argnames="objective")
 def _uncertainty(net, mask, x, *, objective):
     def judge(batch):
-        return infer.uncertainty(net, mask, batch, None, objective).mean()
+        return Uncertainty(net, objective).values(mask, batch).mean()
 
     return jnp.mean(lax.map(judge, x))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "objective"))
 def _recover(net, store, x, target, *, config, objective):
-    optimizer = config.transformation()
-    num_steps = x.shape[0]
+    optimizer, num_steps = config.transformation(), len(x)
+    seen = _relaxed if config.guided else masks.threshold_mask
+    distance = functools.partial(_distance, target)
 
     def uncertainty_of(scores, x):
-        seen = _relaxed if config.guided else masks.threshold_mask
-        return infer.uncertainty(net, jax.tree.map(seen, scores), x, None, objective).mean()
-
-    def energy_of(scores):
-        mask = jax.tree.map(masks.threshold_mask, scores)
-        energies = jax.tree.map(
-            lambda weights, bits: energy(weights, 2 * bits.reshape(-1) - 1), store.weights, mask
-        )
-        return jnp.sum(jnp.stack(jax.tree.leaves(energies)))
-
-    def explained(weights, grad):
-        return jnp.matmul(weights, grad.reshape(-1)).reshape(grad.shape)
-
-    def distance(scores):
-        if target is None:
-            return None
-        return jax.tree.map(
-            lambda z, bits: jnp.sum((z >= 0) != bits, dtype=jnp.int32), scores, target
-        )
+        return Uncertainty(net, objective).values(jax.tree.map(seen, scores), x).mean()
 
     def step(before, batch):
         scores, state = before
         progress, x = batch
         uncertainty, towards = jax.value_and_grad(uncertainty_of)(scores, x)
-        height, downhill = jax.value_and_grad(energy_of)(scores)
+        height, downhill = jax.value_and_grad(_energy)(scores, store.weights)
         if config.guided:
-            towards = jax.tree.map(explained, store.weights, towards)
+            towards = jax.tree.map(_explained, store.weights, towards)
         grads = jax.tree.map(
             lambda f, e: (1 - progress) * f + config.gamma * progress * e, towards, downhill
         )
@@ -218,8 +202,28 @@ def _recover(net, store, x, target, *, config, objective):
         distances = jax.tree.map(
             lambda first, rest: jnp.concatenate([first[None], rest]), distance(start), distances
         )
-    mask = jax.tree.map(lambda z: z >= 0, scores)
-    return Recovery(mask, scores, uncertainty, energies, distances)
+    return Recovery(_bits(scores), scores, uncertainty, energies, distances)
+
+
+def _bits(scores):
+    return jax.tree.map(lambda z: z >= 0, scores)
+
+
+def _distance(target, scores):
+    """Bits of each leaf that differ from the target's; None without one."""
+    if target is not None:
+        return jax.tree.map(
+            lambda mine, wanted: jnp.sum(mine != wanted, dtype=jnp.int32), _bits(scores), target
+        )
+
+
+def _energy(scores, weights):
+    patterns = jax.tree.map(lambda z: 2 * masks.threshold_mask(z).reshape(-1) - 1, scores)
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(energy, weights, patterns))))
+
+
+def _explained(weights, grad):
+    return jnp.matmul(weights, grad.reshape(-1)).reshape(grad.shape)
 
 
 def _relaxed(scores):

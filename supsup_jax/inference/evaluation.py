@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import devices
 from supsup_jax.checks import check_int, check_type
-from supsup_jax.inference import one_shot as infer
+from supsup_jax.devices import in_pieces
+from supsup_jax.inference.arguments import check_objective, check_pair
+from supsup_jax.inference.one_shot import Uncertainty, task_ids
+from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
-from supsup_jax.stores.mask_store import MaskStore
+from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
 # The paper's names (is the id given in training, in testing; are labels shared) and the field's.
@@ -117,7 +119,7 @@ def parse_rule(rule: Rule | Callable | str | None) -> Callable | None:
 
 def evaluate(
     net: Network,
-    store: MaskStore,
+    store: TaskStore,
     stream: Sequence[TaskData],
     protocol: str = "given",
     *,
@@ -150,30 +152,23 @@ def evaluate(
     """
     check_int("batch_size", batch_size, 1)
     decide = parse_protocol(protocol, batch_size)
-    infer.check_pair(net, store)
-    infer.check_objective(objective)
+    check_pair(net, store)
+    check_objective(objective)
     rule = parse_rule(rule)
     store = store.untyped()
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)
-    if not hasattr(stream, "__getitem__"):
-        raise TypeError(
-            f"stream must be a sequence of TaskData, such as a stream's .test, "
-            f"got {type(stream).__name__}"
-        )
     ids = range(num_tasks) if ids is None else [int(i) for i in ids]
-    if len(stream) < len(ids):
-        raise ValueError(f"stream must hold test data of {len(ids)} tasks, got {len(stream)}")
     tasks = range(len(ids)) if tasks is None else tasks
-    if outside := [i for i in tasks if not 0 <= i < len(ids)]:
-        raise TaskIdError(f"tasks must lie in [0, {len(ids)}), got {outside[0]}")
-    least = 0 if decide is None else -1
-    if outside := [i for i in tasks if not least <= ids[i] < num_tasks]:
-        raise TaskIdError(
-            f"ids must lie in [{least}, {num_tasks}) under protocol {protocol!r}, "
-            f"got {ids[outside[0]]} for task {outside[0]}"
-        )
+    _check_stream(stream, len(ids))
+    _check_ids(tasks, ids, num_tasks, protocol)
+
+    def judge(data, i):
+        if decide is None:
+            return _given(net, store, data, i, batch_size=batch_size)
+        return _inferred(net, store, data, protocol=decide, objective=objective, rule=rule)
+
     outcomes, counts, outputs = [], [], None
     for i in progress(tasks):
         counts.append(0)
@@ -186,23 +181,38 @@ def evaluate(
                     f"protocol {protocol!r} needs at least {decide.deciders} test images of each "
                     f"task, {name} holds {data.num_examples}"
                 )
-            if decide is None:
-                outcome = _given(net, store, data, ids[i], batch_size=batch_size)
-            else:
-                outcome = _inferred(
-                    net, store, data, protocol=decide, objective=objective, rule=rule
-                )
-            outcomes.append(outcome)
+            outcomes.append(judge(data, ids[i]))
             counts[-1] += 1
             if len(outcomes) > 1:  # one ahead of the device, and no further
                 outcomes[-2] = jax.device_get(outcomes[-2])
         if not counts[-1]:
             raise ValueError(f"stream[{i}] must hold at least one batch, got none")
-    parts, rows = iter(jax.device_get(outcomes)), []
-    for i, count in zip(tasks, counts, strict=True):
-        outcome = jax.tree.map(lambda *part: np.concatenate(part), *itertools.islice(parts, count))
-        rows.append(_row(i, ids[i], outcome, decide))
-    return rows
+    parts = iter(jax.device_get(outcomes))
+    return [
+        _row(i, ids[i], _joined(itertools.islice(parts, count)), decide)
+        for i, count in zip(tasks, counts, strict=True)
+    ]
+
+
+def _check_stream(stream, num_tasks):
+    if not hasattr(stream, "__getitem__"):
+        raise TypeError(
+            f"stream must be a sequence of TaskData, such as a stream's .test, "
+            f"got {type(stream).__name__}"
+        )
+    if len(stream) < num_tasks:
+        raise ValueError(f"stream must hold test data of {num_tasks} tasks, got {len(stream)}")
+
+
+def _check_ids(tasks, ids, num_tasks, protocol):
+    if outside := [i for i in tasks if not 0 <= i < len(ids)]:
+        raise TaskIdError(f"tasks must lie in [0, {len(ids)}), got {outside[0]}")
+    least = 0 if protocol == "given" else -1
+    if outside := [i for i in tasks if not least <= ids[i] < num_tasks]:
+        raise TaskIdError(
+            f"ids must lie in [{least}, {num_tasks}) under protocol {protocol!r}, "
+            f"got {ids[outside[0]]} for task {outside[0]}"
+        )
 
 
 def _parts(task, name, decide):
@@ -244,77 +254,85 @@ def _given(net, store, data, i, *, batch_size):
         x, y = data.batch(index)
         return _is_right(net(task.mask, x, task.state), y)
 
-    right = devices.in_pieces(judge, jnp.arange(data.num_examples), batch_size)
+    right = in_pieces(judge, jnp.arange(data.num_examples), batch_size)
     return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("protocol", "objective", "rule"))
 def _inferred(net, store, data, *, protocol, objective, rule):
-    mixture = store.mixture()
-
-    def name_tasks(index):
-        """Ids [contexts, groups] for the examples index [contexts, images]."""
-        group = min(protocol.group, index.shape[1])
-        deciders = index.reshape(len(index), -1, group)[:, :, : protocol.deciders]
-
-        if rule is not None and (net.state is not None or protocol.deciders > 1):
-            return lax.map(by_rule, (index, deciders))
-        if rule is not None:  # each image decides alone, whatever its context
-            x, _ = data.batch(deciders.reshape(-1))
-            ids = devices.in_pieces(
-                lambda x: _named(rule, net, store, x, objective, True), x, protocol.context
-            )
-            return ids.reshape(deciders.shape[:2])
-
-        def decide(index, state):
-            """Ids [D] of the decisions by the examples index [D, m]."""
-            x, _ = data.batch(index.reshape(-1))
-            x = x.reshape(*index.shape, *x.shape[1:])
-            return infer.decide_tasks(net, store, mixture, x, state, objective)
-
-        if net.state is None:  # no statistics: all decisions are alike, whatever their context
-            return decide(deciders.reshape(-1, deciders.shape[2]), None).reshape(deciders.shape[:2])
-
-        def in_context(each):
-            index, deciders = each
-            state = infer.frozen_state(net, mixture, data.batch(index)[0])
-            return decide(deciders, state)
-
-        return lax.map(in_context, (index, deciders))
-
-    def by_rule(each):
-        """Ids [groups] of one context."""
-        index, deciders = each  # [images], [groups, m]
-        if protocol.deciders > 1:  # the context is one group, in which all decide
-            return _named(rule, net, store, data.batch(index)[0], objective, False)[None]
-        # Statistics are those of the whole context, so all of it goes in.
-        ids = _named(rule, net, store, data.batch(index)[0], objective, True)
-        return ids[:: len(index) // len(deciders)]
-
-    def judge(each):
-        index, ids = each
-        x, y = data.batch(index)
-        if len(ids) == 1:
-            return _is_right(infer.predict(net, store, x, ids[0]), y)
-        return _is_right(infer.predict(net, store, x, jnp.repeat(ids, len(index) // len(ids))), y)
-
-    parts = []
+    test = _Test(net, store, data, protocol, objective, rule)
     num, size = data.num_examples, protocol.context
-    for start, stop, width in ((0, num - num % size, size), (num - num % size, num, num % size)):
-        if start == stop:
-            continue
-        index = jnp.arange(start, stop).reshape(-1, width)
-        ids = name_tasks(index)
-        right = lax.map(judge, (index, ids)).reshape(-1)
-        each = jnp.repeat(ids.reshape(-1), (stop - start) // ids.size)
-        # Without a task, -1 of a rule that may refuse, an image has no right label either.
-        parts.append(_Outcome(right & (each >= 0), each, ids.reshape(-1)))
-    return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+    rest = num % size
+    ends = [end for end in ((0, num - rest, size), (num - rest, num, rest)) if end[0] < end[1]]
+    return _joined([_outcome(test, *end) for end in ends], jnp)
 
 
-def _named(rule, net, store, x, objective, per_example):
+class _Test(NamedTuple):
+    """What tasks are named for, and by which rule."""
+
+    net: Network
+    store: TaskStore
+    data: TaskData
+    protocol: Protocol
+    objective: Objective
+    rule: Callable | None
+
+
+def _outcome(test, start, stop, width):
+    """Of the examples `start` to `stop` in contexts of `width`."""
+    index = jnp.arange(start, stop).reshape(-1, width)
+    group = min(test.protocol.group, width)
+    deciders = index.reshape(len(index), -1, group)[:, :, : test.protocol.deciders]
+    ids = _ids(test, index, deciders)  # [contexts, groups]
+    right = lax.map(functools.partial(_judged, test), (index, ids)).reshape(-1)
+    each = jnp.repeat(ids.reshape(-1), group)
+    # Without a task, -1 of a rule that may refuse, an image has no right label either.
+    return _Outcome(right & (each >= 0), each, ids.reshape(-1))
+
+
+def _judged(test, each):
+    """Whether each image of one context has the right label under the task named for it."""
+    index, ids = each  # [images], [groups]
+    x, y = test.data.batch(index)
+    task = ids[0] if len(ids) == 1 else jnp.repeat(ids, len(index) // len(ids))
+    return _is_right(predict(test.net, test.store, x, task), y)
+
+
+def _ids(test, index, deciders):
+    """Ids [contexts, groups] named for the examples index [contexts, images]."""
+    shape = deciders.shape
+    alike = test.net.state is None  # no statistics: decisions are alike, whatever their context
+    if test.rule is None:
+        name = functools.partial(_ids_by_one_shot, test, test.store.mixture())
+        if alike:
+            return name((index.reshape(-1), deciders.reshape(-1, shape[2]))).reshape(shape[:2])
+        return lax.map(name, (index, deciders))
+    if alike and test.protocol.deciders == 1:
+        x, _ = test.data.batch(deciders.reshape(-1))
+        name = functools.partial(_named, test, True)
+        return in_pieces(name, x, test.protocol.context).reshape(shape[:2])
+    return lax.map(functools.partial(_ids_by_rule, test), (index, deciders))
+
+
+def _ids_by_one_shot(test, mixture, context):
+    index, deciders = context  # [images], [groups, m]
+    uncertainty = Uncertainty.among(test.net, test.objective, mixture, test.data.batch(index)[0])
+    x, _ = test.data.batch(deciders.reshape(-1))
+    x = x.reshape(*deciders.shape, *x.shape[1:])
+    return task_ids(uncertainty, test.store, mixture, x)
+
+
+def _ids_by_rule(test, context):
+    index, deciders = context  # all go in: their statistics count, or they are one group
+    x, _ = test.data.batch(index)
+    if test.protocol.deciders > 1:
+        return _named(test, False, x)[None]
+    return _named(test, True, x)[:: len(index) // len(deciders)]
+
+
+def _named(test, per_example, x):
     """Ids [B], or [], by a rule that may be the user's."""
-    found = rule(net, store, x, objective=objective, per_example=per_example)
+    found = test.rule(test.net, test.store, x, objective=test.objective, per_example=per_example)
     want = x.shape[:1] if per_example else ()
     if not isinstance(found, TaskBelief) or jnp.shape(found.task) != want:
         raise TypeError(
@@ -322,6 +340,11 @@ def _named(rule, net, store, x, objective, per_example):
             f"and per_example={per_example}, got {found!r}"
         )
     return found.task
+
+
+def _joined(outcomes, numpy=np):
+    """One outcome of several parts, in order."""
+    return jax.tree.map(lambda *part: numpy.concatenate(part), *outcomes)
 
 
 def _is_right(logits, labels):

@@ -5,11 +5,12 @@
     oracle          every mask tried alone
     rerank          the best few of one_shot tried alone
 
-Arguments, beliefs and errors are those of `infer`, where the one gradient is.
+Arguments, beliefs and errors are those of `one_shot`, where the one gradient is.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,13 +18,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from supsup_jax import devices
 from supsup_jax.checks import check_int
-from supsup_jax.devices import ONE_DEVICE, ROWS, WHOLE, varying_like
-from supsup_jax.inference import one_shot as infer
+from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
+from supsup_jax.inference import schedule
+from supsup_jax.inference.arguments import check_call, check_objective
+from supsup_jax.inference.one_shot import Uncertainty, belief, live, one_shot
+from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
-from supsup_jax.stores.mask_store import MaskStore
+from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, TaskBelief
 
 # On CPU the survivors of a binary search are copied together whenever they are a fourth of the
@@ -34,7 +37,7 @@ SMALL = 256
 
 def descend(
     net: Network,
-    store: MaskStore,
+    store: TaskStore,
     x: jax.Array,
     objective: Objective = entropy,
     *,
@@ -51,26 +54,16 @@ def descend(
     per_example needs a mixture per row: [B, n] floats.
     Raises as `one_shot`, and ValueError unless steps is a positive int.
     """
-    infer.check_pair(net, store)
-    infer.check_objective(objective)
-    infer.check_input(x)
+    check_call(net, store, x, objective)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
     check_int("steps", steps, 1)
-    return _descend(
-        net,
-        store,
-        x,
-        objective=objective,
-        optimizer=optimizer,
-        steps=steps,
-        per_example=per_example,
-    )
+    return _descend(net, store, x, objective, per_example, optimizer, steps)
 
 
 def binary_search(
     net: Network,
-    store: MaskStore,
+    store: TaskStore,
     x: jax.Array,
     objective: Objective = entropy,
     per_example: bool = True,
@@ -89,21 +82,17 @@ def binary_search(
     Raises as `one_shot`, TypeError or ValueError unless base is an int of at least 2, and
     ValueError where base > T is known, but for T = 1, in which there is nothing to search.
     """
-    infer.check_pair(net, store)
-    infer.check_objective(objective)
-    infer.check_input(x)
+    check_call(net, store, x, objective)
     check_int("base", base, 2)
     num_tasks = store.num_tasks
     if not isinstance(num_tasks, jax.core.Tracer):
         _check_base(base, int(num_tasks))
-    return _binary_search(
-        net, store, x, objective=objective, per_example=per_example, base=int(base)
-    )
+    return _binary_search(net, store, x, objective, per_example, int(base))
 
 
 def oracle(
     net: Network,
-    store: MaskStore,
+    store: TaskStore,
     x: jax.Array,
     objective: Objective = entropy,
     per_example: bool = True,
@@ -113,15 +102,13 @@ def oracle(
     An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
     per_example False judges the batch's mean. Raises as `one_shot`.
     """
-    infer.check_pair(net, store)
-    infer.check_objective(objective)
-    infer.check_input(x)
-    return _oracle(net, store, x, objective=objective, per_example=per_example)
+    check_call(net, store, x, objective)
+    return _oracle(net, store, x, objective, per_example)
 
 
 def rerank(
     net: Network,
-    store: MaskStore,
+    store: TaskStore,
     x: jax.Array,
     objective: Objective = entropy,
     per_example: bool = True,
@@ -137,21 +124,12 @@ def rerank(
     judge: what the masks on the list are judged by; None is `objective`.
     Raises as `one_shot`, and TypeError or ValueError unless best is an int of at least 1.
     """
-    infer.check_pair(net, store)
-    infer.check_objective(objective)
-    infer.check_input(x)
+    check_call(net, store, x, objective)
     check_int("best", best, 1)
     judge = objective if judge is None else judge
-    infer.check_objective(judge, "judge")
-    return _rerank(
-        net,
-        store,
-        x,
-        objective=objective,
-        per_example=per_example,
-        best=min(int(best), store.capacity),
-        judge=judge,
-    )
+    check_objective(judge, "judge")
+    best = min(int(best), store.capacity)
+    return _rerank(net, store, x, objective, per_example, best, judge)
 
 
 def _check_base(base, num_tasks):
@@ -162,47 +140,37 @@ def _check_base(base, num_tasks):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "optimizer", "steps", "per_example"))
-def _descend(net, store, x, *, objective, optimizer, steps, per_example):
-    def decide(store, net, x):
-        devices = store.devices
-        decisions = x[:, None] if per_example else x[None]
-        state = infer.frozen_state(net, store.mixture(), devices.all_rows(x))
-        # Every device moves the coefficients of all tasks, so that the simplex is one.
-        live = devices.all_slots(store.slots)
-        start = live / store.all_tasks.astype(jnp.float32)
-        alphas = varying_like(jnp.broadcast_to(start[None], (len(decisions), len(live))), x)
-        moments = jax.tree.map(
-            lambda leaf: varying_like(leaf, x) if jnp.ndim(leaf) else leaf, optimizer.init(alphas)
-        )
+@schedule.rule(num_options=2)
+def _descend(net, store, decisions, objective, optimizer, steps):
+    x = decisions.x
+    uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
+    # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
+    held = store.devices.all_slots(store.slots)
+    start = held / store.all_tasks.astype(jnp.float32)
+    start = jnp.broadcast_to(start[None], (len(x), len(held)))
 
-        def gradient(alphas):
-            # One mixture a decision: alphas are batched, so the masks are read once for all.
-            mixtures = jax.vmap(store.mixture)(devices.own_slots(alphas))
-            v = jax.vmap(infer.weight_gradient, (None, 0, 0, None, None))(
-                net, mixtures, decisions, state, objective
-            )
-            return devices.all_slots(store.contract(v if per_example else devices.mean(v)))
+    def gradient(alphas):
+        # One mixture a decision: alphas are batched, so the masks are read once for all.
+        mixtures = jax.vmap(store.mixture)(store.devices.own_slots(alphas))
+        v = decisions.mean(jax.vmap(uncertainty.gradient)(mixtures, x))
+        return store.devices.all_slots(store.contract(v))
 
-        def step(carry, _):
-            alphas, moments = carry
-            updates, moments = optimizer.update(gradient(alphas), moments, alphas)
-            moved = optax.apply_updates(alphas, updates)
-            # More than 1 below the largest lies outside the simplex: empty slots stay at 0.
-            top = jnp.max(jnp.where(live[None], moved, -jnp.inf), axis=-1, keepdims=True)
-            moved = jnp.where(live[None], moved, top - 2)
-            projected = jax.vmap(optax.projections.projection_simplex)(moved)
-            return (projected.astype(jnp.float32), moments), None
+    def step(carry, _):
+        alphas, moments = carry
+        updates, moments = optimizer.update(gradient(alphas), moments, alphas)
+        moved = _onto_simplex(held, optax.apply_updates(alphas, updates))
+        return (moved.astype(jnp.float32), moments), None
 
-        (alphas, _), _ = lax.scan(step, (alphas, moments), None, length=steps)
-        return infer.belief(store, devices.own_slots(alphas if per_example else alphas[0]))
-
-    return _spread(decide, net, store, x, per_example)
+    start = varying_like((start, optimizer.init(start)), x)
+    (alphas, _), _ = lax.scan(step, start, None, length=steps)
+    return belief(store, store.devices.own_slots(alphas))
 
 
-def _spread(decide, net, store, x, per_example):
-    out = infer.belief_spec(per_example)
-    return store.spread(decide, (net, WHOLE), (x, ROWS), out=out)
+def _onto_simplex(held, alphas):
+    """The nearest coefficients [D, K] on the simplex, 0 in slots that hold no task."""
+    # More than 1 below the largest lies outside the simplex.
+    top = jnp.max(jnp.where(held[None], alphas, -jnp.inf), axis=-1, keepdims=True)
+    return jax.vmap(optax.projections.projection_simplex)(jnp.where(held[None], alphas, top - 2))
 
 
 class _Field(NamedTuple):
@@ -213,149 +181,129 @@ class _Field(NamedTuple):
     survived: jax.Array  # float32 [K], rounds
 
 
-def _narrow(field, gradient, base, devices=ONE_DEVICE):
-    """The field after a round in which dF/da was `gradient` [K]; of one survivor, as it is."""
+def _narrow(field, scores, base, devices=ONE_DEVICE):
+    """The field after a round in which -dF/da was `scores` [K]; of one survivor, as it is."""
     keep = (field.num_alive - 1) // base + 1
-    gradient, alive = map(devices.all_slots, (gradient, field.alive))
-    # The sort is stable and takes -0 for 0: of equals the lower id stays. The dead come last.
-    order = jnp.lexsort((gradient, ~alive))
-    alive = jnp.zeros_like(alive).at[order].set(jnp.arange(len(order)) < keep)
-    alive = devices.own_slots(alive)
+
+    def best(scores, alive):
+        # The sort is stable and takes -0 for 0: of equals the lower id stays. The dead come last.
+        order = jnp.lexsort((-scores, ~alive))
+        return jnp.zeros_like(alive).at[order].set(jnp.arange(len(order)) < keep)
+
+    alive = devices.across_slots(best, scores, field.alive)
     return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "per_example", "base"))
-def _binary_search(net, store, x, *, objective, per_example, base):
-    def decide(store, net, x):
-        return _search(net, store, x, objective, per_example, base)
-
+@schedule.rule(num_options=1)
+def _binary_search(net, store, decisions, objective, base):
     # Loops as long as T asks for cannot be differentiated, and here nothing depends on anything.
-    net, x = lax.stop_gradient((net, x))
-    return _spread(decide, net, store, x, per_example)
-
-
-def _search(net, store, x, objective, per_example, base):
-    decisions = x[:, None] if per_example else x[None]
-    everything = store.devices.all_rows(x)
+    net, x, everything = lax.stop_gradient((net, decisions.x, decisions.everything))
+    decisions = decisions._replace(x=x, everything=everything)
     mixture = store.mixture()
-    state = infer.frozen_state(net, mixture, everything)
+    uncertainty = Uncertainty.among(net, objective, mixture, everything)
     # The first round is one_shot: all decisions share its mixture, which the counts hold ready.
-    first = infer.gradient_scores(
-        net, store, mixture, decisions, state, objective, together=not per_example
-    )
-
-    def play(store, field, decision, until):
-        def play_round(field):
-            mixture = store.mixture_of(field.alive)
-            state = infer.frozen_state(net, mixture, everything)
-            v = infer.weight_gradient(net, mixture, decision, state, objective)
-            v = v if per_example else store.devices.mean(v)
-            return _narrow(field, store.contract(v), base, store.devices)
-
-        return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
-
-    def search(store, field, decision, shrink):
-        if not (shrink and store.capacity > SMALL):
-            return play(store, field, decision, until=1).survived
-        size = store.capacity // SHRINK
-        field = play(store, field, decision, until=size)
-        ids = jnp.nonzero(field.alive, size=size, fill_value=0)[0].astype(jnp.int32)
-        few = store.taken(ids, field.num_alive)
-        rest = search(
-            few, field._replace(alive=few.slots, survived=field.survived[ids]), decision, shrink
-        )
-        return field.survived.at[jnp.where(few.slots, ids, store.capacity)].set(rest, mode="drop")
-
-    def decide(each, shrink):
-        gradient, decision = each
-        start = _Field(store.slots, store.all_tasks, jnp.zeros(store.capacity, jnp.float32))
-        return search(store, _narrow(start, gradient, base, store.devices), decision, shrink)
+    first = schedule.map_decisions(uncertainty, store, mixture, decisions)
+    play = functools.partial(_play, net, objective, base, decisions)
 
     # Over a mesh the survivors stay where they are: some devices may hold many, others none.
     alone = store.devices is ONE_DEVICE
-    one_by_one = functools.partial(lax.map, functools.partial(decide, shrink=alone))
-    floats = max(net.layout.num_weights, store.capacity)
-    many = functools.partial(
-        devices.in_pieces,
-        jax.vmap(functools.partial(decide, shrink=False)),
-        size=max(1, infer.GRADIENT_FLOATS // floats),
-    )
-    if net.state is not None:  # each has the whole x to itself
-        many = functools.partial(lax.map, functools.partial(decide, shrink=False))
-    survived = lax.platform_dependent((first, decisions), cpu=one_by_one, default=many)
-    return infer.belief(store, survived if per_example else survived[0])
+    sizes = _sizes(store.capacity) if alone else [1]
+    one_by_one = functools.partial(lax.map, functools.partial(_search, store, play, base, sizes))
+    search = functools.partial(_search, store, play, base, [1])
+    if net.state is None:
+        many = functools.partial(in_pieces, jax.vmap(search), size=schedule.piece_size(store))
+    else:  # each has the whole x to itself
+        many = functools.partial(lax.map, search)
+    survived = lax.platform_dependent((first, x), cpu=one_by_one, default=many)
+    return belief(store, survived)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "per_example"))
-def _oracle(net, store, x, *, objective, per_example):
-    def decide(store, net, x):
-        alone = functools.partial(_judge, net, store, objective, x)
-        scores = infer.over_tasks(store, alone, -jnp.inf, x)
-        return infer.belief(
-            store, scores if per_example else store.devices.mean(scores.mean(axis=0))
-        )
-
-    return _spread(decide, net, store, x, per_example)
+def _sizes(capacity):
+    """How many survivors each stage of a search ends with, until 1 is left."""
+    sizes = []
+    while capacity > SMALL:
+        capacity //= SHRINK
+        sizes.append(capacity)
+    return [*sizes, 1]
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "per_example", "best", "judge"))
-def _rerank(net, store, x, *, objective, per_example, best, judge):
-    def decide(store, net, x):
-        ids = _shortlist(net, store, x, objective, per_example, best)
-        slots, devices = store.slot_of(ids), store.devices
-        if per_example:
-            rows = jnp.repeat(jnp.arange(len(x), dtype=jnp.int32), best)
-            alone = functools.partial(_judge, net, store, judge)
-            judged = infer.grouped(alone, x, rows, slots.reshape(-1)).reshape(slots.shape)
-        else:
-            judged = lax.map(lambda slot: _judge(net, store, judge, x, slot).mean(), slots[0])
-            judged = devices.mean(judged)[None]
-        # Each device has judged its own, and puts them where its own are.
-        scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
-        scores = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))(
-            scores, slots, judged
-        )
-        return infer.belief(store, scores if per_example else scores[0])
-
-    return _spread(decide, net, store, x, per_example)
+def _search(store, play, base, sizes, decision):
+    """Rounds survived [K]; survivors of each stage are copied into a store of their own."""
+    scores, x = decision
+    field = _Field(store.slots, store.all_tasks, jnp.zeros(store.capacity, jnp.float32))
+    field = play(store, _narrow(field, scores, base, store.devices), x, sizes[0])
+    survived, ids = field.survived, jnp.arange(store.capacity, dtype=jnp.int32)
+    for size, until in itertools.pairwise(sizes):
+        kept = jnp.nonzero(field.alive, size=size, fill_value=0)[0].astype(jnp.int32)
+        store, ids = store.taken(kept, field.num_alive), ids[kept]
+        field = field._replace(alive=store.slots, survived=field.survived[kept])
+        field = play(store, field, x, until)
+        places = jnp.where(store.slots, ids, len(survived))
+        survived = survived.at[places].set(field.survived, mode="drop")
+    return survived
 
 
-def _shortlist(net, store, x, objective, per_example, best):
+def _play(net, objective, base, decisions, store, field, x, until):
+    """The field once at most `until` tasks of the store are alive, round after round."""
+
+    def contract(v):
+        return store.contract(decisions.mean(v))
+
+    def play_round(field):
+        mixture = store.mixture_of(field.alive)
+        uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
+        return _narrow(field, uncertainty.task_scores(mixture, contract, x), base, store.devices)
+
+    return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
+
+
+@schedule.rule()
+def _oracle(net, store, decisions, objective):
+    rows = decisions.rows
+    judge = functools.partial(_judge, net, store, objective, rows)
+    scores = schedule.over_tasks(store, judge, -jnp.inf, rows)  # [D m, K]
+    scores = scores.reshape(*decisions.x.shape[:2], store.capacity).mean(axis=1)
+    return belief(store, decisions.mean(scores))
+
+
+@schedule.rule(num_options=2)
+def _rerank(net, store, decisions, objective, best, judge):
+    slots = store.slot_of(_shortlist(net, store, decisions, objective, best))  # [D, best]
+    judge, rows = functools.partial(_judge, net, store, judge), decisions.rows
+    if len(rows) == len(slots):  # each row has a list of its own
+        each = jnp.repeat(jnp.arange(len(rows), dtype=jnp.int32), best)
+        judged = grouped(judge, rows, each, slots.reshape(-1)).reshape(slots.shape)
+    else:
+        judged = lax.map(lambda slot: judge(rows, slot).mean(), slots[0])[None]
+    # Each device has judged its own, and puts them where its own are.
+    scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
+    put = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))
+    return belief(store, put(scores, slots, decisions.mean(judged)))
+
+
+def _shortlist(net, store, decisions, objective, best):
     """Ids [D, best] of the best of one_shot; beyond the tasks there are, of empty slots."""
     mixture = store.mixture()
-    state = infer.frozen_state(net, mixture, store.devices.all_rows(x))
-    decisions = x[:, None] if per_example else x[None]
-    few = min(best, store.capacity)
+    uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
 
-    def own_best(gradient):
+    def few(scores):
         # Where argmax, and so one_shot, sees no difference between 0 and -0, top_k does.
-        scores = jnp.where(gradient == 0, 0, -gradient)
-        scores = jnp.where(store.slots[None], scores, -jnp.inf)
-        scores, slots = lax.top_k(scores, few)
-        return scores, store.devices.first(store.capacity) + slots.astype(jnp.int32)
+        scores = live(store, jnp.where(scores == 0, 0, scores))
+        return store.devices.few_here(scores, best)
 
-    scores, ids = infer.gradient_scores(
-        net,
-        store,
-        mixture,
-        decisions,
-        state,
-        objective,
-        finish=own_best,
-        together=not per_example,
-    )
-    return store.devices.best_few(scores, ids, best)
+    found = schedule.map_decisions(uncertainty, store, mixture, decisions, finish=few)
+    return store.devices.best_few(*found, best)
 
 
 def _judge(net, store, objective, x, slot):
     """-F [B] of x under the mask in `slot` alone, with the task's own statistics."""
     return store.under(
-        slot, lambda task: -infer.uncertainty(net, task.mask, x, task.state, objective)
+        slot, lambda task: -Uncertainty(net, objective, task.state).values(task.mask, x)
     )
 
 
 _OPTIONS = {
-    "one_shot": (infer.one_shot, ("implementation",)),
+    "one_shot": (one_shot, ("implementation",)),
     "binary_search": (binary_search, ("base",)),
     "descend": (descend, ("optimizer", "steps")),
     "oracle": (oracle, ()),
@@ -402,7 +350,7 @@ class Rule:
     def __call__(
         self,
         net: Network,
-        store: MaskStore,
+        store: TaskStore,
         x: jax.Array,
         objective: Objective = entropy,
         per_example: bool = True,

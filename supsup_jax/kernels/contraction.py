@@ -3,7 +3,7 @@
     contract:  s_k = sum_j M[k, j] v_j      a weight vector against every task's mask
     superpose: w_j = sum_k M[k, j] a_k      every task's mask at coefficient a_k
 
-Words are [num_tiles, nw, lanes] (see packing); v and w are [..., 32 nw], s and a are
+Words are [num_tiles, nw, lanes] (see `layout`); v and w are [..., 32 nw], s and a are
 [..., num_tiles * lanes]. No form ever holds more than a block of unpacked masks. Both are
 reverse-differentiable to any order (in v and a), and work under jit and vmap.
 
@@ -132,75 +132,83 @@ _superpose.defvjp(_superpose_fwd, _superpose_bwd)
 
 
 def _popcount(words, v, num_tasks, planes):
-    def prepare(values):
-        return fixed_point.bit_planes(values, planes)
-
-    return _over_words(words, v, num_tasks, prepare, fixed_point.word_sums)
+    prepare = functools.partial(fixed_point.bit_planes, planes=planes)
+    return _over_words(prepare, fixed_point.word_sums, words, v, num_tasks)
 
 
 def _select(words, v, num_tasks, planes=None):
-    def word_sums(rows, values):
-        # Four chains of masked additions: one instruction a bit beside its test.
-        sums = []
-        for chain in range(4):
-            total = jnp.zeros(rows.shape, jnp.float32)
-            for b in range(chain, WORD_BITS, 4):
-                kept = (rows & jnp.uint32(1 << b)) != 0
-                total = jnp.where(kept, total + values[b][:, None], total)
-            sums.append(total)
-        return (sums[0] + sums[1]) + (sums[2] + sums[3])
-
-    return _over_words(words, v, num_tasks, lambda values: values, word_sums)
+    return _over_words(lambda values: values, _selected_sums, words, v, num_tasks)
 
 
-def _over_words(words, v, num_tasks, prepare, word_sums):
+def _selected_sums(rows, values):
+    # Four chains of masked additions: one instruction a bit beside its test.
+    sums = []
+    for chain in range(4):
+        total = jnp.zeros(rows.shape, jnp.float32)
+        for b in range(chain, WORD_BITS, 4):
+            kept = (rows & jnp.uint32(1 << b)) != 0
+            total = jnp.where(kept, total + values[b][:, None], total)
+        sums.append(total)
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+def _over_words(prepare, word_sums, words, v, num_tasks):
     """The sum over all words of word_sums(rows [R, lanes], operands) [R, lanes].
 
     prepare: values [32, W] of W words -> their operands, arrays [..., W]; word_sums gets those of
     its rows.
     """
+    if v.ndim > 1:
+        each = functools.partial(_over_words, prepare, word_sums, words, num_tasks=num_tasks)
+        return lax.map(lambda v: each(v=v), v)
+    by_blocks = functools.partial(_by_blocks, prepare, word_sums)
+    at_once = functools.partial(_at_once, prepare, word_sums)
+    return lax.platform_dependent(words, v, num_tasks, cpu=by_blocks, default=at_once)
 
-    def by_blocks(words, v, num_tasks):
-        num_words, lanes = words.shape[1:]
-        num_blocks, rows = _row_blocks(words)
-        # The last block ends where the words end. The rows it shares with the one before count
-        # as zeros there.
-        whole = (num_blocks - 1) * rows
-        shared = num_blocks * rows - num_words
-        values = v.reshape(WORD_BITS, num_words)
-        values = jnp.concatenate(
-            [values[:, :whole], jnp.zeros((WORD_BITS, shared), v.dtype), values[:, whole:]], axis=1
+
+def _at_once(prepare, word_sums, words, v, num_tasks):
+    del num_tasks  # words beyond it are zero
+    operands = prepare(v.reshape(WORD_BITS, -1))
+    return jax.vmap(lambda tile: word_sums(tile, operands).sum(axis=0))(words).reshape(-1)
+
+
+def _by_blocks(prepare, word_sums, words, v, num_tasks):
+    num_tiles, _, lanes = words.shape
+    num_blocks, rows, block = _blocks_of(prepare, words, v)
+
+    def add_tile(tile, s):
+        sums = lax.fori_loop(
+            0,
+            num_blocks,
+            lambda i, sums: sums + word_sums(*block(tile, i)),
+            _zeros(words, v, (rows, lanes)),
         )
-        operands = prepare(values)
-        zeros = functools.partial(_zeros, words, v)
+        return lax.dynamic_update_index_in_dim(s, sums.sum(axis=0), tile, 0)
 
-        def add_block(i, sums, tile):
-            start = jnp.minimum(i * rows, num_words - rows)
-            block = _rows(words, tile, start, rows)
-            mine = jax.tree.map(
-                lambda a: lax.dynamic_slice_in_dim(a, i * rows, rows, a.ndim - 1), operands
-            )
-            return sums + word_sums(block, mine)
+    live_tiles = (num_tasks + lanes - 1) // lanes
+    s = _zeros(words, v, (num_tiles, lanes))
+    return lax.fori_loop(0, live_tiles, add_tile, s).reshape(-1)
 
-        def add_tile(tile, s):
-            sums = lax.fori_loop(
-                0, num_blocks, functools.partial(add_block, tile=tile), zeros((rows, lanes))
-            )
-            return lax.dynamic_update_index_in_dim(s, sums.sum(axis=0), tile, 0)
 
-        s = zeros((words.shape[0], lanes))
-        live_tiles = (num_tasks + lanes - 1) // lanes
-        return lax.fori_loop(0, live_tiles, add_tile, s).reshape(-1)
+def _blocks_of(prepare, words, v):
+    """How many blocks there are, their rows, and block(tile, i): words [rows, lanes], operands."""
+    num_words = words.shape[1]
+    num_blocks, rows = _row_blocks(words)
+    # The last block ends where the words end. The rows it shares with the one before count as
+    # zeros there.
+    whole = (num_blocks - 1) * rows
+    shared = num_blocks * rows - num_words
+    values = v.reshape(WORD_BITS, num_words)
+    zeros = jnp.zeros((WORD_BITS, shared), v.dtype)
+    operands = prepare(jnp.concatenate([values[:, :whole], zeros, values[:, whole:]], axis=1))
 
-    def at_once(words, v, num_tasks):
-        del num_tasks  # words beyond it are zero
-        operands = prepare(v.reshape(WORD_BITS, -1))
-        return jax.vmap(lambda tile: word_sums(tile, operands).sum(axis=0))(words).reshape(-1)
+    def block(tile, i):
+        mine = jax.tree.map(
+            lambda a: lax.dynamic_slice_in_dim(a, i * rows, rows, a.ndim - 1), operands
+        )
+        return _rows(words, tile, jnp.minimum(i * rows, num_words - rows), rows), mine
 
-    def one(v):
-        return lax.platform_dependent(words, v, num_tasks, cpu=by_blocks, default=at_once)
-
-    return one(v) if v.ndim == 1 else lax.map(one, v)
+    return num_blocks, rows, block
 
 
 def longest_sum(words: jax.Array) -> int:
@@ -210,8 +218,11 @@ def longest_sum(words: jax.Array) -> int:
 
 def _row_blocks(words):
     """(blocks, rows of each) that cover the word rows; the last may share rows."""
-    _, num_words, lanes = words.shape
-    num_blocks = -(-num_words // max(1, min(BLOCK_ROWS, BLOCK_LANES // lanes)))
+    return _even_blocks(words.shape[1], min(BLOCK_ROWS, BLOCK_LANES // words.shape[2]))
+
+
+def _even_blocks(num_words, most):
+    num_blocks = -(-num_words // max(1, most))
     return num_blocks, -(-num_words // num_blocks)
 
 
@@ -244,7 +255,7 @@ def _matrix_blocks(words, pieces, live_tiles, block_floats):
     """s [..., K] of the sum of pieces [P, ..., 32 nw], in the pieces' own dtype."""
     num_tiles, num_words, lanes = words.shape
     columns = pieces.reshape(-1, WORD_BITS, num_words)
-    zeros = functools.partial(_zeros, words, pieces)
+    rows, whole = _blocks(words, block_floats)
 
     def product(tile, start, size):
         masks = unpack(_rows(words, tile, start, size)).astype(pieces.dtype)
@@ -256,27 +267,19 @@ def _matrix_blocks(words, pieces, live_tiles, block_floats):
         )
 
     def add_tile(tile, s):
-        tile_s = _sum_over_blocks(
-            functools.partial(product, tile), words, block_floats, zeros, (len(columns), lanes)
+        total = lax.fori_loop(
+            0,
+            whole,
+            lambda i, total: total + product(tile, i * rows, rows),
+            _zeros(words, pieces, (len(columns), lanes)),
         )
-        return lax.dynamic_update_index_in_dim(s, tile_s, tile, 1)
+        if rest := num_words - whole * rows:
+            total = total + product(tile, whole * rows, rest)
+        return lax.dynamic_update_index_in_dim(s, total, tile, 1)
 
-    s = zeros((len(columns), num_tiles, lanes))
+    s = _zeros(words, pieces, (len(columns), num_tiles, lanes))
     s = lax.fori_loop(0, live_tiles, add_tile, s)
     return s.reshape(*pieces.shape[:-1], num_tiles * lanes).sum(axis=0)
-
-
-def _sum_over_blocks(product, words, block_floats, zeros, shape):
-    rows, whole = _blocks(words, block_floats)
-    total = lax.fori_loop(
-        0,
-        whole,
-        lambda i, total: total + product(i * rows, rows),
-        zeros(shape),
-    )
-    if rest := words.shape[1] - whole * rows:
-        total = total + product(whole * rows, rest)
-    return total
 
 
 def _superpose_blocks(words, alphas, live_tiles, block_floats):
@@ -306,31 +309,15 @@ def _count_blocks(words, kept, live_tiles, block_floats):
     num_tiles, num_words, lanes = words.shape
     kept = kept.reshape(num_tiles, 1, lanes)
     # In words, whose bits are never unpacked. The last block ends where the words end.
-    num_blocks = -(-num_words // max(1, 8 * block_floats // (WORD_BITS * lanes)))
-    rows = -(-num_words // num_blocks)
+    num_blocks, rows = _even_blocks(num_words, 8 * block_floats // (WORD_BITS * lanes))
     shared = num_blocks * rows - num_words
 
     def add_tile(tile, counts):
         mine = lax.dynamic_index_in_dim(kept, tile, 0, keepdims=False)
 
         def block(i):
-            start = jnp.minimum(i * rows, num_words - rows)
-            block = jnp.where(mine, _rows(words, tile, start, rows), 0)
-            # A byte counts one bit of every eighth over the vectors of a tile, 64 at most, so a
-            # word is added up in 8 steps and not in 32. Written out: a reduction over the vectors
-            # is not vectorised, which costs 10 times as much.
-            sums = []
-            for bit in range(8):
-                total = jnp.zeros((rows, VECTOR_LANES), jnp.uint32)
-                for lane in range(0, lanes, VECTOR_LANES):
-                    vector = block[:, lane : lane + VECTOR_LANES]
-                    total = total + ((vector >> bit) & jnp.uint32(0x01010101))
-                sums.append(total)
-            sums = jnp.stack(sums)
-            # Over the lanes of a vector in halves of a word, where a byte could overflow.
-            halves = jnp.stack([sums & 0x00FF00FF, (sums >> 8) & 0x00FF00FF])
-            halves = halves.sum(axis=-1, dtype=jnp.uint32)
-            return jnp.stack([halves & 0xFFFF, halves >> 16]).reshape(WORD_BITS, rows)
+            words_i = _rows(words, tile, jnp.minimum(i * rows, num_words - rows), rows)
+            return _bit_counts(jnp.where(mine, words_i, 0))
 
         blocks = lax.map(block, jnp.arange(num_blocks, dtype=jnp.int32))
         whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(WORD_BITS, -1)
@@ -339,6 +326,24 @@ def _count_blocks(words, kept, live_tiles, block_floats):
 
     counts = _zeros(words, kept, (WORD_BITS, num_words))
     return lax.fori_loop(0, live_tiles, add_tile, counts).reshape(-1)
+
+
+def _bit_counts(words):
+    """How many of the words [R, lanes] of each row have each bit: uint32 [32, R]."""
+    # A byte counts one bit of every eighth over the vectors of a tile, 64 at most, so a word is
+    # added up in 8 steps and not in 32. Written out: a reduction over the vectors is not
+    # vectorised, which costs 10 times as much.
+    sums = []
+    for bit in range(8):
+        total = jnp.zeros((len(words), VECTOR_LANES), jnp.uint32)
+        for lane in range(0, words.shape[1], VECTOR_LANES):
+            total = total + ((words[:, lane : lane + VECTOR_LANES] >> bit) & jnp.uint32(0x01010101))
+        sums.append(total)
+    sums = jnp.stack(sums)
+    # Over the lanes of a vector in halves of a word, where a byte could overflow.
+    halves = jnp.stack([sums & 0x00FF00FF, (sums >> 8) & 0x00FF00FF])
+    halves = halves.sum(axis=-1, dtype=jnp.uint32)
+    return jnp.stack([halves & 0xFFFF, halves >> 16]).reshape(WORD_BITS, -1)
 
 
 def _reference(words, v, num_tasks, planes=None):

@@ -22,7 +22,8 @@ from jax import lax
 
 from supsup_jax import masks, network, prng
 from supsup_jax.checks import check_int, check_key, check_type
-from supsup_jax.inference import one_shot as infer
+from supsup_jax.inference.arguments import check_objective, check_pair
+from supsup_jax.inference.one_shot import one_shot
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.mask_store import MaskStore
@@ -73,7 +74,7 @@ class StreamConfig:
             )
         if self.beyond not in BEYOND:
             raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
-        infer.check_objective(self.objective)
+        check_objective(self.objective)
         check_type("train", self.train, TrainConfig)
 
     def threshold(self, allocated: int) -> float:
@@ -301,7 +302,7 @@ def _choose(state, net, data, index, config):
 @functools.partial(jax.jit, static_argnames="objective")
 def _ask(net, store, data, index, allocated, eps, *, objective):
     x, _ = data.batch(index[0])
-    best, scores = infer.one_shot(net, store, x, objective, per_example=False)
+    best, scores = one_shot(net, store, x, objective, per_example=False)
     own = jnp.where(jnp.arange(store.capacity) < allocated, scores, -jnp.inf)
     return best, jnp.argmax(own), novelty(scores), is_new(scores, eps)
 
@@ -353,7 +354,7 @@ def _check_counts(allocated, num_slots, config):
 def _check_window(state, net, data, index, config):
     """Raises unless the window is one of this learner's; returns C."""
     check_type("data", data, TaskData)
-    infer.check_pair(net, state.store)
+    check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()
     num_outputs = state.num_outputs or network.num_outputs(net, data)

@@ -1,0 +1,220 @@
+"""How decisions are run: one after another or in pieces, over which devices, along which masks.
+
+What one decision computes is in `one_shot`; nothing here knows a rule. On CPU decisions go one by
+one, so that a gradient stays in the cache, or, for many among few tasks, mask by mask. Elsewhere
+they go in pieces that fill the device. With a store over a mesh each device runs the same program
+on its own tasks and rows.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
+from supsup_jax.inference.arguments import CERTIFIED
+from supsup_jax.stores.base import TaskStore
+from supsup_jax.types import PyTree, TaskBelief
+
+# Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
+# stays in the cache.
+GRADIENT_FLOATS = 128 * 1024 * 1024
+# On CPU a dense network is probed mask by mask for at least so many decisions among at most so many
+# (tasks times deciding examples): 128 decisions take 11 against 105 ms among 10 tasks, and meet
+# near 250 tasks.
+TANGENTS_FROM = 16
+TANGENTS_UPTO = 256
+# Examples whose activations are held at once while masks are probed.
+TANGENT_EXAMPLES = 16 * 1024
+
+
+def _unchanged(value):
+    return value
+
+
+class Decisions(NamedTuple):
+    """D decisions by m images each.
+
+    x: [D, m, ...]. everything: [B, ...], all images of the call, whose statistics count.
+    mean: of a number of this device and those of others whose images decide together with these.
+    """
+
+    x: jax.Array
+    everything: jax.Array | None = None
+    mean: Callable[[jax.Array], jax.Array] = _unchanged
+
+    @property
+    def rows(self) -> jax.Array:
+        """[D m, ...]."""
+        return self.x.reshape(-1, *self.x.shape[2:])
+
+
+def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
+    """Makes a rule for decisions the compiled program of a call; over a mesh, on every device.
+
+    decorated: (net, store, Decisions, objective, *options, *arrays [K]) -> TaskBelief of task [D]
+      and scores [D, K], or of scores alone.
+    the program: (net, store, x [B, ...], objective, per_example, *options, *arrays) -> the same,
+      D = B; but not per_example, where all of x makes one decision, [] and [K].
+    num_options: how many there are, all part of what is compiled.
+    """
+
+    def compiled(decide):
+        def program(net, store, x, objective, per_example, *options):
+            options, arrays = options[:num_options], options[num_options:]
+            here = functools.partial(_decided, decide, per_example, (objective, *options))
+            out = TaskBelief(ROWS, ROWS_OF_SLOTS) if per_example else TaskBelief(WHOLE, SLOTS)
+            out = out.scores if scores_only else out
+            arrays = [(each, SLOTS) for each in arrays]
+            return store.spread(here, (net, WHOLE), (x, ROWS), *arrays, out=out)
+
+        program.__name__ = decide.__name__
+        return jax.jit(program, static_argnums=range(3, 5 + num_options))
+
+    return compiled
+
+
+def _decided(decide, per_example, options, store, net, x, *arrays):
+    everything = store.devices.all_rows(x)
+    if per_example:
+        return decide(net, store, Decisions(x[:, None], everything), *options, *arrays)
+    decisions = Decisions(x[None], everything, store.devices.mean)
+    return jax.tree.map(lambda leaf: leaf[0], decide(net, store, decisions, *options, *arrays))
+
+
+def over_rows(function: Callable, store: TaskStore, rows: PyTree, *whole: PyTree) -> PyTree:
+    """function(store, rows, *whole), row for row; over a mesh each device has rows of its own."""
+    whole = [(value, WHOLE) for value in whole]
+    return store.spread(function, (rows, ROWS), *whole, out=ROWS)
+
+
+def map_decisions(
+    uncertainty: Any,
+    store: TaskStore,
+    mixture: PyTree,
+    decisions: Decisions,
+    implementation: str | None = None,
+    finish: Callable[[jax.Array], PyTree] = _unchanged,
+) -> PyTree:
+    """-dF/da [D, K] of D decisions, each by the mean uncertainty F of its m images.
+
+    Two forms, equal up to rounding. "Gradients": the weight gradient of each decision against all
+    masks, one decision after another on CPU, in large pieces elsewhere. "Tangents", on CPU for few
+    tasks: for one mask after another, the derivative of all D outputs along it, about a forward
+    pass each.
+    uncertainty: a `one_shot.Uncertainty`, F.
+    finish: what to keep of scores [d, K], with a leading d, before the next piece is computed.
+    """
+    x = decisions.x
+    contract = _product(store, implementation)
+    own = varying_like(mixture, x)
+
+    def one(x):
+        scores = uncertainty.task_scores(own, lambda v: contract(decisions.mean(v)), x)
+        return jax.tree.map(lambda row: row[0], finish(scores[None]))
+
+    def many(x):
+        return finish(-contract(jax.vmap(uncertainty.gradient, (None, 0))(own, x)))
+
+    if len(x) == 1:
+        return jax.tree.map(lambda row: row[None], one(x[0]))
+    on_cpu = functools.partial(lax.map, one)
+    if implementation is None and _few_tasks(store, x) and _is_dense(store):
+        values = functools.partial(_mean_values, uncertainty)
+        if _has_tangents(values, mixture, x):
+            tangents = functools.partial(_tangent_scores, values, store, mixture, finish)
+            size = max(1, TANGENT_EXAMPLES // x.shape[1])
+            on_cpu = functools.partial(in_pieces, tangents, size=size)
+    elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
+    return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
+
+
+def gradients(uncertainty: Any, mixture: PyTree, x: jax.Array, per_example: bool) -> jax.Array:
+    """Weight gradients [B, n] of the rows of x, one after another; or [n], of all together."""
+    gradient = functools.partial(uncertainty.gradient, varying_like(mixture, x))
+    return lax.map(gradient, x[:, None]) if per_example else gradient(x)
+
+
+def fastest(function: Callable, store: TaskStore, x: jax.Array) -> PyTree:
+    """function(x [D, m, ...], implementation) by what soonest tells the best task."""
+    exact = functools.partial(function, implementation=None)
+    if _few_tasks(store, x):
+        return exact(x)
+    certified = functools.partial(function, implementation=CERTIFIED)
+    return lax.platform_dependent(x, cpu=certified, default=exact)
+
+
+def piece_size(store: TaskStore) -> int:
+    """How many decisions are run at once where they are batched."""
+    return max(1, GRADIENT_FLOATS // max(store.layout.num_weights, store.capacity))
+
+
+def _product(store, implementation):
+    """dF/da [..., K] of v [..., n], or [n] and [d, n]."""
+
+    def certified(v):
+        return lax.map(certified, v) if v.ndim > 1 else -store.certified_scores(-v)
+
+    if implementation == CERTIFIED:
+        return certified
+    return functools.partial(store.contract, implementation=implementation)
+
+
+def _few_tasks(store, x):
+    """Whether probing mask by mask is cheaper on CPU than a gradient a decision."""
+    num_decisions, num_deciders = x.shape[:2]
+    return num_decisions >= TANGENTS_FROM and store.capacity * num_deciders <= TANGENTS_UPTO
+
+
+def _mean_values(uncertainty, mixture, x):
+    """F [D] of x [D, m, ...]."""
+    flat = x.reshape(-1, *x.shape[2:])
+    return uncertainty.values(mixture, flat).reshape(x.shape[:2]).mean(axis=1)
+
+
+def _tangent_scores(values, store, mixture, finish, x):
+    _, along = jax.linearize(lambda mixture: values(mixture, x), mixture)
+
+    def derivative(i):
+        return along(jax.tree.map(lambda mask: mask.astype(jnp.float32), store.mask(i)))
+
+    return finish(-over_tasks(store, derivative, 0.0, x))
+
+
+def over_tasks(
+    store: TaskStore, function: Callable[[jax.Array], jax.Array], empty: float, x: jax.Array
+) -> jax.Array:
+    """function(i) [len(x)] of each task as columns, [len(x), K]; `empty` where there is no task.
+
+    A scan over cond rather than a loop of T rounds: empty slots cost next to nothing, and the
+    result can be differentiated.
+    """
+    nothing = varying_like(jnp.full(len(x), empty, jnp.float32), x)
+
+    def one(i):
+        return lax.cond(i < store.num_tasks, function, lambda _: nothing, i)
+
+    return lax.map(one, jnp.arange(store.capacity, dtype=jnp.int32)).T
+
+
+def _has_tangents(function, *args):
+    """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
+
+    def primitives(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for param in jax.tree.leaves(equation.params):
+                inner = getattr(param, "jaxpr", param)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)
+
+    names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
+    return not any(name.startswith("custom_vjp") for name in names)
+
+
+def _is_dense(store):
+    """Whether a forward pass costs about 2 n operations an example: dense layers only."""
+    return all(len(shape) == 2 for shape in store.layout.shapes.values())
