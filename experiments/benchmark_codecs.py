@@ -38,7 +38,8 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import runs, timing
+from experiments.frame import bench as timing
+from experiments.frame import run as runs
 from supsup_jax.layout import Layout
 from supsup_jax.stores import codecs
 

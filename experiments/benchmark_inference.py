@@ -40,7 +40,9 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, plots, runs, synthetic, timing
+from experiments.frame import bench as timing
+from experiments.frame import networks, plots, synthetic
+from experiments.frame import run as runs
 from supsup_jax import data, devices
 from supsup_jax.inference import one_shot as infer
 

@@ -23,7 +23,9 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, runs, synthetic, timing
+from experiments.frame import bench as timing
+from experiments.frame import networks, synthetic
+from experiments.frame import run as runs
 
 NAMES = ("contraction", "shared", "8")
 

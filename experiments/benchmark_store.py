@@ -34,7 +34,9 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, runs, timing
+from experiments.frame import bench as timing
+from experiments.frame import networks
+from experiments.frame import run as runs
 from supsup_jax.stores import journal
 
 MASKS = 8  # distinct ones; a disk does not know that they come again

@@ -26,7 +26,9 @@ import tyro
 from jax import lax
 
 import supsup_jax as ss
-from experiments import networks, plots, runs, timing
+from experiments.frame import bench as timing
+from experiments.frame import networks, plots
+from experiments.frame import run as runs
 from supsup_jax import data
 from supsup_jax.training import train
 

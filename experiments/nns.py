@@ -38,8 +38,10 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, paper, plots, reports
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import loop as continual
+from experiments.frame import paper, plots
+from experiments.frame import rows as reports
+from experiments.frame.run import Run, UsageError, usage_errors
 from supsup_jax import data, metrics, prng
 from supsup_jax.layout import named_leaves
 from supsup_jax.training import train

@@ -41,7 +41,9 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, permuted, runs
+from experiments import permuted
+from experiments.frame import loop as continual
+from experiments.frame import run as runs
 from supsup_jax import data, prng
 
 PRESETS = {"digits": "digits", "mnist": "mnist-10"}

@@ -25,8 +25,8 @@ import sys
 from typing import ClassVar, Literal
 
 import supsup_jax as ss
-from experiments import continual
-from experiments.continual import Config
+from experiments.frame import loop as continual
+from experiments.frame.loop import Config
 
 PAPER = Config("mnist", "lenet_300_100", 100, 10, (2, 5, 10))
 TO_250 = (10, 50, 100, 150, 200, 250)

@@ -23,7 +23,11 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import paper, permuted, plots, report_split, reports, runs
+from experiments import permuted
+from experiments.frame import figures as report_split
+from experiments.frame import paper, plots
+from experiments.frame import rows as reports
+from experiments.frame import run as runs
 from supsup_jax.inference.evaluation import SCENARIOS
 
 MARKERS = "<!-- results -->", "<!-- /results -->"

@@ -13,8 +13,8 @@ import dataclasses
 import sys
 from typing import ClassVar, Literal
 
-from experiments import continual
-from experiments.continual import Config
+from experiments.frame import loop as continual
+from experiments.frame.loop import Config
 
 PRESETS = {
     "mnist-36": Config(

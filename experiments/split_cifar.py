@@ -34,8 +34,8 @@ import jax
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import continual
-from experiments.runs import UsageError
+from experiments.frame import loop as continual
+from experiments.frame.run import UsageError
 from supsup_jax import data, models
 
 

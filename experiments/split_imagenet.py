@@ -39,8 +39,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, learners, reports
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import learners
+from experiments.frame import loop as continual
+from experiments.frame import rows as reports
+from experiments.frame.run import Run, UsageError, usage_errors
 from supsup_jax import data, models
 
 MODELS = {
@@ -245,7 +247,7 @@ def main(args: Args) -> dict:
 @contextlib.contextmanager
 def tiny_data() -> Iterator[Path]:
     """A temporary folder with a prepared dataset of a few images."""
-    from experiments import tiny_imagenet
+    from experiments.frame import tiny_imagenet
 
     with tempfile.TemporaryDirectory() as folder:
         tiny_imagenet.prepare(Path(folder))

@@ -35,8 +35,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, plots, reports
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import loop as continual
+from experiments.frame import plots
+from experiments.frame import rows as reports
+from experiments.frame.run import Run, UsageError, usage_errors
 from supsup_jax import data, models, prng
 from supsup_jax.hopfield.store import RULES, pattern_capacity, retrieve
 

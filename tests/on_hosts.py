@@ -11,7 +11,11 @@ import numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import supsup_jax as ss  # noqa: E402
-from experiments import continual, hosts, permuted, reports, runs  # noqa: E402
+from experiments import permuted  # noqa: E402
+from experiments.frame import hosts  # noqa: E402
+from experiments.frame import loop as continual  # noqa: E402
+from experiments.frame import rows as reports  # noqa: E402
+from experiments.frame import run as runs  # noqa: E402
 from tests.conftest import random_masks, relu_net  # noqa: E402
 
 NUM_TASKS = 5

@@ -11,7 +11,11 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import continual, learners, permuted, plots, report, reports, rotated, runs
+from experiments import permuted, report, rotated
+from experiments.frame import learners, plots
+from experiments.frame import loop as continual
+from experiments.frame import rows as reports
+from experiments.frame import run as runs
 from experiments.permuted import Args
 from supsup_jax import data
 from tests.conftest import ConvNet

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import continual, hosts
-from experiments.runs import UsageError
+from experiments.frame import hosts
+from experiments.frame import loop as continual
+from experiments.frame.run import UsageError
 from tests import on_hosts
 from tests.conftest import ROOT
 

@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import continual, report_split, split_cifar
-from experiments.runs import UsageError
+from experiments import split_cifar
+from experiments.frame import figures as report_split
+from experiments.frame import loop as continual
+from experiments.frame.run import UsageError
 from supsup_jax import data
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from experiments import reports, split_imagenet, tiny_imagenet
+from experiments import split_imagenet
+from experiments.frame import rows as reports
+from experiments.frame import tiny_imagenet
 from experiments.split_imagenet import Args
 from supsup_jax import data
 

@@ -1,6 +1,6 @@
 """A store on disk, killed, cut, flipped, filled up and read while it is written: what is lost.
 
-    python -m experiments.stress_store
+    python -m tests.stress.stress_store
 
     kills        writers ended by SIGKILL: at random times, and before, within and after each call
                  in turn that opens, writes, flushes, cuts or renames a file
@@ -36,7 +36,7 @@ from pathlib import Path
 import tqdm
 import tyro
 
-from experiments import runs
+from experiments.frame import run as runs
 from supsup_jax.stores import journal
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import paper
+from experiments.frame import paper
 from supsup_jax import metrics
 from supsup_jax.layout import Layout
 from supsup_jax.stores import codecs

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from experiments import reports
+from experiments.frame import rows as reports
 
 SCHEMA = 1
 

@@ -17,8 +17,10 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import hosts, reports, runs
-from experiments.runs import Run, UsageError
+from experiments.frame import hosts
+from experiments.frame import rows as reports
+from experiments.frame import run as runs
+from experiments.frame.run import Run, UsageError
 from supsup_jax import baselines, data, devices, metrics, prng
 from supsup_jax.layout import named_leaves
 

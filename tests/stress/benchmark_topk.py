@@ -1,6 +1,6 @@
 """What exact top-k masks cost inside a training step, against a full sort.
 
-    python -m experiments.benchmark_topk
+    python -m tests.stress.benchmark_topk
 
     step       a training step of ResNet-18 (11.2 million weights in 21 kernels, --width 64) on
                images of 32x32, top-k masks of every kernel by an Erdos-Renyi budget
@@ -22,7 +22,9 @@ import tyro
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import runs, split_cifar, timing
+from experiments import split_cifar
+from experiments.frame import bench as timing
+from experiments.frame import run as runs
 from supsup_jax import data, models
 from supsup_jax.training import train
 

@@ -1,6 +1,6 @@
 """Experiments killed while they run, resumed, and killed again: do they end as if they were not?
 
-    python -m experiments.stress_runs
+    python -m tests.stress.stress_runs
 
 Each of a few experiments runs once undisturbed. Then it is started again and again with --resume,
 and ended by SIGKILL at a random time; where it comes to its end all the same, it begins anew. The
@@ -28,7 +28,7 @@ from typing import Literal
 
 import tyro
 
-from experiments import runs
+from experiments.frame import run as runs
 
 TWO = "permuted, 2 processes"
 RUNS = {

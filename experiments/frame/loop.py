@@ -17,8 +17,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import hosts, learners, paper, plots, reports, runs
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import hosts, learners, paper, plots
+from experiments.frame import rows as reports
+from experiments.frame import run as runs
+from experiments.frame.run import Run, UsageError, usage_errors
 from supsup_jax import data, models
 
 MODELS = {

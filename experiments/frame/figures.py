@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import plots, reports
+from experiments.frame import plots
+from experiments.frame import rows as reports
 
 # Of a mask learner's bytes, each with a style: the masks as coded here, and as the paper counts.
 CODED = {"masks_enumerative": ("entropy-coded", "o-"), "masks_csc16_indices": ("csc16", "o--")}

@@ -1,6 +1,6 @@
 """Certified decisions against exact ones: do both name the same task, and at what price?
 
-    python -m experiments.compare_certified --run RUN --data-dir DIR
+    python -m tests.stress.compare_certified --run RUN --data-dir DIR
 
 Takes the masks that a run of experiments.permuted has learned, fills up with synthetic ones
 (independent fair bits) to --tasks, and lets test images of the learned tasks decide, each for
@@ -19,7 +19,10 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, permuted, runs, synthetic
+from experiments import permuted
+from experiments.frame import loop as continual
+from experiments.frame import run as runs
+from experiments.frame import synthetic
 from supsup_jax import data
 
 BATCH = 128
