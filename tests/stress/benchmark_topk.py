@@ -23,8 +23,8 @@ from flax import nnx
 
 import supsup_jax as ss
 from experiments import split_cifar
-from experiments.frame import bench as timing
-from experiments.frame import run as runs
+from experiments.frame import bench
+from experiments.frame.run import usage_errors, writable_folder, write_result
 from supsup_jax import data, models
 from supsup_jax.training import train
 
@@ -81,7 +81,7 @@ def measure(args: Args) -> dict[str, float]:
             lambda leaf: jnp.sort(jnp.abs(leaf).reshape(-1)).reshape(leaf.shape), scores
         )
     )
-    seconds = timing.medians(
+    seconds = bench.medians(
         {
             "step": lambda: train._train(jax.random.key(0), net, task, None, topk),
             "threshold": lambda: train._train(jax.random.key(0), net, task, None, threshold),
@@ -104,11 +104,10 @@ def main(args: Args) -> dict:
     """Measures, writes and prints."""
     if args.tiny:
         args = dataclasses.replace(args, width=2, batch_size=4, rounds=1)
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
+    with usage_errors():
+        writable_folder(args.out)
     found = measure(args)
-    result = {"versions": runs.versions(), "device": runs.device(), **found}
-    runs.write_json(args.out / "benchmark_topk.json", result)
+    result = write_result(args.out / "benchmark_topk.json", **found)
     print(f"{found['weights']:,} weights, batches of {args.batch_size}, milliseconds a step:")
     for name in ("step", "threshold", "topk", "sort"):
         print(f"{name:10} {1000 * found[name]:10.1f}")

@@ -36,7 +36,7 @@ from pathlib import Path
 import tqdm
 import tyro
 
-from experiments.frame import run as runs
+from experiments.frame.run import usage_errors, writable_folder, write_result
 from supsup_jax.stores import journal
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError
@@ -464,8 +464,8 @@ def readers(folder: Path, seconds: float, tally: Tally) -> int:
 
 
 def main(args: Args) -> dict:
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
+    with usage_errors():
+        writable_folder(args.out)
     if args.tiny:
         args = dataclasses.replace(args, kills=5, power_cuts=20, flips=40, cuts=20, seconds=1.0)
     most = 4 if args.tiny else 1000
@@ -489,15 +489,12 @@ def main(args: Args) -> dict:
         damages(folder, args.flips, args.cuts, rng, tallies["damage"])
         full_disk(folder, most, tallies["full disk"])
         written = readers(folder, args.seconds, tallies["readers"])
-    result = {
-        "schema": runs.SCHEMA,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "written_while_read": written,
-        "rows": [{"kind": name, **dataclasses.asdict(t)} for name, t in tallies.items()],
-    }
-    runs.write_json(args.out / "stress_store.json", result)
+    result = write_result(
+        args.out / "stress_store.json",
+        seed=args.seed,
+        written_while_read=written,
+        rows=[{"kind": name, **dataclasses.asdict(t)} for name, t in tallies.items()],
+    )
     fields = [field.name for field in dataclasses.fields(Tally)]
     print(f"{'':20}" + "".join(f"{name:>11}" for name in fields))
     for name, tally in tallies.items():
