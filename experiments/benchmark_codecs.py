@@ -39,7 +39,8 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import runs, timing
+from experiments.frame import bench
+from experiments.frame.run import UsageError, usage_errors, writable_folder, write_result
 from supsup_jax.layout import Layout
 from supsup_jax.stores import codecs
 
@@ -115,7 +116,7 @@ def measure(network: str, s: int, rounds: int, seed: int) -> dict:
         coded[codec] = codecs.encode(mask, codec, against)
         measures["encode", codec] = functools.partial(codecs.encode, mask, codec, against)
         measures["decode", codec] = functools.partial(codecs.decode, coded[codec], layout, against)
-    seconds = timing.medians(measures, rounds)
+    seconds = bench.medians(measures, rounds)
     sizes = codecs.coded_bytes(mask)
     num_bytes = {codec: len(one) for codec, one in coded.items()}
     num_bytes |= {"csc16": sizes.csc16, "indices": sizes.csc16_indices, "bound": sizes.bound}
@@ -165,26 +166,23 @@ def markdown(result: dict) -> str:
 def main(args: Args) -> dict:
     network = "GEMResNet18" if args.tiny else "ResNet50"
     budgets, rounds = ((4,), 2) if args.tiny else (args.s, args.rounds)
-    with runs.usage_errors():
+    with usage_errors():
         if not budgets or not set(budgets) <= {1, 2, 4, 8, 16, 32}:
-            raise runs.UsageError(f"--s must be of 1, 2, 4, 8, 16 and 32, got {budgets}")
+            raise UsageError(f"--s must be of 1, 2, 4, 8, 16 and 32, got {budgets}")
         if rounds < 1:
-            raise runs.UsageError(f"--rounds must be at least 1, got {rounds}")
-        runs.writable_folder(args.out)
+            raise UsageError(f"--rounds must be at least 1, got {rounds}")
+        writable_folder(args.out)
     rows = [measure(network, s, rounds, args.seed) for s in budgets]
-    result = {
-        "schema": runs.SCHEMA,
-        "network": network,
-        "weights": kept_counts(network, budgets[0])[0].num_weights,
-        "masks": f"random; xor-delta: {RELATED} with {MOVED:.0%} of one mask's kept weights moved",
-        "tasks": TASKS,
-        "rounds": rounds,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "rows": rows,
-    }
-    runs.write_json(args.out / "benchmark_codecs.json", result)
+    result = write_result(
+        args.out / "benchmark_codecs.json",
+        network=network,
+        weights=kept_counts(network, budgets[0])[0].num_weights,
+        masks=f"random; xor-delta: {RELATED} with {MOVED:.0%} of one mask's kept weights moved",
+        tasks=TASKS,
+        rounds=rounds,
+        seed=args.seed,
+        rows=rows,
+    )
     (args.out / "benchmark_codecs.md").write_text(markdown(result))
     print(markdown(result), end="")
     return result

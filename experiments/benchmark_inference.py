@@ -40,7 +40,8 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, plots, runs, synthetic, timing
+from experiments.frame import bench, plots
+from experiments.frame.run import UsageError, device, usage_errors, writable_folder, write_result
 from supsup_jax import data, devices
 from supsup_jax.inference import one_shot
 
@@ -53,7 +54,7 @@ FRACTION = 0.6
 class Args:
     """Times one-shot decisions among K tasks."""
 
-    network: Literal[networks.NAMES] = "lenet-100"
+    network: Literal[bench.NETWORKS] = "lenet-100"
     tasks: tuple[int, ...] = (10, 50, 250, 1000, 2500, 10_000, 100_000)
     rounds: int = 9
     oracle_tasks: int = 2500
@@ -76,12 +77,12 @@ def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
 
 def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool, seed: int) -> dict:
     """One row: everything at this number of tasks."""
-    net = networks.build(network, seed)
+    net = bench.network(network, seed)
     train, test = digits_task(784, seed)
     config = ss.TrainConfig(steps=steps)
     learned = ss.train_task(jax.random.key(seed), net, train, config)
     store = ss.MaskStore.create(net, 1).append(learned.task)
-    store = synthetic.random_store(net, num_tasks, store)
+    store = bench.random_store(net, num_tasks, store)
     x, _ = test.batch(jnp.arange(128))
 
     @jax.jit
@@ -111,7 +112,7 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
     }
     if oracle:
         measures["oracle"] = lambda: ss.oracle(net, store, x, per_example=False)
-    seconds = timing.medians(measures, rounds)
+    seconds = bench.medians(measures, rounds)
     row = {
         "network": network,
         "tasks": num_tasks,
@@ -127,7 +128,7 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         masks = [net.layout.ravel(store.mask(i), "the mask") for i in range(num_tasks)]
         dense = jnp.stack(masks).astype(jnp.float32)
         product = jax.jit(jnp.dot)
-        beside = timing.medians(
+        beside = bench.medians(
             {"contraction": measures["contraction"], "dense": lambda: product(dense, v)}, rounds
         )
         # Scaled to the main rounds by what both have, since these rounds come after them.
@@ -136,22 +137,22 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
     row["decisions_per_second"] = {
         name: int(name.split("/")[0]) / seconds[name] for name in ("1", "8", "128", "128/cert")
     }
-    row["device"] = runs.device()
+    row["device"] = device()
     return row
 
 
 def measure_side_by_side(network: str, tasks: list[int], rounds: int, seed: int) -> list[dict]:
     """Contraction and read of each number of tasks, microseconds a task, in the same rounds."""
-    net = networks.build(network, seed)
+    net = bench.network(network, seed)
     v = jax.random.normal(jax.random.key(seed), (net.layout.num_weights,))
     contract = jax.jit(lambda store, v: store.contract(v))
     measures = {}
     for num_tasks in tasks:
-        store = synthetic.random_store(net, num_tasks)
+        store = bench.random_store(net, num_tasks)
         packed = np.asarray(store._bank.words)
         measures["read", num_tasks] = functools.partial(np.bitwise_or.reduce, packed, axis=None)
         measures["contraction", num_tasks] = functools.partial(contract, store, v)
-    seconds = timing.medians(measures, rounds, again=True)
+    seconds = bench.medians(measures, rounds, again=True)
     return [
         {"tasks": n, **{name: 1e6 * seconds[name, n] / n for name in ("read", "contraction")}}
         for n in tasks
@@ -188,10 +189,10 @@ def print_table(rows: list[dict], rounds: int) -> None:
 
 def main(args: Args) -> dict:
     tasks, rounds, steps = ((5,), 2, 20) if args.tiny else (args.tasks, args.rounds, 1000)
-    with runs.usage_errors():
+    with usage_errors():
         if not tasks or min(tasks) < 1 or rounds < 1:
-            raise runs.UsageError("--tasks and --rounds must be at least 1")
-        runs.writable_folder(args.out)
+            raise UsageError("--tasks and --rounds must be at least 1")
+        writable_folder(args.out)
     num_weights, memory_there = in_process(_sizes, args.network, args.seed)
     rows, left_out = [], []
     for num_tasks in sorted(set(tasks)):
@@ -205,27 +206,25 @@ def main(args: Args) -> dict:
         oracle = num_tasks <= args.oracle_tasks
         rows.append(in_process(measure, args.network, num_tasks, rounds, steps, oracle, args.seed))
         print(f"{num_tasks} tasks measured", flush=True)
-    with runs.usage_errors():
+    with usage_errors():
         if not rows:
-            raise runs.UsageError("no --tasks fits into memory")
+            raise UsageError("no --tasks fits into memory")
     large = [row["tasks"] for row in rows if row["tasks"] >= (1 if args.tiny else 1000)]
     while sum(large) * num_weights // 8 > FRACTION * memory_there:
         large.pop()
     side_by_side = in_process(measure_side_by_side, args.network, large, rounds, args.seed)
-    result = {
-        "schema": runs.SCHEMA,
-        "network": args.network,
-        "weights": num_weights,
-        "masks": f"task 0 learned ({steps} steps), the others synthetic, independent fair bits",
-        "rounds": rounds,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": rows[0]["device"],
-        "left_out": left_out,
-        "rows": rows,
-        "microseconds_a_task": side_by_side,
-    }
-    runs.write_json(args.out / "benchmark_inference.json", result)
+    result = write_result(
+        args.out / "benchmark_inference.json",
+        network=args.network,
+        weights=num_weights,
+        masks=f"task 0 learned ({steps} steps), the others synthetic, independent fair bits",
+        rounds=rounds,
+        seed=args.seed,
+        device=rows[0]["device"],
+        left_out=left_out,
+        rows=rows,
+        microseconds_a_task=side_by_side,
+    )
     plots.cost_against_tasks(args.out / "benchmark_inference.png", args.network, rows)
     print_table(rows, rounds)
     print("side by side, microseconds a task:")
@@ -235,7 +234,7 @@ def main(args: Args) -> dict:
 
 
 def _sizes(network, seed):
-    return networks.build(network, seed).layout.num_weights, devices.device_bytes()
+    return bench.network(network, seed).layout.num_weights, devices.device_bytes()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, runs, synthetic, timing
+from experiments.frame import bench
+from experiments.frame.run import usage_errors, writable_folder, write_result
 
 NAMES = ("contraction", "shared", "8")
 
@@ -32,7 +33,7 @@ NAMES = ("contraction", "shared", "8")
 class Args:
     """Times one-shot decisions on one device and on several."""
 
-    network: Literal[networks.NAMES] = "lenet-100"
+    network: Literal[bench.NETWORKS] = "lenet-100"
     tasks: int = 20_000
     devices: int = 2
     rounds: int = 15
@@ -43,8 +44,8 @@ class Args:
 
 def measure(args: Args) -> dict:
     """Seconds by name, on one device and on all."""
-    net = networks.build(args.network, 0)
-    one = synthetic.random_store(net, args.tasks)
+    net = bench.network(args.network, 0)
+    one = bench.random_store(net, args.tasks)
     many = ss.shard(one, jax.make_mesh((args.devices,), ("task",)))
     x = jax.random.normal(jax.random.key(0), (128, 784))
     v = jax.random.normal(jax.random.key(1), (net.layout.num_weights,))
@@ -58,7 +59,7 @@ def measure(args: Args) -> dict:
             ("8", devices): functools.partial(decide, x[:8]),
         }
     same = np.array_equal(measures["8", 1]().task, measures["8", args.devices]().task)
-    seconds = timing.medians(measures, args.rounds, budget=60)
+    seconds = bench.medians(measures, args.rounds, budget=60)
     return {
         "network": args.network,
         "tasks": args.tasks,
@@ -80,13 +81,12 @@ def main(args: Args) -> dict:
     """Measures, writes and prints."""
     if args.tiny:
         args = dataclasses.replace(args, tasks=33, rounds=1)
-    with runs.usage_errors():
+    with usage_errors():
         if args.devices < 2:
             raise ValueError(f"devices must be at least 2, got {args.devices}")
-        runs.writable_folder(args.out)
+        writable_folder(args.out)
     found = measure(args)
-    result = {"versions": runs.versions(), "device": runs.device(), **found}
-    runs.write_json(args.out / "benchmark_sharding.json", result)
+    result = write_result(args.out / "benchmark_sharding.json", **found)
     print(
         f"{args.tasks:,} tasks, milliseconds on 1 and on {args.devices} devices, and their ratio:"
     )

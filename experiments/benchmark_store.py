@@ -34,7 +34,8 @@ import numpy as np
 import tyro
 
 import supsup_jax as ss
-from experiments import networks, runs, timing
+from experiments.frame import bench
+from experiments.frame.run import usage_errors, writable_folder, write_result
 from supsup_jax.stores import journal
 
 MASKS = 8  # distinct ones; a disk does not know that they come again
@@ -108,7 +109,7 @@ def measure_loads(folder: Path, net: ss.Network, tasks: int, rounds: int, seed: 
     path = folder / "loads"
     with ss.DiskStore.open(path, net, mode="x") as disk:
         fill(disk, random_tasks(net, seed), tasks)
-        seconds = timing.medians(
+        seconds = bench.medians(
             {
                 "open": lambda: ss.DiskStore.open(path, net).close(),
                 "read": lambda: len((path / journal.RECORDS).read_bytes()),
@@ -160,7 +161,7 @@ def measure_tensorstore(folder: Path, net: ss.Network, kind: str, args: Args, ta
         # Opened anew: no cache of an earlier reading.
         return tensorstore.open(spec, open=True).result()[:tasks].read().result()
 
-    seconds = timing.medians({"load": load}, args.rounds)
+    seconds = bench.medians({"load": load}, args.rounds)
     return {
         "kind": kind,
         "append_ms": 1e3 * statistics.median(appends),
@@ -171,7 +172,7 @@ def measure_tensorstore(folder: Path, net: ss.Network, kind: str, args: Args, ta
 
 def decide_within(path: str, limit: int) -> None:
     """In a process of its own: one decision over all parts, with `limit` bytes of data to spend."""
-    net = networks.build("lenet-100", 0)
+    net = bench.network("lenet-100", 0)
     disk = ss.DiskStore.open(path, net)
     x = jax.random.normal(jax.random.key(1), (1, 784))
     decide = functools.partial(ss.one_shot_streamed, net, disk.parts(), x)
@@ -212,9 +213,9 @@ def main(args: Args) -> dict:
         args = dataclasses.replace(
             args, sizes=(10, 20), tasks=20, appends=3, rounds=2, stream_tasks=0
         )
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
-    net = networks.build("lenet-100", args.seed)
+    with usage_errors():
+        writable_folder(args.out)
+    net = bench.network("lenet-100", args.seed)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         folder = Path(folder)
         appends = measure_appends(folder, net, args.sizes, args)
@@ -225,17 +226,14 @@ def main(args: Args) -> dict:
         stream = None
         if args.stream_tasks:
             stream = measure_stream(folder, net, args.stream_tasks, args.seed)
-    result = {
-        "schema": runs.SCHEMA,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "appends": appends,
-        "loads": loads,
-        "tensorstore": others,
-        "stream": stream,
-    }
-    runs.write_json(args.out / "benchmark_store.json", result)
+    result = write_result(
+        args.out / "benchmark_store.json",
+        seed=args.seed,
+        appends=appends,
+        loads=loads,
+        tensorstore=others,
+        stream=stream,
+    )
     print("append to T tasks   beyond the flush   the flush")
     for row in appends:
         print(f"{row['tasks']:17,}   {row['beyond_ms']:13.2f} ms {row['flush_ms']:8.2f} ms")

@@ -26,7 +26,8 @@ import tyro
 from jax import lax
 
 import supsup_jax as ss
-from experiments import networks, plots, runs, timing
+from experiments.frame import bench, plots
+from experiments.frame.run import UsageError, usage_errors, writable_folder, write_result
 from supsup_jax import data
 from supsup_jax.training import train
 
@@ -35,7 +36,7 @@ from supsup_jax.training import train
 class Args:
     """Times the training of one task, and of several at once."""
 
-    network: Literal[networks.NAMES] = "lenet-100"
+    network: Literal[bench.NETWORKS] = "lenet-100"
     tasks: tuple[int, ...] = ()
     """Numbers of tasks at once; by default 1 to 8 on a CPU, else powers of 2 while memory lasts."""
     steps: int = 1000
@@ -83,7 +84,7 @@ def measure_many(
             keys, net, many, None, config, together=together
         ).compile()
         compile_seconds[form] = time.perf_counter() - start
-    seconds = timing.medians(
+    seconds = bench.medians(
         {
             "task": lambda: ss.train_task(keys[0], net, one, config),
             "default": lambda: ss.train_tasks(keys, net, many, config),
@@ -130,11 +131,11 @@ def measure_all(
 def main(args: Args) -> dict:
     steps, rounds = (20, 2) if args.tiny else (args.steps, args.rounds)
     tasks = (2,) if args.tiny else args.tasks or default_tasks()
-    with runs.usage_errors():
+    with usage_errors():
         if min(steps, rounds, *tasks) < 1:
-            raise runs.UsageError("--steps, --rounds and --tasks must be at least 1")
-        runs.writable_folder(args.out)
-    net = networks.build(args.network, seed=0)
+            raise UsageError("--steps, --rounds and --tasks must be at least 1")
+        writable_folder(args.out)
+    net = bench.network(args.network, seed=0)
     num_train = 512 if args.tiny else 60_000
     dataset = data.synthetic(jax.random.key(0), (28, 28), 10, num_train, 10)
     config = ss.TrainConfig(steps=steps)
@@ -142,7 +143,7 @@ def main(args: Args) -> dict:
     x = jnp.ones((config.batch_size, kernels[0].shape[0]))
     alone = jax.jit(products, static_argnames="steps")
     task = data.PermutedStream(dataset, 2).train[1]
-    seconds = timing.medians(
+    seconds = bench.medians(
         {
             "products": lambda: alone(kernels, x, steps=steps),
             "task": lambda: ss.train_task(jax.random.key(0), net, task, config),
@@ -150,19 +151,16 @@ def main(args: Args) -> dict:
         rounds,
     )
     rows = measure_all(net, dataset, tasks, config, rounds)
-    result = {
-        "schema": runs.SCHEMA,
-        "network": args.network,
-        "weights": net.layout.num_weights,
-        "steps": steps,
-        "rounds": rounds,
-        "seconds": seconds,
-        "ratio": seconds["task"] / seconds["products"],
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "rows": rows,
-    }
-    runs.write_json(args.out / "benchmark_training.json", result)
+    result = write_result(
+        args.out / "benchmark_training.json",
+        network=args.network,
+        weights=net.layout.num_weights,
+        steps=steps,
+        rounds=rounds,
+        seconds=seconds,
+        ratio=seconds["task"] / seconds["products"],
+        rows=rows,
+    )
     title = f"Learning {args.network}, {steps} steps of {config.batch_size}"
     bound = 60 / seconds["products"]
     plots.rate_against_tasks(args.out / "benchmark_training.png", title, rows, bound)

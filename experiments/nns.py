@@ -24,22 +24,22 @@ optimizer state of every mask.
 
 import dataclasses
 import functools
-import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, paper, plots, reports
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import config as frame
+from experiments.frame import loop, paper, plots
+from experiments.frame.learners import Learner
+from experiments.frame.rows import Row, figure, find, points, print_table, store_bytes
+from experiments.frame.run import Run, UsageError, replacing
 from supsup_jax import data, metrics, prng
 from supsup_jax.layout import named_leaves
 from supsup_jax.training.steps import TrainState
@@ -70,7 +70,7 @@ class Config:
     method: str = "supsup"
     stream: str = "permuted"
 
-    def learner(self) -> ss.stream.StreamConfig:
+    def rule(self) -> ss.stream.StreamConfig:
         names = ("window", "eps", "floor", "budget", "beyond", "train")
         return ss.stream.StreamConfig(**{name: getattr(self, name) for name in names})
 
@@ -97,142 +97,34 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(loop.Args):
     """Finds permuted tasks in a stream that never names them, and learns a mask for each."""
 
     preset: Literal[tuple(PRESETS)] = "digits"
-    data_dir: Path | None = None
-    """Folder in which tensorflow-datasets has prepared the dataset."""
-    out: Path | None = None
-    """Folder of the run; by default runs/nns/PRESET-seedS."""
-    seed: int = 0
-    """Of weights, scores, batches and permutations."""
-    tasks: int | None = None
-    """Stream this many tasks instead of the preset's."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
-    resume: bool = False
-    """Continue the run in --out, or show it when it is finished."""
-    tiny: bool = False
-    """A smoke test of seconds that needs no data: 3 tasks, 60 batches each, digits or drawn
-    images."""
 
-    def config(self) -> Config:
-        config = dataclasses.replace(
-            PRESETS[self.preset], seed=self.seed, independent_seeds=self.independent_seeds
-        )
-        if self.tiny:
-            config = dataclasses.replace(
-                config,
-                dataset="digits" if config.dataset == "digits" else "synthetic",
-                tasks=3,
-                checkpoints=(2, 3),
-                budget=6,
-                window=20,
-                save_every=1,
-                train=dataclasses.replace(config.train, steps=60, learning_rate=1e-2),
-            )
-        if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, got {self.seed}")
-        if self.tasks is not None:
-            if self.tasks < 1:
-                raise UsageError(f"--tasks must be at least 1, got {self.tasks}")
-            kept = tuple(c for c in config.checkpoints if c < self.tasks)
-            config = dataclasses.replace(config, tasks=self.tasks, checkpoints=(*kept, self.tasks))
+
+def options(config: Config, args: Args) -> Config:
+    """The preset as Args wants it; with --tiny 3 tasks of 60 batches each."""
+    config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
+    if not args.tiny:
         return config
-
-    def folder(self) -> Path:
-        name = f"{self.preset}{'-tiny' if self.tiny else ''}-seed{self.seed}"
-        return self.out or Path("runs") / "nns" / name
-
-
-class Progress:
-    """A learner between two tasks of the stream, and what happened at each window before.
-
-    Saved as masks/SLOT-WINDOWS.npz, one file a slot, written where the slot has changed, and the
-    list of files in progress.json. That list is replaced in one piece and names only files that
-    are whole, so a save that was killed half-way leaves the one before it.
-    """
-
-    def __init__(self, run: Run, state: ss.stream.StreamState, decisions: list[ss.stream.Decision]):
-        self.run, self.state, self.decisions = run, state, decisions
-        self.files: list[str] = list(run.extra.get("files", []))
-        self._saved = state.slots if self.files else ()
-
-    @classmethod
-    def load(cls, run: Run, config: Config, net: ss.Network) -> "Progress":
-        """Where the run in its folder was last saved, or at its start."""
-        key = prng.purpose_key(jax.random.key(config.seed), "stream")
-        if not run.extra:
-            return cls(run, ss.stream.init_stream(key, net, config.learner()), [])
-        like = fresh_slot(key, 0, net, config.learner())
-        slots = [_load_slot(run.out / "masks" / name, like) for name in run.extra["files"]]
-        counters = {name: run.extra[name] for name in ("allocated", "windows", "skipped")}
-        state = restore_stream(key, net, slots, config.learner(), **counters)
-        return cls(run, state, [ss.stream.Decision(*fields) for fields in run.extra["decisions"]])
-
-    def save(self) -> None:
-        state, folder = self.state, self.run.out / "masks"
-        with self.run.phase("save"):
-            folder.mkdir(exist_ok=True)
-            for i, slot in enumerate(state.slots):
-                if i < len(self._saved) and slot is self._saved[i]:
-                    continue
-                name = f"{i:05}-{state.windows:06}.npz"
-                _save_slot(folder / name, slot)
-                self.files[i : i + 1] = [name]
-            self._saved = state.slots
-        self.run.extra = {
-            "allocated": state.allocated,
-            "windows": state.windows,
-            "skipped": state.skipped,
-            "files": list(self.files),
-            "decisions": list(self.decisions),
-        }
-        if state.allocated:
-            self.run.save(allocated_store(state))
-        else:
-            self.run.write_progress()
-        for path in set(folder.iterdir()) - {folder / name for name in self.files}:
-            path.unlink()
-
-    def counts(self, config: Config) -> np.ndarray:
-        """[true task, mask] windows of the tasks seen so far."""
-        tasks = true_tasks(config, len(self.decisions))
-        masks = [decision.mask for decision in self.decisions]
-        return metrics.window_counts(tasks, masks)
+    return dataclasses.replace(
+        config,
+        dataset=frame.at_hand(config.dataset),
+        tasks=3,
+        checkpoints=(2, 3),
+        budget=6,
+        window=20,
+        save_every=1,
+        train=dataclasses.replace(config.train, steps=60, learning_rate=1e-2),
+    )
 
 
-def true_tasks(config: Config, windows: int) -> np.ndarray:
-    """The task behind each window of the stream, which the learner is never told."""
-    return np.arange(windows) // (config.train.steps // config.window)
-
-
-def main(args: Args) -> dict:
-    """Runs, or resumes, or shows a run; returns its result."""
-    with usage_errors():
-        config = args.config()
-        run = Run.open(args.folder(), config, args.resume)
-        if (result := run.result) is not None:
-            print(f"{run.out} is finished:")
-            print_result(result)
-            return result
-        with run.phase("data"):
-            dataset = load(config, args.data_dir)
-            stream = continual.make_stream(config, dataset)
-        net = continual.build(config, dataset)
-        progress = Progress.load(run, config, net)
-        run.create()
-    if config.dataset == "synthetic":
-        print("--tiny: images drawn from a key with the dataset's shapes, not real data")
-    print(f"{run.out}: {config.tasks} tasks of {dataset.name}, {net}")
-    learn(run, config, net, stream, progress)
-    return finish(run, config, progress)
-
-
-def load(config: Config, data_dir: Path | None) -> data.Dataset:
+def load(config: Config, args: Args) -> data.Dataset:
     """The dataset, digits with each of its 8x8 pixels as `enlarge` x `enlarge`."""
-    dataset = continual.load(config, data_dir)
+    dataset = frame.load(config, args)
     if config.dataset != "digits":
         return dataset
 
@@ -244,79 +136,115 @@ def load(config: Config, data_dir: Path | None) -> data.Dataset:
     return dataset._replace(train=enlarged(dataset.train), test=enlarged(dataset.test))
 
 
-def learn(
-    run: Run, config: Config, net: ss.Network, stream: data.PermutedStream, progress: Progress
-) -> None:
-    """Streams what is left to stream, judges at the checkpoints, and saves on the way."""
-    key = prng.purpose_key(jax.random.key(config.seed), "tasks")
-    learner = config.learner()
-    done = progress.state.windows // (config.train.steps // config.window)
-    if done in config.checkpoints and done not in {row["tasks_learned"] for row in run.rows}:
-        checkpoint(run, config, net, stream, progress)
-    with tqdm(initial=done, total=config.tasks, unit="task") as bar:
-        for task in range(done, config.tasks):
-            part = stream.train[task]
-            with run.phase("train"):
-                task_key = jax.random.fold_in(key, task)
-                for index in np.asarray(draw_windows(task_key, part.num_examples, learner)):
-                    progress.state, decision = ss.stream.observe(
-                        progress.state, net, part, index, learner, donate=True
-                    )
-                    progress.decisions.append(decision)
-            postfix = {"masks": progress.state.allocated}
-            ids = metrics.mask_of_task(progress.counts(config))
-            if ids[task] >= 0:
-                with run.phase("evaluate"):
-                    (row,) = ss.evaluate(
-                        net, progress.state.store, stream.test, tasks=[task], ids=ids
-                    )
-                postfix["accuracy"] = f"{row.accuracy:.4f}"
-            bar.set_postfix(postfix, refresh=False)
-            bar.update()
-            seen = task + 1
-            if seen in config.checkpoints or seen % config.save_every == 0:
-                progress.save()
-            if seen in config.checkpoints:
-                checkpoint(run, config, net, stream, progress)
+class Windows(Learner):
+    """Learns a stream window by window, without ids, and keeps what happened at each.
 
+    Saved as masks/SLOT-WINDOWS.npz, one file a slot, written where the slot has changed, and the
+    list of files in progress.json. That list is replaced in one piece and names only files that
+    are whole, so a save that was killed half-way leaves the one before it.
+    """
 
-def checkpoint(
-    run: Run, config: Config, net: ss.Network, stream: data.PermutedStream, progress: Progress
-) -> None:
-    """Judges the tasks seen so far and keeps the rows."""
-    counts = progress.counts(config)
-    store = allocated_store(progress.state)
-    with run.phase("evaluate"):
-        for protocol in ("paper", "given"):
-            label = f"  {len(counts)} tasks, {protocol}"
-            run.rows.append(
-                row_of(
-                    net,
-                    store,
-                    stream,
-                    protocol,
-                    counts,
-                    functools.partial(tqdm, desc=label, leave=False, unit="task"),
-                )
+    def __init__(self, config: Config, net: ss.Network, stream: data.PermutedStream, run: Run):
+        super().__init__(config, net, stream, run)
+        self.start = prng.purpose_key(jax.random.key(config.seed), "stream")
+        self.state = ss.stream.init_stream(self.start, net, config.rule())
+        self.decisions: list[ss.stream.Decision] = []
+        self.files: list[str] = []
+        self._saved = ()
+
+    @property
+    def done(self) -> int:
+        """Tasks of which all windows were seen."""
+        return self.state.windows // (self.config.train.steps // self.config.window)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.out / "masks"
+
+    def learn(self, group: range) -> None:
+        (task,) = group
+        part, rule = self.stream.train[task], self.config.rule()
+        windows = draw_windows(jax.random.fold_in(self.key, task), part.num_examples, rule)
+        for index in np.asarray(windows):
+            self.state, decision = ss.stream.observe(
+                self.state, self.net, part, index, rule, donate=True
             )
-    inferred, given = run.rows[-2:]
-    tqdm.write(
-        f"{len(counts)} tasks, {inferred['masks']} masks: accuracy "
-        f"{inferred['accuracy']:.4f} inferred, "
-        f"{given['accuracy']:.4f} given, task accuracy {inferred['task_accuracy']:.4f}, "
-        f"{inferred['split']} split, {inferred['merged']} merged"
-    )
-    run.write_progress()
+            self.decisions.append(decision)
+
+    def shown(self) -> dict[str, str]:
+        said, task = {"masks": str(self.state.allocated)}, self.done - 1
+        ids = metrics.mask_of_task(self.counts())
+        if ids[task] >= 0:
+            (row,) = ss.evaluate(
+                self.net, self.state.store, self.stream.test, tasks=[task], ids=ids
+            )
+            said["accuracy"] = f"{row.accuracy:.4f}"
+        return said
+
+    def evaluate(self) -> list[Row]:
+        store, counts = allocated_store(self.state), self.counts()
+        return [judged(self.net, store, self.stream, name, counts) for name in ("paper", "given")]
+
+    def save(self) -> None:
+        state = self.state
+        self.folder.mkdir(exist_ok=True)
+        for i, slot in enumerate(state.slots):
+            if i < len(self._saved) and slot is self._saved[i]:
+                continue
+            name = f"{i:05}-{state.windows:06}.npz"
+            _save_slot(self.folder / name, slot)
+            self.files[i : i + 1] = [name]
+        self._saved = state.slots
+        self.run.extra = {
+            "allocated": state.allocated,
+            "windows": state.windows,
+            "skipped": state.skipped,
+            "files": list(self.files),
+            "decisions": list(self.decisions),
+        }
+        if state.allocated:
+            allocated_store(state).save(self.run.store_path, overwrite=True)
+        self.run.write_progress()  # before the files go that the progress before counts on
+        for path in set(self.folder.iterdir()) - {self.folder / name for name in self.files}:
+            path.unlink()
+
+    def restore(self) -> None:
+        saved = self.run.extra
+        if not saved:
+            return
+        like = fresh_slot(self.start, 0, self.net, self.config.rule())
+        slots = [_load_slot(self.folder / name, like) for name in saved["files"]]
+        counters = {name: saved[name] for name in ("allocated", "windows", "skipped")}
+        self.state = restore_stream(self.start, self.net, slots, self.config.rule(), **counters)
+        self.decisions = [ss.stream.Decision(*fields) for fields in saved["decisions"]]
+        self.files, self._saved = list(saved["files"]), self.state.slots
+
+    def bytes(self) -> dict[str, float]:
+        store = allocated_store(self.state)
+        masks = map(store.mask, range(int(store.num_tasks)))
+        return store_bytes(masks, store.layout, store.state_bytes, self.run.store_path)
+
+    def finished(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def counts(self) -> np.ndarray:
+        """[true task, mask] windows of the tasks seen so far."""
+        masks = [decision.mask for decision in self.decisions]
+        return metrics.window_counts(true_tasks(self.config, len(masks)), masks)
 
 
-def row_of(
+def true_tasks(config: Config, windows: int) -> np.ndarray:
+    """The task behind each window of the stream, which the learner is never told."""
+    return np.arange(windows) // (config.train.steps // config.window)
+
+
+def judged(
     net: ss.Network,
     store: ss.MaskStore,
     stream: data.PermutedStream,
     protocol: str,
     counts: np.ndarray,
-    progress: Any = iter,
-) -> dict:
+) -> Row:
     """One protocol's row over the tasks of `counts`, a right label counting under any mask.
 
     A decision is right when it names a mask whose task it is. Under "given", a task of which no
@@ -324,44 +252,32 @@ def row_of(
     """
     inferred = protocol != "given"
     ids, tasks = metrics.mask_of_task(counts), metrics.task_of_mask(counts)
-    judged = [i for i in range(len(ids)) if inferred or ids[i] >= 0]
-    rows = ss.evaluate(net, store, stream.test, protocol, tasks=judged, ids=ids, progress=progress)
+    asked = [i for i in range(len(ids)) if inferred or ids[i] >= 0]
+    label = f"  {len(counts)} tasks, {protocol}"
+    progress = functools.partial(tqdm, desc=label, leave=False, unit="task")
+    rows = ss.evaluate(net, store, stream.test, protocol, tasks=asked, ids=ids, progress=progress)
     per_task = [0.0] * len(counts)
     for row in rows:
         per_task[row.task] = row.shared_accuracy
     named = np.concatenate([tasks[row.inferred] == row.task for row in rows])
-    return {
-        "method": "supsup",
-        "scenario": "nns",
-        "objective": "entropy" if inferred else None,
-        "protocol": protocol,
-        "images_per_task": None,
-        "tasks_learned": len(counts),
-        "decisions": len(named),
-        "accuracy": float(np.mean(per_task)),
-        "task_accuracy": float(np.mean(named)) if inferred else None,
-        **metrics.found(counts)._asdict(),
-        "per_task": per_task,
-    }
-
-
-def finish(run: Run, config: Config, progress: Progress) -> dict:
-    """Writes everything a finished run has, the result last."""
-    reports.write_csv(run.out / "accuracy.csv", run.rows)
-    windows = window_table(config, progress.decisions)
-    np.savez_compressed(run.out / "decisions.npz", **windows)
-    draw(run, config, windows, progress.counts(config))
-    store = allocated_store(progress.state)
-    masks = map(store.mask, range(int(store.num_tasks)))
-    result = run.finish(
-        experiment="nns",
-        bytes=reports.store_bytes(masks, store.layout, store.state_bytes, run.store_path),
-        metrics=reports.continual_metrics(run.rows),
-        novelty=margins(config, windows),
+    return Row(
+        "supsup",
+        "nns",
+        per_task,
+        "entropy" if inferred else None,
+        protocol,
+        decisions=len(named),
+        task_accuracy=float(np.mean(named)) if inferred else None,
+        more=metrics.found(counts)._asdict(),
     )
-    shutil.rmtree(run.out / "masks")
-    print_result(result)
-    return result
+
+
+def conclude(run: Run, config: Config, learner: Windows) -> dict[str, Any]:
+    """decisions.npz and the pictures; the margins of the rule."""
+    windows = window_table(config, learner.decisions)
+    np.savez_compressed(run.out / "decisions.npz", **windows)
+    draw(run, config, windows, learner.counts())
+    return {"novelty": margins(config, windows)}
 
 
 def window_table(config: Config, decisions: list[ss.stream.Decision]) -> dict[str, np.ndarray]:
@@ -402,11 +318,11 @@ def draw(run: Run, config: Config, windows: dict[str, np.ndarray], counts: np.nd
     )
     curves = []
     for protocol, label in (("given", "ours, mask given"), ("paper", "ours, NNs, H (paper)")):
-        rows = reports.find(run.rows, protocol=protocol)
-        curves.append(plots.curve(label, reports.points(rows), rows[0]))
-    if points := paper.CURVES.get((reports.figure(run.config), "nns", "entropy")):
-        points = {tasks: value for tasks, value in points.items() if tasks <= config.tasks}
-        curves.append(plots.paper_curve("nns", "entropy", points))
+        rows = find(run.rows, protocol=protocol)
+        curves.append(plots.curve(label, points(rows), rows[0]))
+    if theirs := paper.CURVES.get((figure(run.config), "nns", "entropy")):
+        theirs = {tasks: value for tasks, value in theirs.items() if tasks <= config.tasks}
+        curves.append(plots.paper_curve("nns", "entropy", theirs))
     plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
     plots.assigned_windows(
         run.out / "assignment.png", f"{config.tasks} tasks, no id ever given", counts
@@ -417,9 +333,9 @@ def draw(run: Run, config: Config, windows: dict[str, np.ndarray], counts: np.nd
 
 def print_result(result: dict) -> None:
     """Ours beside the paper's; then what was found, and by what margin."""
-    reports.print_table(result)
+    print_table(result)
     print("\ntasks   masks  found  purity  split  merged")
-    for row in reports.find(result["rows"], protocol="paper"):
+    for row in find(result["rows"], protocol="paper"):
         print(
             f"{row['tasks_learned']:5}  {row['masks']:6}  {row['found']:5}  {row['purity']:.4f}  "
             f"{row['split']:5}  {row['merged']:6}"
@@ -434,15 +350,8 @@ def print_result(result: dict) -> None:
 
 
 def _save_slot(path: Path, slot: TrainState) -> None:
-    """Written beside and renamed, so that `path` is whole where it exists."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **named_leaves(slot))
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.savez(file, **named_leaves(slot))
 
 
 def _load_slot(path: Path, like: TrainState) -> TrainState:
@@ -461,9 +370,17 @@ def _load_slot(path: Path, like: TrainState) -> TrainState:
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in want])
 
 
-def cli(argv: list[str]) -> None:
-    main(tyro.cli(Args, args=argv, description=__doc__))
-
+EXPERIMENT = loop.Experiment(
+    name="nns",
+    presets=PRESETS,
+    load=load,
+    stream=frame.views,
+    network=frame.dense_network,
+    options=options,
+    learner=Windows,
+    conclude=conclude,
+    show=print_result,
+)
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -30,7 +30,6 @@ Writes result.json to --out and ends with a table. 3 minutes on 2 CPU cores, for
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -41,11 +40,16 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, permuted, runs
+from experiments.frame import config as frame
+from experiments.frame.config import Config
+from experiments.frame.run import Run, UsageError, usage_errors, writable_folder
 from supsup_jax import data, prng
 
-PRESETS = {"digits": "digits", "mnist": "mnist-10"}
-TASKS = {"digits": 20, "mnist": 10}
+# As experiments.permuted learns them.
+CONFIGS = {
+    "digits": Config("digits", "lenet_300_100", 100, 20, (20,), train=ss.TrainConfig(steps=1500)),
+    "mnist": Config("mnist", "lenet_300_100", 100, 10, (10,)),
+}
 UNLEARNED = 5
 RATE = 0.01
 
@@ -54,7 +58,7 @@ RATE = 0.01
 class Args:
     """Measures how well inputs of no learned task are refused."""
 
-    dataset: Literal[tuple(PRESETS)] = "digits"
+    dataset: Literal[tuple(CONFIGS)] = "digits"
     data_dir: Path | None = None
     """Folder in which tensorflow-datasets has prepared the dataset."""
     out: Path | None = None
@@ -99,20 +103,19 @@ def plan(num_labels: int) -> list[tuple[str, ss.Rule, str, list]]:
 
 
 def main(args: Args) -> dict:
-    with runs.usage_errors():
+    with usage_errors():
         if args.images < 2 / RATE and not args.tiny:
-            raise runs.UsageError(f"--images must be at least {2 / RATE:.0f}, got {args.images}")
-        tasks = 3 if args.tiny else TASKS[args.dataset]
-        config = permuted.Args(
-            preset=PRESETS[args.dataset], seed=args.seed, tasks=tasks, tiny=args.tiny
-        ).config()
-        dataset = continual.load(config, args.data_dir)
+            raise UsageError(f"--images must be at least {2 / RATE:.0f}, got {args.images}")
+        config = dataclasses.replace(CONFIGS[args.dataset], seed=args.seed)
+        config = frame.tiny(config) if args.tiny else config
+        tasks = config.tasks
+        dataset = frame.load(config, args)
         name = f"{args.dataset}{'-tiny' if args.tiny else ''}-seed{args.seed}"
         out = args.out or Path("runs") / "none_of_these" / name
-        runs.writable_folder(out)
+        writable_folder(out)
     settings = {"data_dir": str(args.data_dir), "out": str(out), "tasks": tasks, "rate": RATE}
-    run = runs.Run(out, {**dataclasses.asdict(args), **settings}, None)
-    net = continual.build(config, dataset)
+    run = Run(out, {**dataclasses.asdict(args), **settings}, None)
+    net = frame.dense_network(config, dataset)
     stream = data.PermutedStream(dataset, tasks + UNLEARNED, args.seed, independent=True)
     store = ss.MaskStore.create(net, tasks)
     key = jax.random.key(args.seed)
@@ -122,17 +125,9 @@ def main(args: Args) -> dict:
             learned = ss.train_task(one, net, stream.train[i], config.train)
             store = store.append(learned.task, donate=True)
     with run.phase("evaluate"):
-        rows = measure(net, store, stream, dataset, prng.purpose_key(key, "noise"), args.images)
-    result = {
-        "schema": runs.SCHEMA,
-        "config": run.config,
-        "seed": args.seed,
-        "seconds": {name: round(spent, 3) for name, spent in run.seconds.items()},
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "rows": rows,
-    }
-    runs.write_json(out / "result.json", result)
+        noise = prng.purpose_key(key, "noise")
+        run.rows = measure(net, store, stream, dataset, noise, args.images)
+    result = run.finish()
     print_table(result)
     return result
 
@@ -205,9 +200,5 @@ def print_table(result: dict) -> None:
         )
 
 
-def cli(argv: list[str]) -> None:
-    main(tyro.cli(Args, args=argv, description=__doc__))
-
-
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    main(tyro.cli(Args, description=__doc__))

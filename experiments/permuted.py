@@ -22,11 +22,11 @@ s is the paper's name for the number of outputs in all, of which the first 10 ar
 
 import dataclasses
 import sys
-from typing import ClassVar, Literal
+from typing import Literal
 
 import supsup_jax as ss
-from experiments import continual
-from experiments.continual import Config
+from experiments.frame import config, loop
+from experiments.frame.config import Config
 
 PAPER = Config("mnist", "lenet_300_100", 100, 10, (2, 5, 10))
 TO_250 = (10, 50, 100, 150, 200, 250)
@@ -85,18 +85,20 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(continual.Args):
+class Args(config.MethodArgs):
     """Learns permuted tasks in one network and finds the right one by one gradient."""
-
-    PRESETS: ClassVar = PRESETS
-    SCRIPT: ClassVar = "permuted"
 
     preset: Literal[tuple(PRESETS)] = "digits"
 
 
-def cli(argv: list[str]) -> None:
-    continual.cli(Args, argv, __doc__)
-
+EXPERIMENT = loop.Experiment(
+    name="permuted",
+    presets=PRESETS,
+    load=config.load,
+    stream=config.views,
+    network=config.dense_network,
+    options=config.by_method,
+)
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -11,10 +11,10 @@ backward pass of the whole batch, and 36 tasks take six. Half an hour a method o
 
 import dataclasses
 import sys
-from typing import ClassVar, Literal
+from typing import Literal
 
-from experiments import continual
-from experiments.continual import Config
+from experiments.frame import config, loop
+from experiments.frame.config import Config
 
 PRESETS = {
     "mnist-36": Config(
@@ -34,18 +34,20 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(continual.Args):
+class Args(config.MethodArgs):
     """Learns rotated tasks in one network and finds the right one by halving the candidates."""
-
-    PRESETS: ClassVar = PRESETS
-    SCRIPT: ClassVar = "rotated"
 
     preset: Literal[tuple(PRESETS)] = "mnist-36"
 
 
-def cli(argv: list[str]) -> None:
-    continual.cli(Args, argv, __doc__)
-
+EXPERIMENT = loop.Experiment(
+    name="rotated",
+    presets=PRESETS,
+    load=config.load,
+    stream=config.views,
+    network=config.dense_network,
+    options=config.by_method,
+)
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -27,15 +27,15 @@ random crops and flips on the device.
 import dataclasses
 import math
 import sys
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import continual
-from experiments.runs import UsageError
+from experiments.frame import config as frame
+from experiments.frame import loop
+from experiments.frame.run import UsageError
 from supsup_jax import data, models
 
 
@@ -50,7 +50,7 @@ MODELS = {"gem_resnet18": models.gem_resnet18, "small_resnet": small_resnet}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(continual.Config):
+class Config(frame.Config):
     """A split dataset's run. `train` follows from the fields below, but for its optimizer."""
 
     classes_per_task: int = 5
@@ -60,8 +60,11 @@ class Config(continual.Config):
     epochs: int = 250
 
 
-def training(config: Config, normalize: ss.Normalize | None = None) -> Config:
+def training(config: Config) -> Config:
     """The config with its training made from epochs, scale and the method's optimizer."""
+    # What a dataset is normalised by, where that is known before it is read.
+    known = data.sources.NORMALIZATION.get(config.dataset)
+    normalize = known and ss.Normalize(*known)
     images = config.classes_per_task * config.images_per_class
     changes = {
         "steps": math.ceil(config.epochs * images / config.train.batch_size),
@@ -70,7 +73,7 @@ def training(config: Config, normalize: ss.Normalize | None = None) -> Config:
     }
     if config.scale is not None:
         changes |= {"rule": "topk", "density": ss.ErdosRenyi(config.scale)}
-    return continual.trained(config, **changes)
+    return frame.trained(config, **changes)
 
 
 PAPER = Config(
@@ -121,11 +124,8 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(continual.Args):
+class Args(frame.MethodArgs):
     """Learns split classes in one network, a mask a task."""
-
-    PRESETS: ClassVar = PRESETS
-    SCRIPT: ClassVar = "split_cifar"
 
     preset: Literal[tuple(PRESETS)] = "tiny"
     method: str = "supsup"
@@ -138,89 +138,77 @@ class Args(continual.Args):
     width: int | None = None
     """Base channels of the network instead of the preset's."""
 
-    def config(self) -> Config:
-        if self.outputs is not None or self.steps is not None:
-            raise UsageError(
-                "a split run takes --epochs, and as many outputs as a task has classes"
-            )
-        if self.method in ("abatche", "psp"):
-            raise UsageError(f"--method {self.method} is none of a split run's: see --help")
-        config = super().config()
-        given = self._given()
-        for name, value in given.items():
-            if not value > 0:
-                raise UsageError(f"--{name} must be positive, got {value}")
-        if self.tiny:  # whatever the preset, its dataset's shapes at a size of seconds
-            small = PRESETS["tiny"]
-            config = dataclasses.replace(
-                small, seed=config.seed, method=config.method, scale=config.scale
-            )
-            config = self.configure(config)
-        if config.scale is None and "scale" in given:
-            raise UsageError(f"--scale is of masks, which --method {self.method} does not learn")
-        config = dataclasses.replace(config, **given)
-        return training(config, normalization(config.dataset))
 
-    def folder(self) -> Path:
-        named = [f"{name}{value:g}" for name, value in self._given().items()]
-        folder = super().folder()
-        return folder if self.out or not named else Path("-".join([str(folder), *named]))
-
-    def _given(self) -> dict[str, float]:
-        """The preset's fields that the command line replaces."""
-        given = {name: getattr(self, name) for name in ("scale", "epochs", "width")}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def configure(self, config: Config) -> Config:
-        config = dataclasses.replace(config, method=self.method)
-        if self.method.startswith("supsup"):
-            return config
-        # As in the reference's configurations: what is small trains faster than whole networks.
-        config = dataclasses.replace(config, scale=None)
-        rates = {"batche": 0.1, "separate_heads": 0.01}
-        (rate,) = [v for name, v in rates.items() if self.method.startswith(name)] or [None]
-        if rate is None:
-            return config
-        later = dataclasses.replace(config.train, learning_rate=rate)
-        return dataclasses.replace(config, later=later)
-
-    def load(self, config: Config) -> data.Dataset:
-        if config.dataset == "synthetic":
-            labels = config.tasks * config.classes_per_task
-            images = labels * config.images_per_class
-            key = jax.random.key(config.seed)
-            return data.synthetic(key, (32, 32, 3), labels, images, labels * 16)
-        dataset = data.load_dataset(config.dataset, self.data_dir, config.seed)
-        shape = dataset.train.images.shape[1:]
-        if shape != (32, 32, 3):
-            raise UsageError(f"{self.preset} takes images of 32x32x3, {dataset.name} has {shape}")
-        return dataset
-
-    def make_stream(self, config: Config, dataset: data.Dataset) -> data.SplitStream:
-        order = data.class_order(dataset.num_labels, config.seed)
-        wanted = config.tasks * config.classes_per_task
-        if wanted > dataset.num_labels:
-            raise UsageError(
-                f"{config.tasks} tasks of {config.classes_per_task} classes need {wanted}, "
-                f"{dataset.name} has {dataset.num_labels}"
-            )
-        return data.SplitStream(dataset, config.classes_per_task, order[:wanted], relabel=True)
-
-    def build(self, config: Config, dataset: data.Dataset) -> ss.Network:
-        # The module's own weights are thrown away, so its key does not matter.
-        module = MODELS[config.model](config.outputs, width=config.width, rngs=nnx.Rngs(0))
-        return ss.signed_constant(ss.Network.from_nnx(module), config.seed)
+def options(config: Config, args: Args) -> Config:
+    """The preset, or with --tiny its dataset's shapes at a size of seconds, as Args wants it."""
+    if args.outputs is not None or args.steps is not None:
+        raise UsageError("a split run takes --epochs, and as many outputs as a task has classes")
+    frame.check_method(args.method)
+    if args.method in ("abatche", "psp"):
+        raise UsageError(f"--method {args.method} is none of a split run's: see --help")
+    if args.tiny:
+        config = dataclasses.replace(PRESETS["tiny"], seed=config.seed, scale=config.scale)
+    config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
+    config = for_method(config, args.method)
+    fields = {name: getattr(args, name) for name in ("scale", "epochs", "width")}
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if not value > 0:
+            raise UsageError(f"--{name} must be positive, got {value}")
+    if config.scale is None and "scale" in given:
+        raise UsageError(f"--scale is of masks, which --method {args.method} does not learn")
+    return training(dataclasses.replace(config, **given))
 
 
-def normalization(dataset: str) -> ss.Normalize | None:
-    """What a dataset is normalised by, where that is known before it is read."""
-    known = data.sources.NORMALIZATION.get(dataset)
-    return known and ss.Normalize(*known)
+def for_method(config: Config, method: str) -> Config:
+    """A preset's config, which is SupSup's, made for a method."""
+    config = dataclasses.replace(config, method=method)
+    if method.startswith("supsup"):
+        return config
+    # As in the reference's configurations: what is small trains faster than whole networks.
+    config = dataclasses.replace(config, scale=None)
+    rates = {"batche": 0.1, "separate_heads": 0.01}
+    (rate,) = [v for name, v in rates.items() if method.startswith(name)] or [None]
+    if rate is None:
+        return config
+    later = dataclasses.replace(config.train, learning_rate=rate)
+    return dataclasses.replace(config, later=later)
 
 
-def cli(argv: list[str]) -> None:
-    continual.cli(Args, argv, __doc__)
+def load(config: Config, args: Args) -> data.Dataset:
+    """The dataset, of images 32x32x3; raises before anything slow when it is not there."""
+    if config.dataset == "synthetic":
+        labels = config.tasks * config.classes_per_task
+        images = labels * config.images_per_class
+        key = jax.random.key(config.seed)
+        return data.synthetic(key, (32, 32, 3), labels, images, labels * 16)
+    dataset = frame.load(config, args)
+    shape = dataset.train.images.shape[1:]
+    if shape != (32, 32, 3):
+        raise UsageError(f"{args.preset} takes images of 32x32x3, {dataset.name} has {shape}")
+    return dataset
 
+
+def classes(config: Config, dataset: data.Dataset) -> data.SplitStream:
+    """The tasks, whose classes are dealt in the seed's order."""
+    order = data.class_order(dataset.num_labels, config.seed)
+    wanted = config.tasks * config.classes_per_task
+    if wanted > dataset.num_labels:
+        raise UsageError(
+            f"{config.tasks} tasks of {config.classes_per_task} classes need {wanted}, "
+            f"{dataset.name} has {dataset.num_labels}"
+        )
+    return data.SplitStream(dataset, config.classes_per_task, order[:wanted], relabel=True)
+
+
+def network(config: Config, dataset: data.Dataset) -> ss.Network:
+    """The fixed network, of as many outputs as a task has classes."""
+    # The module's own weights are thrown away, so its key does not matter.
+    module = MODELS[config.model](config.outputs, width=config.width, rngs=nnx.Rngs(0))
+    return ss.signed_constant(ss.Network.from_nnx(module), config.seed)
+
+
+EXPERIMENT = loop.Experiment("split_cifar", PRESETS, load, classes, network, options, kind="split")
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -21,27 +21,27 @@ same bits on the same device.
 Writes result.json, accuracy.csv, the store (tasks/) and pictures to --out.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Literal
 
 import jax
 import orbax.checkpoint as ocp
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, learners, reports
-from experiments.runs import Run, UsageError, usage_errors
-from supsup_jax import data, models
+from experiments.frame import config as frame
+from experiments.frame import learners, loop
+from experiments.frame.rows import Row
+from experiments.frame.run import UsageError
+from supsup_jax import data, devices, models
 
 MODELS = {
     "resnet50": models.resnet50,
@@ -51,7 +51,7 @@ MODELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(continual.Config):
+class Config(frame.Config):
     """A run over images that stay on disk. `train` follows from the fields below."""
 
     classes: int = 1000
@@ -70,7 +70,7 @@ def training(config: Config) -> Config:
     """The config with its training made from epochs and scale: as many steps for every task."""
     images = config.classes_per_task * config.images_per_class
     steps = math.ceil(images / config.train.batch_size)
-    return continual.trained(
+    return frame.trained(
         config,
         rule="topk",
         density=ss.ErdosRenyi(config.scale),
@@ -112,58 +112,37 @@ TINY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(loop.Args):
     """Learns SplitImageNet, a mask a task."""
 
     preset: Literal[tuple(PRESETS)] = "imagenet-rn50-s8"
-    data_dir: Path | None = None
-    """Folder in which tensorflow-datasets has prepared imagenet2012."""
-    out: Path | None = None
-    """Folder of the run; by default runs/split_imagenet/PRESET-seedS."""
-    seed: int = 0
-    """Of weights, scores, batches and crops."""
-    tasks: int | None = None
-    """Learn the first so many tasks only."""
     epochs: int | None = None
     """Train each task so long instead of the preset's 100."""
     workers: int = 0
     """Processes that decode images; 0 is this one."""
-    resume: bool = False
-    """Continue the run in --out, or show it when it is finished."""
-    tiny: bool = False
-    """A smoke test of seconds that needs no data: 2 tasks, a narrow net, a dataset made for it."""
 
-    def config(self) -> Config:
-        config = dataclasses.replace(
-            PRESETS[self.preset], seed=self.seed, **(TINY if self.tiny else {})
-        )
-        if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, got {self.seed}")
-        if self.workers < 0:
-            raise UsageError(f"--workers must not be negative, got {self.workers}")
-        if self.epochs is not None:
-            if self.epochs < 1:
-                raise UsageError(f"--epochs must be at least 1, got {self.epochs}")
-            warmup = min(config.warmup_epochs, self.epochs - 1)
-            config = dataclasses.replace(config, epochs=self.epochs, warmup_epochs=warmup)
-        if self.tasks is not None:
-            if not 1 <= self.tasks <= config.tasks:
-                raise UsageError(f"--tasks must lie in [1, {config.tasks}], got {self.tasks}")
-            kept = tuple(c for c in config.checkpoints if c < self.tasks)
-            config = dataclasses.replace(config, tasks=self.tasks, checkpoints=(*kept, self.tasks))
-        return training(config)
 
-    def folder(self) -> Path:
-        name = f"{self.preset}{'-tiny' if self.tiny else ''}-seed{self.seed}"
-        return self.out or Path("runs") / "split_imagenet" / name
+def options(config: Config, args: Args) -> Config:
+    """The preset with --tiny and --epochs in it."""
+    if args.tiny:
+        config = dataclasses.replace(config, **TINY)
+    loop.check_first(config, args)
+    if args.workers < 0:
+        raise UsageError(f"--workers must not be negative, got {args.workers}")
+    if args.epochs is not None:
+        if args.epochs < 1:
+            raise UsageError(f"--epochs must be at least 1, got {args.epochs}")
+        warmup = min(config.warmup_epochs, args.epochs - 1)
+        config = dataclasses.replace(config, epochs=args.epochs, warmup_epochs=warmup)
+    return training(config)
 
 
 class StreamedMasks(learners.Masks):
     """SupSup over images that stay on disk, a task at a time, saved inside a task too."""
 
-    def __init__(self, config: Config, net: ss.Network, stream: data.RecordStream, run: Run):
-        super().__init__(config, net, stream)
-        self.run, self.together = run, 1
+    def __init__(self, config, net, stream, run):
+        super().__init__(config, net, stream, run)
+        self.together = 1
         # Of each task right after it was learned, and final: nothing is forgotten.
         self.accuracies: list[float] = []
 
@@ -192,7 +171,7 @@ class StreamedMasks(learners.Masks):
             learned = ss.train_on_batches(
                 key, self.net, batches, train, start=start, on_step=on_step
             )
-        self.store = self.store.append(learned.task, donate=True)
+        self.include(jax.tree.map(devices.on_host, learned.task))
 
     def last_accuracy(self) -> float:
         rows = ss.evaluate(
@@ -205,79 +184,61 @@ class StreamedMasks(learners.Masks):
         self.accuracies += [row.accuracy for row in rows]
         return self.accuracies[-1]
 
-    def evaluate(self, run: Run) -> list[dict]:
+    def evaluate(self) -> list[Row]:
         self.last_accuracy()  # a run cut short may lack it
-        return [reports.given_row(self.config.method, list(self.accuracies))]
+        return [Row(self.config.method, "gg", list(self.accuracies))]
 
-    def save(self, run: Run) -> None:
-        super().save(run)
-        run.extra["accuracies"] = list(self.accuracies)
-        shutil.rmtree(run.out / learners.CHECKPOINTS)
+    def save(self) -> None:
+        super().save()
+        self.run.extra["accuracies"] = list(self.accuracies)
+        shutil.rmtree(self.run.out / learners.CHECKPOINTS)
 
-    def restore(self, run: Run) -> None:
-        super().restore(run)
-        self.accuracies = run.extra.get("accuracies", [])[: self.done]
-
-
-def main(args: Args) -> dict:
-    """Runs, or resumes, or shows a run; returns its result."""
-    with contextlib.ExitStack() as stack:
-        with usage_errors():
-            config = args.config()
-            run = Run.open(args.folder(), config, args.resume)
-            if (result := run.result) is not None:
-                print(f"{run.out} is finished:")
-                reports.print_table(result)
-                return result
-            with run.phase("data"):
-                folder = stack.enter_context(tiny_data()) if args.tiny else args.data_dir
-                stream = make_stream(config, folder, args.workers)
-            learner = StreamedMasks(config, build(config), stream, run)
-            learner.restore(run)
-            run.create()
-        if args.tiny:
-            print("--tiny: images made for it, not ImageNet's")
-        print(f"{run.out}: {config.tasks} tasks of {config.dataset}, {learner.net}")
-        continual.learn(run, config, learner)
-        return continual.finish(run, config, learner)
+    def restore(self) -> None:
+        super().restore()
+        self.accuracies = self.run.extra.get("accuracies", [])[: self.done]
 
 
-@contextlib.contextmanager
-def tiny_data() -> Iterator[Path]:
-    """A temporary folder with a prepared dataset of a few images."""
-    from experiments import tiny_imagenet
-
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_imagenet.prepare(Path(folder))
-        yield Path(folder)
-
-
-def make_stream(config: Config, data_dir: Path | None, workers: int) -> data.RecordStream:
+def load(config: Config, args: Args) -> data.RecordStream:
     """The tasks; raises before anything slow when the dataset is not there, whole."""
+    if args.tiny:
+        folder = Path(tempfile.mkdtemp())
+        from experiments.frame import tiny_imagenet
+
+        tiny_imagenet.prepare(folder)
     order = data.class_order(config.classes, config.class_seed)
-    return data.RecordStream(
+    stream = data.RecordStream(
         config.dataset,
-        data_dir,
+        folder if args.tiny else args.data_dir,
         config.classes_per_task,
         order[: config.tasks * config.classes_per_task],
         relabel=True,
         size=config.size,
         batch_size=config.train.batch_size,
-        num_workers=workers,
+        num_workers=args.workers,
         seed=config.seed,
     )
+    if args.tiny:  # the images are read as long as there is the stream
+        weakref.finalize(stream, shutil.rmtree, folder)
+    return stream
 
 
-def build(config: Config) -> ss.Network:
+def network(config: Config, stream: data.RecordStream) -> ss.Network:
     """The fixed network: signed constant weights from the run's seed."""
     # The module's own weights are thrown away, so its key does not matter.
     module = MODELS[config.model](config.outputs, width=config.width, rngs=nnx.Rngs(0))
     return ss.signed_constant(ss.Network.from_nnx(module), config.seed)
 
 
-def cli(argv: list[str]) -> None:
-    main(tyro.cli(Args, args=argv, description=__doc__))
-
+EXPERIMENT = loop.Experiment(
+    name="split_imagenet",
+    presets=PRESETS,
+    load=load,
+    stream=lambda config, stream: stream,
+    network=network,
+    options=options,
+    learner=StreamedMasks,
+    kind="split",
+)
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -24,19 +24,20 @@ capacity.png, how many random masks each rule holds.
 import dataclasses
 import math
 import sys
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, plots, reports
-from experiments.runs import Run, UsageError, usage_errors
+from experiments.frame import config as frame
+from experiments.frame import loop, plots
+from experiments.frame.learners import Learner
+from experiments.frame.rows import Row, evaluated, print_table
+from experiments.frame.run import Run
 from supsup_jax import data, models, prng
 from supsup_jax.hopfield.store import RULES, pattern_capacity, retrieve
 
@@ -73,6 +74,15 @@ class Config:
     method: str = "hopsupsup"
     stream: str = "split"
 
+    # Every task is a checkpoint, and saved; neither is for a user to choose.
+    @property
+    def checkpoints(self) -> range:
+        return range(1, self.tasks + 1)
+
+    @property
+    def save_every(self) -> int:
+        return 1
+
 
 PRESETS = {
     "digits": Config(
@@ -90,76 +100,39 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(loop.Args):
     """Recovers masks from a Hopfield network by images alone."""
 
     preset: Literal[tuple(PRESETS)] = "digits"
-    data_dir: Path | None = None
-    """Folder in which tensorflow-datasets has prepared the dataset."""
-    out: Path | None = None
-    """Folder of the run; by default runs/split_mnist/PRESET-seedS."""
-    seed: int = 0
-    """Of weights, batches and the order of test images."""
-    tasks: int | None = None
-    """Learn the first so many tasks only."""
-    resume: bool = False
-    """Continue the run in --out, or show it when it is finished."""
-    tiny: bool = False
-    """A smoke test of seconds that needs no data: 2 tasks, a narrow net, digits or drawn images."""
-
-    def config(self) -> Config:
-        config = dataclasses.replace(PRESETS[self.preset], seed=self.seed)
-        if self.tiny:
-            config = dataclasses.replace(
-                config,
-                dataset="digits" if config.dataset == "digits" else "synthetic",
-                width=64,
-                tasks=2,
-                epochs=4,
-                batch_size=32,
-                recovery=ss.hopfield.RecoveryConfig(gamma=32 * 1.5e-3, learning_rate=100.0),
-                passes=2,
-                test_batch_size=8,
-                capacity_units=32,
-                capacity_stored=12,
-            )
-        if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, got {self.seed}")
-        if self.tasks is not None:
-            if not 1 <= self.tasks <= config.tasks:
-                raise UsageError(f"--tasks must lie in [1, {config.tasks}], got {self.tasks}")
-            config = dataclasses.replace(config, tasks=self.tasks)
-        return config
-
-    def folder(self) -> Path:
-        name = f"{self.preset}{'-tiny' if self.tiny else ''}-seed{self.seed}"
-        return self.out or Path("runs") / "split_mnist" / name
 
 
-def main(args: Args) -> dict:
-    """Runs, or resumes, or shows a run; returns its result."""
-    with usage_errors():
-        config = args.config()
-        run = Run.open(args.folder(), config, args.resume)
-        if (result := run.result) is not None:
-            print(f"{run.out} is finished:")
-            print_table(result)
-            return result
-        with run.phase("data"):
-            dataset = continual.load(config, args.data_dir)
-            labels = range(config.tasks * config.classes_per_task)
-            stream = data.SplitStream(dataset, config.classes_per_task, order=list(labels))
-        net = build(config, dataset)
-        store, masks = opened(run, config, net)
-        run.create()
-    if config.dataset == "synthetic":
-        print("--tiny: images drawn from a key with the dataset's shapes, not real data")
-    print(f"{run.out}: {config.tasks} tasks of {dataset.name}, {net}")
-    store, masks = learn(run, config, net, store, masks, stream)
-    return finish(run, config, store, masks)
+def options(config: Config, args: Args) -> Config:
+    """The preset, with --tiny 2 tasks in a narrow net."""
+    if args.tiny:
+        config = dataclasses.replace(
+            config,
+            dataset=frame.at_hand(config.dataset),
+            width=64,
+            tasks=2,
+            epochs=4,
+            batch_size=32,
+            recovery=ss.hopfield.RecoveryConfig(gamma=32 * 1.5e-3, learning_rate=100.0),
+            passes=2,
+            test_batch_size=8,
+            capacity_units=32,
+            capacity_stored=12,
+        )
+    loop.check_first(config, args)
+    return config
 
 
-def build(config: Config, dataset: data.Dataset) -> ss.Network:
+def classes(config: Config, dataset: data.Dataset) -> data.SplitStream:
+    """The tasks: classes in the order of their labels."""
+    labels = range(config.tasks * config.classes_per_task)
+    return data.SplitStream(dataset, config.classes_per_task, order=list(labels))
+
+
+def network(config: Config, dataset: data.Dataset) -> ss.Network:
     """The fixed network: signed constant kernels from the run's seed, scales of one to mask."""
     key = prng.purpose_key(jax.random.key(config.seed), "weights")
     module = models.bnnet(
@@ -171,55 +144,100 @@ def build(config: Config, dataset: data.Dataset) -> ss.Network:
     return ss.Network.from_nnx(module, masked=models.is_norm_scale)
 
 
-def opened(
-    run: Run, config: Config, net: ss.Network
-) -> tuple[ss.hopfield.HopfieldStore, ss.MaskStore]:
-    """The stores of a run, empty or where it stopped. The masks' file is written first."""
-    masks = ss.MaskStore.create(net, capacity=config.tasks)
-    if not run.store_path.exists():
-        return ss.hopfield.HopfieldStore.create(net), masks
-    store = ss.hopfield.HopfieldStore.load(run.store_path, net)
-    saved = ss.MaskStore.load(run.out / "masks.npz", net)
-    for i in range(int(store.num_tasks)):
-        masks = masks.append(saved.task(i))
-    return store, masks
+class Recovered(Learner):
+    """HopSupSup: masks put into a Hopfield network, and beside it only to measure against."""
 
+    def __init__(self, config: Config, net: ss.Network, stream: data.SplitStream, run: Run):
+        super().__init__(config, net, stream, run)
+        self.store = ss.hopfield.HopfieldStore.create(net)
+        self.masks = ss.MaskStore.create(net, capacity=config.tasks)
+        self.masks_path = run.out / "masks.npz"
 
-def learn(
-    run: Run,
-    config: Config,
-    net: ss.Network,
-    store: ss.hopfield.HopfieldStore,
-    masks: ss.MaskStore,
-    stream: data.SplitStream,
-) -> tuple[ss.hopfield.HopfieldStore, ss.MaskStore]:
-    """Learns what is left to learn, and after each task recovers all learned so far."""
-    key = prng.purpose_key(jax.random.key(config.seed), "tasks")
-    zeros = net.layout.tree([jnp.zeros(shape) for shape in net.layout.shapes.values()])
-    evaluated = {row["tasks_learned"] for row in run.rows}
-    done = int(store.num_tasks)
-    if done and done not in evaluated:
-        checkpoint(run, config, net, store, masks, stream)
-    with tqdm(initial=done, total=config.tasks, unit="task") as bar:
-        while done < config.tasks:
-            with run.phase("train"):
-                train = stream.train[done]
-                learned = ss.train_task(
-                    jax.random.fold_in(key, done),
-                    net,
-                    train,
-                    train_config(config, train.num_examples),
-                    init_scores=zeros,
+    @property
+    def done(self) -> int:
+        return int(self.store.num_tasks)
+
+    def learn(self, group: range) -> None:
+        (task,) = group
+        layout, part = self.net.layout, self.stream.train[task]
+        learned = ss.train_task(
+            jax.random.fold_in(self.key, task),
+            self.net,
+            part,
+            train_config(self.config, part.num_examples),
+            init_scores=layout.tree([jnp.zeros(shape) for shape in layout.shapes.values()]),
+        )
+        self.masks, self.store = self.masks.append(learned.task), self.store.append(learned.task)
+
+    def shown(self) -> dict[str, str]:
+        return {}  # the checkpoint that follows says more
+
+    def save(self) -> None:
+        self.masks.save(self.masks_path, overwrite=True)
+        self.store.save(self.run.store_path, overwrite=True)
+
+    def restore(self) -> None:
+        """From both files; the masks' is written first, and may hold a task more."""
+        if not self.run.store_path.exists():
+            return
+        self.store = ss.hopfield.HopfieldStore.load(self.run.store_path, self.net)
+        saved = ss.MaskStore.load(self.masks_path, self.net)
+        for i in range(self.done):
+            self.masks = self.masks.append(saved.task(i))
+
+    def evaluate(self) -> list[Row]:
+        """Recovers and judges every task learned so far, by each protocol."""
+        net, config = self.net, self.config
+        known = [self.masks.mask(i) for i in range(self.done)]
+        guided = dataclasses.replace(config.recovery, guided=True)
+        plain, best = [], []
+        with self.run.phase("recover"):
+            for i in tqdm(range(self.done), desc="  recoveries", leave=False):
+                x, to = batches_of(config, self.stream, i), {"target": known[i]}
+                plain.append(ss.hopfield.recover(net, self.store, x, config.recovery, **to))
+                best.append(
+                    ss.hopfield.recover_best(
+                        net, self.store, x, guided, attempts=config.attempts, **to
+                    )
                 )
-                masks, store = masks.append(learned.task), store.append(learned.task)
-            done += 1
-            with run.phase("save"):
-                masks.save(run.out / "masks.npz", overwrite=True)
-            run.save(store)
-            row = checkpoint(run, config, net, store, masks, stream)
-            bar.set_postfix(recovered=f"{row['accuracy']:.4f}", refresh=False)
-            bar.update()
-    return store, masks
+        first = [found.attempts[0] for found in best]
+        traces = {"stream": traces_of(net, plain), "stream-guided": traces_of(net, first)}
+        save_traces(self.run, traces)
+        rows = evaluated("given", None, None, self.judged(known), config.method)
+        for protocol, recoveries in (
+            ("stream", plain),
+            ("stream-guided", first),
+            (f"stream-best-{config.attempts}", [found.best for found in best]),
+        ):
+            masks = [recovery.mask for recovery in recoveries]
+            rows.append(recovered(protocol, self.judged(masks), masks, known, traces.get(protocol)))
+        return rows
+
+    def judged(self, masks: list) -> list:
+        """`ss.evaluate` of a mask a task."""
+        found, rows = ss.MaskStore.create(self.net, capacity=self.config.tasks), []
+        test = self.stream.test
+        for i, mask in enumerate(masks):
+            found, size = found.append(mask), self.config.test_batch_size
+            while test[i].num_examples % size == 1:  # one image has no statistics
+                size += 1
+            rows += ss.evaluate(self.net, found, test, batch_size=size, tasks=[i])
+        return rows
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of what HopSupSup keeps, beside those of keeping the masks."""
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.store.weights))
+        layout = self.store.layout
+        return {
+            "hopfield_weights": weights,
+            "mask_sum": 4 * layout.num_weights,
+            "norm_statistics": 0,
+            "heads": 0,
+            "seed": 4,
+            "total": weights + 4 * layout.num_weights + 4,
+            "store_file": self.run.store_path.stat().st_size,
+            "masks_if_kept": int(self.masks.num_tasks) * layout.num_words * 4,
+        }
 
 
 def train_config(config: Config, num_examples: int) -> ss.TrainConfig:
@@ -231,73 +249,6 @@ def train_config(config: Config, num_examples: int) -> ss.TrainConfig:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-
-
-def checkpoint(
-    run: Run,
-    config: Config,
-    net: ss.Network,
-    store: ss.hopfield.HopfieldStore,
-    masks: ss.MaskStore,
-    stream: data.SplitStream,
-) -> dict:
-    """Recovers and judges every task learned so far; keeps the rows, returns the paper's rule's."""
-    num_tasks = int(store.num_tasks)
-    known = [masks.mask(i) for i in range(num_tasks)]
-    guided = dataclasses.replace(config.recovery, guided=True)
-
-    def judged(recovered):
-        found, rows = ss.MaskStore.create(net, capacity=config.tasks), []
-        for i, mask in enumerate(recovered):
-            found, size = found.append(mask), config.test_batch_size
-            while stream.test[i].num_examples % size == 1:  # one image has no statistics
-                size += 1
-            rows += ss.evaluate(net, found, stream.test, batch_size=size, tasks=[i])
-        return rows
-
-    plain, best = [], []
-    with run.phase("recover"):
-        for i in tqdm(range(num_tasks), desc="  recoveries", leave=False):
-            x = batches_of(config, stream, i)
-            plain.append(ss.hopfield.recover(net, store, x, config.recovery, target=known[i]))
-            best.append(
-                ss.hopfield.recover_best(
-                    net, store, x, guided, attempts=config.attempts, target=known[i]
-                )
-            )
-    first = [found.attempts[0] for found in best]
-    traces = {"stream": traces_of(net, plain), "stream-guided": traces_of(net, first)}
-    with run.phase("evaluate"):
-        run.rows += reports.rows_of("given", None, None, judged(known), config.method)
-        rows = {}
-        for protocol, recoveries in (
-            ("stream", plain),
-            ("stream-guided", first),
-            (f"stream-best-{config.attempts}", [found.best for found in best]),
-        ):
-            recovered = [recovery.mask for recovery in recoveries]
-            rows[protocol] = row_of(protocol, judged(recovered), recovered, known)
-    for protocol, distances in traces.items():
-        totals = [sum(leaves.values()) for leaves in distances]
-        rows[protocol] |= {
-            "stream_steps": [len(total) - 1 for total in totals],
-            "recovery_steps": [steps_until_final(total) for total in totals],
-        }
-    run.rows += rows.values()
-    np.savez_compressed(
-        run.out / "traces.npz",
-        **{
-            f"{protocol}/{i}/{name}": leaf
-            for protocol, distances in traces.items()
-            for i, leaves in enumerate(distances)
-            for name, leaf in leaves.items()
-        },
-    )
-    (gg,) = reports.find(run.rows, scenario="gg", tasks_learned=num_tasks)
-    found = ", ".join(f"{protocol} {row['accuracy']:.4f}" for protocol, row in rows.items())
-    tqdm.write(f"{num_tasks} tasks: GG {gg['accuracy']:.4f}, {found}")
-    run.write_progress()
-    return rows["stream"]
 
 
 def traces_of(
@@ -319,28 +270,44 @@ def batches_of(config: Config, stream: data.SplitStream, task: int) -> jax.Array
     )
 
 
-def row_of(protocol: str, measured: list, recovered: list, known: list) -> dict:
+def recovered(
+    protocol: str, measured: list, masks: list, known: list, traces: list[dict] | None
+) -> Row:
     """A row of recoveries, one a task; labels are not shared by tasks, so this is GNu."""
     found, target = (
         [np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(m)]) for m in ms]
-        for ms in (recovered, known)
+        for ms in (masks, known)
     )
     distance = np.asarray([[np.sum(a != b) for b in target] for a in found])
     nearest = distance.argmin(axis=1)
-    per_task = [row.accuracy for row in measured]
-    return {
-        "method": "hopsupsup",
-        "scenario": "gnu",
-        "objective": "entropy",
-        "protocol": protocol,
-        "images_per_task": None,
-        "tasks_learned": len(measured),
-        "decisions": len(measured),
-        "accuracy": float(np.mean(per_task)),
-        "task_accuracy": float(np.mean(nearest == np.arange(len(measured)))),
-        "per_task": per_task,
-        "bits_off": np.diag(distance).tolist(),
-    }
+    more = {"bits_off": np.diag(distance).tolist()}
+    if traces is not None:
+        totals = [sum(leaves.values()) for leaves in traces]
+        more["stream_steps"] = [len(total) - 1 for total in totals]
+        more["recovery_steps"] = [steps_until_final(total) for total in totals]
+    return Row(
+        "hopsupsup",
+        "gnu",
+        [row.accuracy for row in measured],
+        "entropy",
+        protocol,
+        decisions=len(measured),
+        task_accuracy=float(np.mean(nearest == np.arange(len(measured)))),
+        more=more,
+    )
+
+
+def save_traces(run: Run, traces: dict[str, list[dict]]) -> None:
+    """traces.npz: PROTOCOL/TASK/LEAF, each the distances of one recovery."""
+    np.savez_compressed(
+        run.out / "traces.npz",
+        **{
+            f"{protocol}/{i}/{name}": leaf
+            for protocol, distances in traces.items()
+            for i, leaves in enumerate(distances)
+            for name, leaf in leaves.items()
+        },
+    )
 
 
 def steps_until_final(distance: np.ndarray) -> int:
@@ -349,36 +316,12 @@ def steps_until_final(distance: np.ndarray) -> int:
     return int(changed[-1]) + 1 if len(changed) else 0
 
 
-def finish(run: Run, config: Config, store: ss.hopfield.HopfieldStore, masks: ss.MaskStore) -> dict:
-    """Writes everything a finished run has, the result last."""
+def conclude(run: Run, config: Config, learner: Recovered) -> dict[str, Any]:
+    """Draws; how many masks each rule holds."""
     with run.phase("capacity"):
         held = capacity_curves(config)
-    reports.write_csv(run.out / "accuracy.csv", run.rows)
     draw(run, config, held)
-    result = run.finish(
-        experiment="split_mnist",
-        bytes=store_bytes(run, store, masks),
-        metrics=reports.continual_metrics(run.rows),
-        capacity=held,
-    )
-    print_table(result)
-    return result
-
-
-def store_bytes(run: Run, store: ss.hopfield.HopfieldStore, masks: ss.MaskStore) -> dict[str, int]:
-    """Bytes of what HopSupSup keeps, beside those of keeping the masks."""
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(store.weights))
-    total = 4 * store.layout.num_weights
-    return {
-        "hopfield_weights": weights,
-        "mask_sum": total,
-        "norm_statistics": 0,
-        "heads": 0,
-        "seed": 4,
-        "total": weights + total + 4,
-        "store_file": run.store_path.stat().st_size,
-        "masks_if_kept": int(masks.num_tasks) * masks.layout.num_words * 4,
-    }
+    return {"capacity": held}
 
 
 def capacity_curves(config: Config) -> list[dict]:
@@ -430,9 +373,9 @@ def draw(run: Run, config: Config, held: list[dict]) -> None:
     )
 
 
-def print_table(result: dict) -> None:
+def print_result(result: dict) -> None:
     """Ours beside the paper's; then how long recoveries took, and how far they came."""
-    reports.print_table(result)
+    print_table(result)
     print("\ntasks  protocol          ours  task acc  steps  bits off   (slowest, worst recovery)")
     for row in result["rows"]:
         if row["scenario"] == "gnu":
@@ -443,9 +386,17 @@ def print_table(result: dict) -> None:
             )
 
 
-def cli(argv: list[str]) -> None:
-    main(tyro.cli(Args, args=argv, description=__doc__))
-
+EXPERIMENT = loop.Experiment(
+    name="split_mnist",
+    presets=PRESETS,
+    load=frame.load,
+    stream=classes,
+    network=network,
+    options=options,
+    learner=Recovered,
+    conclude=conclude,
+    show=print_result,
+)
 
 if __name__ == "__main__":
-    cli(sys.argv[1:])
+    loop.cli(EXPERIMENT, Args, sys.argv[1:], __doc__)

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -11,20 +10,20 @@ import numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import supsup_jax as ss  # noqa: E402
-from experiments import continual, hosts, permuted, reports, runs  # noqa: E402
+from experiments import permuted  # noqa: E402
+from experiments.frame import hosts, loop, run  # noqa: E402
 from tests.conftest import random_masks, relu_net  # noqa: E402
 
 NUM_TASKS = 5
 PRESET = dataclasses.replace(
     permuted.PRESETS["digits"], protocols=("per_example",), objectives=("entropy",)
 )
+# `permuted --tiny`, by one protocol and objective.
+EXPERIMENT = dataclasses.replace(permuted.EXPERIMENT, presets={"digits": PRESET})
 
 
-@dataclasses.dataclass(frozen=True)
-class Args(permuted.Args):
-    """`permuted --tiny`, by one protocol and objective."""
-
-    PRESETS: ClassVar = {"digits": PRESET}
+def main(out: Path, **args) -> dict:
+    return loop.main(EXPERIMENT, permuted.Args(tiny=True, out=out, **args))
 
 
 def store(folder: Path) -> None:
@@ -74,16 +73,16 @@ def store(folder: Path) -> None:
     np.testing.assert_allclose(learned.loss, here.loss[0], rtol=1e-5)
 
 
-def run(folder: Path) -> None:
+def whole(folder: Path) -> None:
     """A whole run, of which process 0 alone may write."""
     if jax.process_index() != 0:
-        runs.write_json = reports.write_csv = ss.DiskStore.append = None
-    continual.main(Args(tiny=True, out=folder / "run", resume=True))
+        run.write_json = loop.write_csv = ss.DiskStore.append = None
+    main(folder / "run", resume=True)
 
 
 def alone(folder: Path) -> None:
     """A run whose folder this process alone can see."""
-    continual.main(Args(tiny=True, out=folder / f"run{jax.process_index()}"))
+    main(folder / f"run{jax.process_index()}")
 
 
 if __name__ == "__main__":

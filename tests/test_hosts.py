@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import continual, hosts
-from experiments.runs import UsageError
+from experiments.frame import hosts
+from experiments.frame.run import UsageError
 from tests import on_hosts
 from tests.conftest import ROOT
 
@@ -52,8 +52,8 @@ def test_a_store_over_two_processes(tmp_path):
 
 
 def test_a_run_by_two_processes_ends_as_by_one(tmp_path):
-    want = continual.main(on_hosts.Args(tiny=True, out=tmp_path / "alone"))
-    codes, said = on_two("run", tmp_path)
+    want = on_hosts.main(tmp_path / "alone")
+    codes, said = on_two("whole", tmp_path)
     assert codes == [0, 0], "\n".join(said)
     got = json.loads((tmp_path / "run" / "result.json").read_text())
     assert got["rows"] == want["rows"]
@@ -124,4 +124,4 @@ def test_arguments_that_do_not_fit(initialize, args, said):
 def test_a_method_that_cannot_be_shared_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SystemExit, match="2"):
-        continual.main(on_hosts.Args(tiny=True, method="psp", out=tmp_path / "run"))
+        on_hosts.main(tmp_path / "run", method="psp")

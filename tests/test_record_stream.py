@@ -8,7 +8,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 import supsup_jax as ss
-from experiments import tiny_imagenet
+from experiments.frame import tiny_imagenet
 from supsup_jax import data
 from supsup_jax.data import crops, records
 from supsup_jax.data.records import ImageRecords

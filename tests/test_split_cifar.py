@@ -1,5 +1,5 @@
 import dataclasses
-import json
+import functools
 
 import jax
 import numpy as np
@@ -7,9 +7,12 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import continual, report_split, split_cifar
-from experiments.runs import UsageError
+from experiments import split_cifar
+from experiments.frame import figures, loop
+from experiments.frame.run import UsageError
+from experiments.split_cifar import Args
 from supsup_jax import data
+from tests.runs import interrupt
 
 
 class SmallNet(nnx.Module):
@@ -24,15 +27,31 @@ class SmallNet(nnx.Module):
         return self.head(jax.nn.relu(self.norm(self.conv(x))).mean(axis=(1, 2)))
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(scope="module")
+def small():
+    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setitem(split_cifar.MODELS, "small_resnet", SmallNet)
     preset = dataclasses.replace(split_cifar.PRESETS["tiny"], protocols=("batch-16",))
     monkeypatch.setitem(split_cifar.PRESETS, "tiny", preset)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """The result of a run, made once, by method and scale."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(method, scale):
+        args = Args(method=method, scale=scale, out=folder / f"{method}{scale}")
+        return loop.main(split_cifar.EXPERIMENT, args)
+
+    return run
 
 
 def config_of(**args):
-    return split_cifar.Args(**args).config()
+    return split_cifar.EXPERIMENT.config(Args(**args))
 
 
 def test_the_papers_recipe():
@@ -60,9 +79,8 @@ def test_what_is_compared_learns_no_mask():
 
 
 def test_tasks_deal_the_classes_in_the_seeds_order(small):
-    args = split_cifar.Args(seed=1)
-    config = args.config()
-    stream = args.make_stream(config, args.load(config))
+    config = config_of(seed=1)
+    stream = split_cifar.classes(config, split_cifar.load(config, Args()))
     assert [c for task in stream.classes for c in task] == data.class_order(4, 1).tolist()
     assert set(np.asarray(stream.train[0].labels).tolist()) == {0, 1}
     few = stream.first_test(3)[1]
@@ -73,24 +91,14 @@ def test_tasks_deal_the_classes_in_the_seeds_order(small):
 
 
 @pytest.mark.parametrize("method", ["supsup", "supsup_transfer"])
-def test_an_interrupted_run_ends_as_a_whole_one(small, monkeypatch, tmp_path, method):
-    whole = continual.main(split_cifar.Args(method=method, out=tmp_path / "whole"))
-    name = "train_task" if method == "supsup_transfer" else "train_tasks"
-    train, calls = getattr(ss, name), []
-
-    def interrupted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return train(*arguments, **options)
-
-    monkeypatch.setattr(ss, name, interrupted)
-    args = split_cifar.Args(method=method, out=tmp_path / "parts", resume=True)
+def test_an_interrupted_run_ends_as_a_whole_one(runs, monkeypatch, tmp_path, method):
+    whole = runs(method, 32)
+    interrupt(monkeypatch, ss, "train_task" if method == "supsup_transfer" else "train_tasks", 2)
+    args = Args(method=method, scale=32, out=tmp_path / "parts", resume=True)
     with pytest.raises(KeyboardInterrupt):
-        continual.main(args)
-    resumed = continual.main(args)
-    assert resumed["rows"] == whole["rows"]
-    for field in ("metrics", "kept"):
+        loop.main(split_cifar.EXPERIMENT, args)
+    resumed = loop.main(split_cifar.EXPERIMENT, args)
+    for field in ("rows", "metrics", "kept"):
         assert resumed[field] == whole[field]
     (gg,) = [row for row in whole["rows"] if row["scenario"] == "gg"]
     assert gg["method"] == method
@@ -100,50 +108,26 @@ def test_an_interrupted_run_ends_as_a_whole_one(small, monkeypatch, tmp_path, me
     assert whole["kept"]["head/kernel"] == [4, 8]
 
 
-def test_pictures_of_split_runs(small, tmp_path):
-    results = []
-    for method, scale in (("supsup", 4), ("supsup", 32), ("supsup_transfer", 32)):
-        out = tmp_path / f"{method}{scale}"
-        args = split_cifar.Args(method=method, scale=scale, out=out)
-        continual.main(args)
-        results.append(json.loads((out / "result.json").read_text()))
-    made = report_split.draw(tmp_path, results)
+def test_pictures_of_split_runs(runs, tmp_path):
+    kinds = (("supsup", 4), ("supsup", 32), ("supsup_transfer", 32))
+    results = [runs(method, scale) for method, scale in kinds]
+    made = figures.of_split(tmp_path, results)
     assert [name.split("_")[0] for name in made] == ["figure", "density", "transfer"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in made)
-    (gain,) = report_split.transfer_gains(results).values()
+    (gain,) = figures.transfer_gains(results).values()
     per_task = [
         next(m["per_task"] for m in result["metrics"] if m["scenario"] == "gg")
         for result in results
     ]
     np.testing.assert_allclose(gain, np.subtract(per_task[2], per_task[1]))
-    coded, _ = report_split.bytes_curves(results[:1])
+    coded, _ = figures.bytes_curves(results[:1])
     sizes = results[0]["bytes"]
     want = (sizes["masks_enumerative"] + sizes["norm_statistics"] + sizes["seed"]) / 1e6
     assert list(coded["points"]) == [want]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"outputs": 7}, "takes --epochs, and as many outputs"),
-        ({"steps": 7}, "takes --epochs, and as many outputs"),
-        ({"method": "psp"}, "--method psp is none of a split run's"),
-        ({"epochs": 0}, "--epochs must be positive, got 0"),
-        ({"scale": -1.0}, "--scale must be positive, got -1.0"),
-        ({"method": "batche", "scale": 4.0}, "which --method batche does not learn"),
-    ],
-)
-def test_mistakes_on_the_command_line(args, message):
-    with pytest.raises(UsageError, match=message):
-        config_of(**args)
-
-
-def test_data_that_does_not_fit(small, monkeypatch):
-    args = split_cifar.Args(tasks=3)
-    with pytest.raises(UsageError, match="3 tasks of 2 classes need 6, synthetic has 4"):
-        args.make_stream(args.config(), split_cifar.Args().load(config_of()))
+def test_images_that_do_not_fit(monkeypatch):
     digits = data.load_dataset("digits")
     monkeypatch.setattr(data, "load_dataset", lambda *_: digits)
-    args = split_cifar.Args(preset="cifar100")
-    with pytest.raises(UsageError, match=r"takes images of 32x32x3, digits has \(64,\)"):
-        args.load(args.config())
+    with pytest.raises(UsageError, match=r"cifar100 takes images of 32x32x3, digits has \(64,\)"):
+        split_cifar.load(config_of(preset="cifar100"), Args(preset="cifar100"))

@@ -19,8 +19,6 @@ from typing import Any
 
 import jax
 
-from experiments import reports
-
 SCHEMA = 1
 
 
@@ -48,7 +46,7 @@ class Run:
         self.rows: list[dict] = (progress or {}).get("rows", [])
         # What else a script needs to go on, as JSON.
         self.extra: dict[str, Any] = (progress or {}).get("extra", {})
-        self._compiled = 0.0
+        self._open = 0  # phases that have begun and not ended
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @classmethod
@@ -111,21 +109,18 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's seconds to a phase; XLA's compilation counts as "compile" instead."""
-        start, compiled = time.perf_counter(), self._compiled
+        """Adds the block's seconds to a phase; those of phases inside, and of XLA's compilation,
+        which is a phase "compile" of its own, count there alone.
+        """
+        start, before = time.perf_counter(), sum(self.seconds.values())
+        self.seconds.setdefault("compile", 0.0)
+        self._open += 1
         try:
             yield
         finally:
-            compiled = self._compiled - compiled
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - compiled
-            self.seconds["compile"] = self.seconds.get("compile", 0.0) + compiled
-
-    def save(self, store: Any) -> None:
-        """The store, then the progress that counts on it."""
-        with self.phase("save"):
-            store.save(self.store_path, overwrite=True)
-        self.write_progress()
+            self._open -= 1
+            spent = time.perf_counter() - start - (sum(self.seconds.values()) - before)
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def write_progress(self) -> None:
         if not writes():
@@ -143,22 +138,21 @@ class Run:
 
     def finish(self, **extra: Any) -> dict[str, Any]:
         """Writes result.json, the last file of a run, and returns its content."""
-        result = {
-            "schema": SCHEMA,
-            "config": self.config,
-            "seed": self.config["seed"],
-            "seconds": {name: round(spent, 3) for name, spent in self.seconds.items()},
-            "versions": versions(),
-            "device": device(),
+        return write_result(
+            self.out / "result.json",
+            config=self.config,
+            seed=self.config["seed"],
+            seconds={name: round(spent, 3) for name, spent in self.seconds.items()},
             **extra,
-            "rows": [reports.public(row) for row in reports.find(self.rows)],
-        }
-        write_json(self.out / "result.json", result)
-        return result
+            rows=[
+                {name: value for name, value in row.items() if name != "per_task"}
+                for row in sorted(self.rows, key=lambda row: row["tasks_learned"])
+            ],
+        )
 
     def _on_event(self, event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self._compiled += duration
+        if self._open and event == "/jax/core/compile/backend_compile_duration":
+            self.seconds["compile"] += duration
 
 
 def writes() -> bool:
@@ -173,13 +167,26 @@ def writable_folder(path: Path) -> None:
         pass
 
 
+def write_result(path: Path, **fields: Any) -> dict[str, Any]:
+    """Writes what a script found, with what it may depend on; returns it."""
+    result = {"schema": SCHEMA, "versions": versions(), "device": device()} | fields
+    write_json(path, result)
+    return result
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed: a reader never sees half of it."""
+    """A reader never sees half of it."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A file to write bytes to beside `path`, which takes its place once it is whole."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+        with os.fdopen(handle, "wb") as file:
+            yield file
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:

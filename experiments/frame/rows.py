@@ -1,19 +1,14 @@
-"""From a run's rows to its accuracy matrices, metrics, CSV and table.
-
-A row is a dict with method, scenario (gg, gns, gnu, nns), objective, protocol, images_per_task
-(null: all test images), tasks_learned, decisions, accuracy (mean over the learned tasks),
-task_accuracy (null where it has no meaning), and per_task, the accuracies behind the mean, which
-result.json leaves out.
-"""
+"""What a run measured: its rows, and from them its accuracy matrices, metrics, CSV and table."""
 
 import csv
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import paper
+from experiments.frame import paper
 from supsup_jax import metrics
 from supsup_jax.layout import Layout
 from supsup_jax.stores import codecs
@@ -26,62 +21,89 @@ INFERRED = {"supsup": "paper", "nns": "paper", "hopsupsup": "stream"}
 SERIES = ("method", "scenario", "objective", "protocol", "images_per_task")
 
 
-def rows_of(
-    protocol: str,
-    objective: str | None,
-    images: int | None,
-    measured: list,
-    method: str = "supsup",
-) -> list[dict]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How well one method, judged in one way, did on the tasks learned so far.
+
+    scenario: gg, gns, gnu or nns.
+    per_task: the accuracy of each task learned, as fractions.
+    objective, protocol: what inference minimised, and who decided; None and "given" with the id.
+    images_per_task: how many test images of each task were looked at; None for all.
+    task_accuracy: of the decisions; None where that has no meaning.
+    more: what a script measured beside, by name.
+    """
+
+    method: str
+    scenario: str
+    per_task: list[float]
+    objective: str | None = None
+    protocol: str = "given"
+    images_per_task: int | None = None
+    decisions: int = 0
+    task_accuracy: float | None = None
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tasks_learned(self) -> int:
+        return len(self.per_task)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the tasks."""
+        return float(np.mean(self.per_task))
+
+    def json(self) -> dict[str, Any]:
+        """As progress.json holds it, and result.json without `per_task`; what follows reads it."""
+        fields = {name: getattr(self, name) for name in (*SERIES, "tasks_learned", "decisions")}
+        accuracies = {"accuracy": self.accuracy, "task_accuracy": self.task_accuracy}
+        return fields | accuracies | self.more | {"per_task": self.per_task}
+
+
+def evaluated(
+    protocol: str, objective: str | None, images: int | None, measured: list, method: str
+) -> list[Row]:
     """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu."""
-    inferred = protocol != "given"
-    decisions = [row.inferred for row in measured]
     accuracies = {"gg": [row.accuracy for row in measured]}
-    if inferred:
+    decisions = [row.inferred for row in measured]
+    task_accuracy = None
+    if protocol != "given":
         accuracies = {"gns": [row.shared_accuracy for row in measured], "gnu": accuracies["gg"]}
+        task_accuracy = metrics.task_accuracy(metrics.confusion(decisions))
     return [
-        {
-            "method": method,
-            "scenario": scenario,
-            "objective": objective,
-            "protocol": protocol,
-            "images_per_task": images,
-            "tasks_learned": len(measured),
-            "decisions": sum(map(len, decisions)),
-            "accuracy": float(np.mean(per_task)),
-            "task_accuracy": (
-                metrics.task_accuracy(metrics.confusion(decisions)) if inferred else None
-            ),
-            "per_task": per_task,
-        }
+        Row(
+            method,
+            scenario,
+            per_task,
+            objective,
+            protocol,
+            images,
+            sum(map(len, decisions)),
+            task_accuracy,
+        )
         for scenario, per_task in accuracies.items()
     ]
 
 
-def given_row(method: str, per_task: list[float]) -> dict:
-    """The row of a method that is given the id (GG), from the accuracy of each task."""
-    return {
-        "method": method,
-        "scenario": "gg",
-        "objective": None,
-        "protocol": "given",
-        "images_per_task": None,
-        "tasks_learned": len(per_task),
-        "decisions": 0,
-        "accuracy": float(np.mean(per_task)),
-        "task_accuracy": None,
-        "per_task": per_task,
-    }
+def summary(measured: list[Row]) -> str:
+    """A line on a checkpoint: the first row with the id, and the first without."""
+    said = f"{measured[0].tasks_learned} tasks"
+    for inferred in (False, True):
+        rows = [row for row in measured if (row.protocol != "given") == inferred]
+        for row in [row for row in rows if row.scenario != "gns"][:1]:
+            said += (
+                f": {row.accuracy:.4f} given"
+                if not inferred
+                else (
+                    f", {row.accuracy:.4f} inferred ({row.protocol}, {row.objective}), "
+                    f"task accuracy {row.task_accuracy:.4f}"
+                )
+            )
+    return said
 
 
 def points(rows: list[dict]) -> dict[int, float]:
     """Accuracy by tasks learned, as a picture takes it."""
     return {row["tasks_learned"]: row["accuracy"] for row in rows}
-
-
-def public(row: dict) -> dict:
-    """A row as result.json holds it."""
-    return {name: value for name, value in row.items() if name != "per_task"}
 
 
 def find(rows: list[dict], **fields: Any) -> list[dict]:

@@ -1,6 +1,6 @@
 """A store on disk, killed, cut, flipped, filled up and read while it is written: what is lost.
 
-    python -m experiments.stress_store
+    python -m tests.stress.stress_store
 
     kills        writers ended by SIGKILL: at random times, and before, within and after each call
                  in turn that opens, writes, flushes, cuts or renames a file
@@ -18,6 +18,7 @@ Expected: 0 lost, 0 wrong, 0 unnoticed, 0 unopened. Writes stress_store.json to 
 2 CPU cores. Needs a system with fork, and writes some MB to the disk of --out.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -29,21 +30,19 @@ import signal
 import struct
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import tqdm
 import tyro
 
-from experiments import runs
-from supsup_jax.stores import journal, records
+from experiments.frame.run import usage_errors, writable_folder, write_result
+from supsup_jax.stores import journal
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError
+from tests.stress.accidents import Disk, PowerCut, ended, forked, half_written, watching
 
 MANIFEST = {"format": "stress", "layout": [["kernel", [8, 4]]]}
-WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace")
-BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,27 +87,21 @@ class Tally:
     def check_crash(self, path: Path, appended: int) -> None:
         """Reads what a crash has left, and goes on writing. appended: tasks reported as such."""
         self.accidents += 1
-        if not (path / journal.MANIFEST).exists():
-            # Killed while it was created: nothing was reported, and another may create it.
-            self.lost += appended
-            opened = functools.partial(TaskLog.create, path, MANIFEST)
-        else:
-            self.read_all(TaskLog.open, path, appended)
-            opened = functools.partial(TaskLog.open, path, writes=True)
+        if (path / journal.MANIFEST).exists():
+            self.check(functools.partial(TaskLog.open, path), appended)
+            self.check(functools.partial(TaskLog.open, path, writes=True), appended, writes=True)
+        else:  # killed while it was created: nothing was reported, and another may create it
+            create = functools.partial(TaskLog.create, path, MANIFEST)
+            self.check(create, appended, writes=True)
+
+    def check(self, opened: Callable, appended: int, writes: bool = False) -> None:
+        """Every task of a store, and whether another can be written."""
         try:
             with contextlib.closing(opened()) as log:
                 self.lost += max(0, appended - len(log))
-                append_next(log)
-                self.unopened += bool(log.verify())
-                self.reads += len(log)
-                self.wrong += any(log.read(i).body != payload(i) for i in range(len(log)))
-        except (StoreError, OSError):
-            self.unopened += 1
-
-    def read_all(self, opened: Callable, path: Path, appended: int) -> None:
-        try:
-            with contextlib.closing(opened(path)) as log:
-                self.lost += max(0, appended - len(log))
+                if writes:
+                    append_next(log)
+                    self.unopened += bool(log.verify())
                 self.reads += len(log)
                 self.wrong += any(log.read(i).body != payload(i) for i in range(len(log)))
         except (StoreError, OSError):
@@ -152,60 +145,6 @@ def whole_tasks(path: Path) -> set[int]:
     return found
 
 
-class Watched(types.SimpleNamespace):
-    """The module os, with `before(name, arguments)` called ahead of every call of WATCHED."""
-
-    def __init__(self, before: Callable):
-        self._before = before
-
-    def __getattr__(self, name):
-        real = getattr(os, name)
-        if name not in WATCHED:
-            return real
-
-        def call(*arguments):
-            return self._before(name, real, arguments)
-
-        return call
-
-
-@contextlib.contextmanager
-def watching(before: Callable) -> Iterator[None]:
-    """Routes what `journal` asks of the system through `before(name, real, arguments)`."""
-    flush = journal._flush
-    journal.os = records.os = Watched(before)
-    journal._flush = getattr(journal.os, flush.__name__)
-    try:
-        yield
-    finally:
-        journal.os, records.os, journal._flush = os, os, flush
-
-
-def forked(work: Callable[[int], None]) -> tuple[int, int]:
-    """Runs `work(pipe)` in a child; returns its process number and the pipe to read from."""
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        return child, reading
-    try:
-        os.close(reading)
-        work(writing)
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
-
-
-def ended(child: int, reading: int) -> tuple[int, int]:
-    """Waits for a child: the last number that it wrote to its pipe, and its exit status."""
-    data = b""
-    while chunk := os.read(reading, 1 << 16):
-        data += chunk
-    os.close(reading)
-    _, status = os.waitpid(child, 0)
-    whole = len(data) // 8 * 8
-    return (struct.unpack_from("<Q", data, whole - 8)[0] if whole else 0), status
-
-
 def write_tasks(path: Path, count: int, writing: int) -> None:
     """Opens or creates the store and appends, reporting how many tasks it holds after each."""
     exists = (path / journal.MANIFEST).exists()
@@ -228,16 +167,12 @@ def random_kills(folder: Path, count: int, rng: random.Random, tally: Tally) -> 
 
 def killed_at(path: Path, count: int, point: int, when: str, writing: int) -> None:
     """`write_tasks`, killed at the watched call number `point`."""
-    calls = 0
 
-    def before(name, real, arguments):
-        nonlocal calls
-        calls += 1
-        if calls - 1 != point:
+    def before(number, name, real, arguments):
+        if number != point:
             return real(*arguments)
         if when == "within" and name == "pwrite":
-            fd, data, offset = arguments
-            real(fd, data[: len(data) // 2], offset)
+            half_written(real, arguments)
         elif when == "after":
             real(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -271,69 +206,12 @@ def kills_at_each_call(folder: Path, most: int, tally: Tally) -> None:
                 point += 1
 
 
-class Disk:
-    """What a disk is told, so that power may fail: bytes flushed, and writes pending."""
-
-    def __init__(self):
-        self.names: dict[int, str] = {}
-        self.flushed: dict[str, bytearray] = {}
-        self.pending: list[tuple[str, int | None, bytes]] = []  # file, offset (None: cut), data
-
-    def watch(self, name: str, real: Callable, arguments: tuple):
-        result = real(*arguments)
-        if name == "open":
-            self.names[result] = os.path.basename(arguments[0])
-        elif name == "pwrite":
-            fd, data, offset = arguments
-            self.pending.append((self.names[fd], offset, bytes(data[:result])))
-        elif name == "ftruncate":
-            self.pending.append((self.names[arguments[0]], None, arguments[1]))
-        elif name in ("fdatasync", "fsync"):
-            file = self.names[arguments[0]]
-            for written, offset, data in [p for p in self.pending if p[0] == file]:
-                self.apply(self.flushed, written, offset, data)
-            self.pending = [p for p in self.pending if p[0] != file]
-        return result
-
-    @staticmethod
-    def apply(files, name, offset, data):
-        content = files.setdefault(name, bytearray())
-        if offset is None:
-            del content[data:]
-            return
-        content.extend(bytes(max(0, offset + len(data) - len(content))))
-        content[offset : offset + len(data)] = data
-
-    def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
-        """Some of the pending writes, whole or in blocks; where a block is missing, zeros."""
-        files = {name: bytearray(content) for name, content in self.flushed.items()}
-        for name, offset, data in self.pending:
-            if rng.random() < 0.4:
-                continue
-            if offset is None or rng.random() < 0.3:
-                self.apply(files, name, offset, data)
-                continue
-            # The size may be on disk, and blocks not.
-            end = len(data) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
-            self.apply(files, name, offset, bytes(end))
-            for start in range(0, end, BLOCK):
-                if rng.random() < 0.7:
-                    self.apply(files, name, offset + start, data[start : min(start + BLOCK, end)])
-        return files
-
-
-class PowerCut(BaseException):
-    """Power fails now."""
-
-
 def written_until_power_cut(path: Path, point: int, disk: Disk) -> int:
     """Appends until the watched call number `point`; returns how many tasks were appended."""
-    calls, appended = 0, 0
+    appended = 0
 
-    def before(name, real, arguments):
-        nonlocal calls
-        calls += 1
-        if calls > point:
+    def before(number, name, real, arguments):
+        if number >= point:
             raise PowerCut
         return disk.watch(name, real, arguments)
 
@@ -396,26 +274,22 @@ def full_disk(folder: Path, most: int, tally: Tally) -> None:
     for half in (False, True):
         failed, point = True, 0
         while failed and point < most:
-            path, failed, calls = folder / f"full{half}{point}", False, 0
+            path, failed = folder / f"full{half}{point}", False
 
-            def before(name, real, arguments, point=point, half=half):
-                nonlocal calls, failed
-                if name != "pwrite":
-                    return real(*arguments)
-                calls += 1
-                if calls - 1 < point:
+            def before(number, name, real, arguments, point=point, half=half):
+                nonlocal failed
+                if number < point:
                     return real(*arguments)
                 failed = True
-                fd, data, offset = arguments
-                if half and calls - 1 == point and len(data) > 1:
-                    return real(fd, data[: len(data) // 2], offset)
+                if half and number == point and len(arguments[1]) > 1:
+                    return half_written(real, arguments)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
             with contextlib.closing(TaskLog.create(path, MANIFEST)) as log:
                 append_next(log)
             appended = 1
             log = TaskLog.open(path, writes=True)
-            with contextlib.suppress(OSError), watching(before):
+            with contextlib.suppress(OSError), watching(before, ("pwrite",)):
                 while len(log) < 4:
                     append_next(log)
                     appended = len(log)
@@ -464,23 +338,13 @@ def readers(folder: Path, seconds: float, tally: Tally) -> int:
 
 
 def main(args: Args) -> dict:
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
+    with usage_errors():
+        writable_folder(args.out)
+    most = 1000
     if args.tiny:
         args = dataclasses.replace(args, kills=5, power_cuts=20, flips=40, cuts=20, seconds=1.0)
-    most = 4 if args.tiny else 1000
-    tallies = {
-        name: Tally()
-        for name in (
-            "random kills",
-            "kills at each call",
-            "power cuts",
-            "damage",
-            "full disk",
-            "readers",
-        )
-    }
-    rng = random.Random(args.seed)
+        most = 4
+    rng, tallies = random.Random(args.seed), collections.defaultdict(Tally)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         folder = Path(folder)
         random_kills(folder, args.kills, rng, tallies["random kills"])
@@ -489,15 +353,12 @@ def main(args: Args) -> dict:
         damages(folder, args.flips, args.cuts, rng, tallies["damage"])
         full_disk(folder, most, tallies["full disk"])
         written = readers(folder, args.seconds, tallies["readers"])
-    result = {
-        "schema": runs.SCHEMA,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "written_while_read": written,
-        "rows": [{"kind": name, **dataclasses.asdict(t)} for name, t in tallies.items()],
-    }
-    runs.write_json(args.out / "stress_store.json", result)
+    result = write_result(
+        args.out / "stress_store.json",
+        seed=args.seed,
+        written_while_read=written,
+        rows=[{"kind": name, **dataclasses.asdict(t)} for name, t in tallies.items()],
+    )
     fields = [field.name for field in dataclasses.fields(Tally)]
     print(f"{'':20}" + "".join(f"{name:>11}" for name in fields))
     for name, tally in tallies.items():

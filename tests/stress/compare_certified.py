@@ -1,6 +1,6 @@
 """Certified decisions against exact ones: do both name the same task, and at what price?
 
-    python -m experiments.compare_certified --run RUN --data-dir DIR
+    python -m tests.stress.compare_certified --run RUN --data-dir DIR
 
 Takes the masks that a run of experiments.permuted has learned, fills up with synthetic ones
 (independent fair bits) to --tasks, and lets test images of the learned tasks decide, each for
@@ -19,7 +19,9 @@ import tyro
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import continual, permuted, runs, synthetic
+from experiments.frame import bench
+from experiments.frame import config as frame
+from experiments.frame.run import UsageError, usage_errors, writable_folder, write_result
 from supsup_jax import data
 
 BATCH = 128
@@ -43,14 +45,14 @@ class Args:
 def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, data.ViewStream]:
     """A run's network, masks and stream."""
     if args.tiny:
-        config = permuted.Args(tiny=True).config()
+        config = frame.tiny(frame.Config("digits", "lenet_300_100", 100, 3, (3,)))
     else:
         if args.run is None:
-            raise runs.UsageError("--run must name a run of experiments.permuted (or pass --tiny)")
-        config = continual.saved_config(args.run)
-    dataset = continual.load(config, args.data_dir)
-    net = continual.build(config, dataset)
-    stream = continual.make_stream(config, dataset)
+            raise UsageError("--run must name a run of experiments.permuted (or pass --tiny)")
+        config = frame.saved_config(args.run)
+    dataset = frame.load(config, args)
+    net = frame.dense_network(config, dataset)
+    stream = frame.views(config, dataset)
     if not args.tiny:
         with ss.DiskStore.open(args.run / "tasks", net) as disk:
             return net, disk.load(), stream
@@ -87,15 +89,15 @@ def compare(net, store, stream, num_learned, objective, batches, rng) -> dict:
 
 def main(args: Args) -> dict:
     tasks, decisions = (300, 256) if args.tiny else (args.tasks, args.decisions)
-    with runs.usage_errors():
+    with usage_errors():
         if tasks < 1 or decisions < 1:
-            raise runs.UsageError("--tasks and --decisions must be at least 1")
+            raise UsageError("--tasks and --decisions must be at least 1")
         net, learned, stream = learned_masks(args)
-        runs.writable_folder(args.out)
+        writable_folder(args.out)
         num_learned = min(tasks, int(learned.num_tasks))
         if not num_learned:
-            raise runs.UsageError(f"--run {args.run} has saved no task yet")
-    store = synthetic.random_store(net, tasks, learned)
+            raise UsageError(f"--run {args.run} has saved no task yet")
+    store = bench.random_store(net, tasks, learned)
     rng = np.random.default_rng(0)
     objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(stream.dataset.num_labels)}
     batches = -(-decisions // (BATCH * len(objectives)))
@@ -103,18 +105,15 @@ def main(args: Args) -> dict:
         name: compare(net, store, stream, num_learned, objective, batches, rng)
         for name, objective in objectives.items()
     }
-    result = {
-        "schema": runs.SCHEMA,
-        "run": str(args.run),
-        "dataset": stream.dataset.name,
-        "weights": net.layout.num_weights,
-        "tasks": tasks,
-        "learned": num_learned,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "rows": rows,
-    }
-    runs.write_json(args.out / "compare_certified.json", result)
+    result = write_result(
+        args.out / "compare_certified.json",
+        run=str(args.run),
+        dataset=stream.dataset.name,
+        weights=net.layout.num_weights,
+        tasks=tasks,
+        learned=num_learned,
+        rows=rows,
+    )
     print(f"{tasks} tasks, {num_learned} of them learned, {net}, {result['device']}")
     print("objective    decisions  same task  right: exact  certified  seconds: exact  certified")
     for name, row in rows.items():

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from experiments.runs import UsageError, usage_errors
+from experiments.frame.run import UsageError, usage_errors
 
 # Where one of these is set, jax.distributed knows by itself who is who: under srun, mpirun, and on
 # a TPU VM, which jax marks by the last of them.

@@ -1,6 +1,6 @@
 """Experiments killed while they run, resumed, and killed again: do they end as if they were not?
 
-    python -m experiments.stress_runs
+    python -m tests.stress.stress_runs
 
 Each of a few experiments runs once undisturbed. Then it is started again and again with --resume,
 and ended by SIGKILL at a random time; where it comes to its end all the same, it begins anew. The
@@ -28,7 +28,7 @@ from typing import Literal
 
 import tyro
 
-from experiments import runs
+from experiments.frame.run import usage_errors, writable_folder, write_result
 
 TWO = "permuted, 2 processes"
 RUNS = {
@@ -131,8 +131,8 @@ def measure(folder: Path, name: str, kills: int, rng: random.Random) -> dict:
 
 
 def main(args: Args) -> dict:
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
+    with usage_errors():
+        writable_folder(args.out)
     rng = random.Random(args.seed)
     names = [args.only] if args.only else list(RUNS)
     names, kills = (names[:1], 1) if args.tiny else (names, args.kills)
@@ -145,14 +145,11 @@ def main(args: Args) -> dict:
                 f"{name}: killed {row['kills']} times, {row['ends']} ends, equal: {row['equal']}",
                 flush=True,
             )
-    result = {
-        "schema": runs.SCHEMA,
-        "seed": args.seed,
-        "versions": runs.versions(),
-        "device": runs.device(),
-        "rows": rows,
-    }
-    runs.write_json(args.out / "stress_runs.json", result)
+    result = write_result(
+        args.out / "stress_runs.json",
+        seed=args.seed,
+        rows=rows,
+    )
     if not all(row["equal"] for row in rows):
         raise SystemExit("error: a killed run ended otherwise than an undisturbed one")
     return result

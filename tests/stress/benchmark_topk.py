@@ -1,6 +1,6 @@
 """What exact top-k masks cost inside a training step, against a full sort.
 
-    python -m experiments.benchmark_topk
+    python -m tests.stress.benchmark_topk
 
     step       a training step of ResNet-18 (11.2 million weights in 21 kernels, --width 64) on
                images of 32x32, top-k masks of every kernel by an Erdos-Renyi budget
@@ -22,7 +22,9 @@ import tyro
 from flax import nnx
 
 import supsup_jax as ss
-from experiments import runs, split_cifar, timing
+from experiments import split_cifar
+from experiments.frame import bench
+from experiments.frame.run import usage_errors, writable_folder, write_result
 from supsup_jax import data, models
 from supsup_jax.training import train
 
@@ -79,7 +81,7 @@ def measure(args: Args) -> dict[str, float]:
             lambda leaf: jnp.sort(jnp.abs(leaf).reshape(-1)).reshape(leaf.shape), scores
         )
     )
-    seconds = timing.medians(
+    seconds = bench.medians(
         {
             "step": lambda: train._train(jax.random.key(0), net, task, None, topk),
             "threshold": lambda: train._train(jax.random.key(0), net, task, None, threshold),
@@ -102,11 +104,10 @@ def main(args: Args) -> dict:
     """Measures, writes and prints."""
     if args.tiny:
         args = dataclasses.replace(args, width=2, batch_size=4, rounds=1)
-    with runs.usage_errors():
-        runs.writable_folder(args.out)
+    with usage_errors():
+        writable_folder(args.out)
     found = measure(args)
-    result = {"versions": runs.versions(), "device": runs.device(), **found}
-    runs.write_json(args.out / "benchmark_topk.json", result)
+    result = write_result(args.out / "benchmark_topk.json", **found)
     print(f"{found['weights']:,} weights, batches of {args.batch_size}, milliseconds a step:")
     for name in ("step", "threshold", "topk", "sort"):
         print(f"{name:10} {1000 * found[name]:10.1f}")

@@ -1,5 +1,6 @@
 """Pictures of a run, in the paper's form."""
 
+import contextlib
 from pathlib import Path
 
 import matplotlib
@@ -66,37 +67,78 @@ def paper_curve(method: str, objective: str | None, points: dict[int, float]) ->
     return curve(label, points, row, "s--")
 
 
+@contextlib.contextmanager
+def _axes(path, title, xlabel, ylabel, size=(6.4, 4.0)):
+    """One pair of axes, saved with grid and legend."""
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    yield ax
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3, which="both" if ax.get_xscale() == "log" else "major")
+    if ax.get_legend() is None:
+        ax.legend(fontsize=8)
+    _save(fig, path)
+
+
+def _save(fig, path):
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def _plot(ax, curve, **style):
+    x = sorted(curve["points"])
+    y = [curve["points"][each] for each in x]
+    ax.plot(x, y, curve["style"], color=curve["color"], label=curve["label"], **style)
+
+
+def _ticks(ax, values):
+    """These values alone, written out, on a logarithmic axis."""
+    ax.set_xscale("log")
+    ax.set_xticks(values, [str(value) for value in values])
+    ax.set_xticks([], minor=True)
+
+
+def _whole(*axes):
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def accuracy_against_tasks(
     path: Path, title: str, curves: list[dict], bottom: float | None = None
 ) -> None:
-    """curves: dicts of label, points {tasks: accuracy}, color, and optionally style.
+    """curves: as `curve` makes them, points {tasks: accuracy}.
 
     bottom: where the accuracy axis starts, below which curves leave the picture.
     """
-    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for curve in curves:
-        tasks = sorted(curve["points"])
-        ax.plot(
-            tasks,
-            [curve["points"][t] for t in tasks],
-            curve.get("style", "o-"),
-            color=curve["color"],
-            label=curve["label"],
-            markersize=4,
-            linewidth=1.5,
-        )
-    ax.set(title=title, xlabel="tasks learned", ylabel="accuracy, mean over tasks")
-    low, high = ax.get_ylim()
-    room = max(0, MIN_SPAN - (high - low))
-    ax.set_ylim(low - 0.75 * room, high + 0.25 * room)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(alpha=0.3)
-    if bottom is None:
-        ax.legend(fontsize=8)
-    else:
-        ax.set_ylim(bottom, max(max(curve["points"].values()) for curve in curves) + 0.01)
-        ax.legend(fontsize=7, ncols=2, loc="center right")  # between the curves that stay
-    _save(fig, path)
+    with _axes(path, title, "tasks learned", "accuracy, mean over tasks") as ax:
+        for each in curves:
+            _plot(ax, each, markersize=4, linewidth=1.5)
+        low, high = ax.get_ylim()
+        room = max(0, MIN_SPAN - (high - low))
+        ax.set_ylim(low - 0.75 * room, high + 0.25 * room)
+        _whole(ax.xaxis)
+        if bottom is not None:
+            ax.set_ylim(bottom, max(max(each["points"].values()) for each in curves) + 0.01)
+            # Between the curves that stay.
+            ax.legend(fontsize=7, ncols=2, loc="center right")
+
+
+def accuracy_against(path: Path, title: str, xlabel: str, curves: list[dict]) -> None:
+    """curves: as `curve` makes them, points {x: accuracy}, x on a logarithmic axis."""
+    with _axes(path, title, xlabel, "accuracy, mean over tasks") as ax:
+        for each in curves:
+            _plot(ax, each, markersize=5)
+        ax.set_xscale("log")
+
+
+def gain_of_transfer(path: Path, title: str, gains: dict[str, list[float]]) -> None:
+    """Points of accuracy that each task gained, in the order of learning, by label."""
+    labels = "task, in order of learning", "gain, points of accuracy"
+    with _axes(path, title, *labels, size=(6.4, 3.6)) as ax:
+        for label, gain in gains.items():
+            y = 100 * np.asarray(gain)
+            ax.plot(range(1, len(gain) + 1), y, "o-", label=label, markersize=4)
+        ax.axhline(0, color=BOUND, linewidth=1)
+        _whole(ax.xaxis)
 
 
 def accuracy_matrices(path: Path, matrices: dict[str, np.ndarray], checkpoints: list[int]) -> None:
@@ -115,23 +157,22 @@ def accuracy_matrices(path: Path, matrices: dict[str, np.ndarray], checkpoints: 
 
 def inferred_tasks(path: Path, title: str, confusion: np.ndarray) -> None:
     """Which task was inferred for which; each row is a share of that task's decisions."""
-    fig, ax = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
-    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
-    image = ax.imshow(share, vmin=0, vmax=1, interpolation="nearest")
-    ax.set(title=title, xlabel="task inferred", ylabel="true task")
-    fig.colorbar(image, ax=ax, label="share of decisions")
-    _save(fig, path)
+    _shares(path, title, "task inferred", confusion, "share of decisions")
 
 
 def assigned_windows(path: Path, title: str, counts: np.ndarray) -> None:
     """Which mask learned which task: windows [true task, mask], a share of each task's."""
+    _shares(path, title, "mask, in order of allocation", counts, "share of the task's windows")
+
+
+def _shares(path, title, xlabel, counts, label):
+    """counts [true task, ...] as shares of each row."""
     fig, ax = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
     share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     image = ax.imshow(share, vmin=0, vmax=1, interpolation="nearest")
-    ax.set(title=title, xlabel="mask, in order of allocation", ylabel="true task")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    fig.colorbar(image, ax=ax, label="share of the task's windows")
+    ax.set(title=title, xlabel=xlabel, ylabel="true task")
+    _whole(ax.xaxis, ax.yaxis)
+    fig.colorbar(image, ax=ax, label=label)
     _save(fig, path)
 
 
@@ -139,18 +180,14 @@ def novelty_against_windows(
     path: Path, title: str, height: np.ndarray, first: np.ndarray, threshold: float
 ) -> None:
     """height [windows]: max nu times max(T, floor); first: whether a new task begins there."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    windows = np.arange(len(height))
-    for kind, label, color in (
-        (~first, "a task goes on", OURS["entropy"]),
-        (first, "a task begins", COLORS["batche"]),
-    ):
-        ax.plot(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
-    ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")
-    ax.set(title=title, xlabel="window", ylabel="max nu x masks asked")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    _save(fig, path)
+    with _axes(path, title, "window", "max nu x masks asked") as ax:
+        windows = np.arange(len(height))
+        for kind, label, color in (
+            (~first, "a task goes on", OURS["entropy"]),
+            (first, "a task begins", COLORS["batche"]),
+        ):
+            ax.plot(windows[kind], height[kind], ".", label=label, color=color, markersize=4)
+        ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")
 
 
 def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
@@ -189,43 +226,33 @@ def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
 
 def rate_against_tasks(path: Path, title: str, rows: list[dict], bound: float) -> None:
     """Tasks a minute against the number learned at once, log-log; bound: a rate drawn level."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    tasks = [row["tasks"] for row in rows]
-    for i, name in enumerate(rows[0]["tasks_per_minute"]):
-        rates = [row["tasks_per_minute"][name] for row in rows]
-        ax.loglog(tasks, rates, "o-", label=name, color=f"C{i}", markersize=4)
-    ax.axhline(bound, color=BOUND, linestyle="--", label="matrix products alone, one by one")
-    ax.set(xlabel="tasks at once", ylabel="tasks a minute", title=title)
-    ax.set_xticks(tasks, [str(number) for number in tasks])
-    ax.set_xticks([], minor=True)
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=8)
-    _save(fig, path)
+    with _axes(path, title, "tasks at once", "tasks a minute", size=(6.4, 4.4)) as ax:
+        tasks = [row["tasks"] for row in rows]
+        for i, name in enumerate(rows[0]["tasks_per_minute"]):
+            rates = [row["tasks_per_minute"][name] for row in rows]
+            ax.loglog(tasks, rates, "o-", label=name, color=f"C{i}", markersize=4)
+        ax.axhline(bound, color=BOUND, linestyle="--", label="matrix products alone, one by one")
+        _ticks(ax, tasks)
 
 
 def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -> None:
     """entries: {outputs: {objective: an entry with accuracy and deviation (None of one seed)}}."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     outputs = sorted(entries)
-    for objective in ("entropy", "superfluous"):
-        found = [(n, entries[n][objective]) for n in outputs if objective in entries[n]]
-        ax.errorbar(
-            [n for n, _ in found],
-            [entry.accuracy for _, entry in found],
-            [entry.deviation or 0 for _, entry in found],
-            fmt="o-",
-            color=OURS[objective],
-            label=f"GNu, {OBJECTIVES[objective]}",
-            capsize=3,
-        )
     some = next(iter(entries[outputs[0]].values()))
-    ax.set(title=title, xlabel="outputs", ylabel=f"accuracy, mean over {some.series.tasks} tasks")
-    ax.set_xscale("log")
-    ax.set_xticks(outputs, [str(n) for n in outputs])
-    ax.set_xticks([], minor=True)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    _save(fig, path)
+    labels = "outputs", f"accuracy, mean over {some.series.tasks} tasks"
+    with _axes(path, title, *labels) as ax:
+        for objective in ("entropy", "superfluous"):
+            found = {n: entries[n][objective] for n in outputs if objective in entries[n]}
+            ax.errorbar(
+                list(found),
+                [entry.accuracy for entry in found.values()],
+                [entry.deviation or 0 for entry in found.values()],
+                fmt="o-",
+                color=OURS[objective],
+                label=f"GNu, {OBJECTIVES[objective]}",
+                capsize=3,
+            )
+        _ticks(ax, outputs)
 
 
 def distance_against_steps(
@@ -240,7 +267,7 @@ def distance_against_steps(
         for task, distance in sorted(tasks.items()):
             ax.plot(distance, label=f"task {task}", linewidth=1.5)
         ax.set(title=name, xlabel="recovery step", ylabel="bits that differ from the mask")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole(ax.xaxis)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylim(bottom=0)  # shared, once all is drawn
     axes[0, -1].legend(fontsize=8)
@@ -250,59 +277,13 @@ def distance_against_steps(
 
 def retrieved_against_stored(path: Path, title: str, rows: list[dict]) -> None:
     """rows: dicts of rule, stored, retrieved (share given back whole), known_capacity."""
-    fig, ax = plt.subplots(figsize=(6.0, 3.8), layout="constrained")
-    for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
-        mine = [row for row in rows if row["rule"] == rule]
-        stored = [row["stored"] for row in mine]
-        ax.plot(
-            stored,
-            [row["retrieved"] for row in mine],
-            "o-",
-            color=f"C{i}",
-            label=rule,
-            markersize=4,
-        )
-        bound = mine[0]["known_capacity"]
-        ax.axvline(bound, color=f"C{i}", linestyle="--", label=f"{rule}, known: {bound:.0f}")
-    ax.set(title=title, xlabel="masks stored", ylabel="share retrieved without a wrong bit")
-    ax.set_ylim(-0.03, 1.03)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    _save(fig, path)
-
-
-def _save(fig, path):
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-def accuracy_against(path: Path, title: str, xlabel: str, curves: list[dict]) -> None:
-    """curves: dicts of label, points {x: accuracy}, color and style, x on a logarithmic axis."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for curve in curves:
-        x = sorted(curve["points"])
-        ax.plot(
-            x,
-            [curve["points"][each] for each in x],
-            curve["style"],
-            color=curve["color"],
-            label=curve["label"],
-            markersize=5,
-        )
-    ax.set(title=title, xlabel=xlabel, ylabel="accuracy, mean over tasks", xscale="log")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(fontsize=8)
-    _save(fig, path)
-
-
-def gain_of_transfer(path: Path, title: str, gains: dict[str, list[float]]) -> None:
-    """Points of accuracy that each task gained, in the order of learning, by label."""
-    fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for label, gain in gains.items():
-        ax.plot(range(1, len(gain) + 1), 100 * np.asarray(gain), "o-", label=label, markersize=4)
-    ax.axhline(0, color=BOUND, linewidth=1)
-    ax.set(title=title, xlabel="task, in order of learning", ylabel="gain, points of accuracy")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    _save(fig, path)
+    labels = "masks stored", "share retrieved without a wrong bit"
+    with _axes(path, title, *labels, size=(6.0, 3.8)) as ax:
+        for i, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
+            mine = [row for row in rows if row["rule"] == rule]
+            points = [row["stored"] for row in mine], [row["retrieved"] for row in mine]
+            ax.plot(*points, "o-", color=f"C{i}", label=rule, markersize=4)
+            bound = mine[0]["known_capacity"]
+            label = f"{rule}, known: {bound:.0f}"
+            ax.axvline(bound, color=f"C{i}", linestyle="--", label=label)
+        ax.set_ylim(-0.03, 1.03)

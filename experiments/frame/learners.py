@@ -1,7 +1,7 @@
 """What a run learns with: SupSup's masks, or one of the methods that the paper compares with.
 
-A learner knows how many tasks it has learned (`done`), learns some more at once (`together`), gives
-rows of results, and saves and restores itself in a run's folder.
+A learner knows how many tasks it has learned (`done`), learns some more at once (`learn`), gives
+rows of results (`evaluate`), and saves and restores itself in its run's folder.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments import hosts, reports, runs
-from experiments.runs import Run, UsageError
+from experiments.frame import hosts
+from experiments.frame.rows import Row, evaluated, store_bytes
+from experiments.frame.run import Run, UsageError, writes
 from supsup_jax import baselines, data, devices, metrics, prng
 from supsup_jax.layout import named_leaves
 
@@ -39,13 +40,14 @@ def objectives(num_labels: int) -> dict[str, Any]:
 class Learner:
     """What all learners share: the run's settings, and evaluation without ids.
 
+    together: how many tasks it learns at once, at most.
     appends: whether saving costs what is new only, so that no task need be learned again.
     """
 
     appends: ClassVar = False
 
-    def __init__(self, config: Any, net: ss.Network, stream: data.ViewStream):
-        self.config, self.net, self.stream = config, net, stream
+    def __init__(self, config: Any, net: ss.Network, stream: Any, run: Run):
+        self.config, self.net, self.stream, self.run = config, net, stream, run
         self.together = 1
         self.key = prng.purpose_key(jax.random.key(config.seed), "tasks")
 
@@ -54,11 +56,18 @@ class Learner:
         """The config of a preset, made for SupSup, for this method."""
         return dataclasses.replace(config, method=method)
 
+    def shown(self) -> dict[str, str]:
+        """What the progress bar says of the task learned last."""
+        return {"accuracy": f"{self.last_accuracy():.4f}"}
+
     def kept(self) -> dict[str, list[int]] | None:
         """Weights kept and weights in all of each layer, where every task keeps as many."""
         return None
 
-    def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[dict]:
+    def finished(self) -> None:
+        """Puts away what the run needs no more, once its result is written."""
+
+    def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[Row]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
         test = self.stream.first_test(images) if images else self.stream.test
         label = f"  {self.done} tasks, {protocol} {name or ''}"
@@ -70,47 +79,63 @@ class Learner:
             objective=objectives(self.stream.dataset.num_labels).get(name, ss.entropy),
             rule=rule,
             progress=functools.partial(
-                tqdm, desc=label, leave=False, unit="task", disable=not runs.writes()
+                tqdm, desc=label, leave=False, unit="task", disable=not writes()
             ),
         )
-        if keep is not None and runs.writes():
+        if keep is not None and writes():
             counts = metrics.confusion([row.inferred for row in measured])
             np.savez_compressed(keep, counts=counts)
-        return reports.rows_of(protocol, name, images, measured, method)
+        return evaluated(protocol, name, images, measured, method)
 
 
 class Masks(Learner):
-    """SupSup: a mask a task in one fixed network."""
+    """SupSup: a mask a task in one fixed network.
+
+    mesh: of several devices, each of which learns its tasks, and holds its share of all to infer.
+      Between evaluations the masks then lie in the run's folder alone, where process 0 puts them.
+    """
 
     appends = True
 
-    def __init__(self, config, net, stream):
-        super().__init__(config, net, stream)
+    def __init__(self, config, net, stream, run, mesh=None):
+        super().__init__(config, net, stream, run)
+        self.mesh, self.done = mesh, 0
         self.store = ss.MaskStore.create(net, capacity=min(64, config.tasks))
-        if jax.default_backend() != "cpu":
-            self.together = TOGETHER
+        self._new: list[ss.Task] = []  # learned, and not saved yet
+        self.together = 1 if jax.default_backend() == "cpu" else TOGETHER
+        if mesh is not None:
+            self.store, self.together = None, self.together * mesh.size
 
     @property
     def net_to_infer(self) -> ss.Network:
         return self.net
 
-    @property
-    def done(self) -> int:
-        return int(self.store.num_tasks)
-
     def learn(self, group: range) -> None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
         many = self.stream.together(group)
-        learned = ss.train_tasks(keys, self.net, many, self.config.train).task
+        learned = ss.train_tasks(keys, self.net, many, self.config.train, mesh=self.mesh).task
+        # To every process: a bit a weight would do, a byte is what crosses.
+        tasks = jax.tree.map(devices.on_host, learned)
         for i in range(len(group)):
-            task = jax.tree.map(lambda leaf: leaf[i], learned)  # noqa: B023
+            self.include(jax.tree.map(lambda leaf: leaf[i], tasks))  # noqa: B023
+
+    def include(self, task: ss.Task) -> None:
+        """Counts a task as learned."""
+        self._new.append(task)
+        self.done += 1
+        if self.mesh is None:
             self.store = self.store.append(task, donate=True)
 
     def last_accuracy(self) -> float:
-        (row,) = ss.evaluate(self.net, self.store, self.stream.test, tasks=[self.done - 1])
+        store, test = self.store, self.stream.test
+        if self.mesh is not None:
+            store = ss.MaskStore.create(self.net, 1).append(self._new[-1])
+            (row,) = ss.evaluate(self.net, store, [test[self.done - 1]])
+        else:
+            (row,) = ss.evaluate(self.net, store, test, tasks=[self.done - 1])
         return row.accuracy
 
-    def evaluate(self, run: Run) -> list[dict]:
+    def evaluate(self) -> list[Row]:
         config, few = self.config, self.config.images_per_task
         plan = [("given", None, None)] + ([("given", None, few)] if few else [])
         plan += [
@@ -121,31 +146,41 @@ class Masks(Learner):
         if config.every_image_at_the_end and self.done == config.tasks:
             plan.append((config.protocols[0], config.objectives[0], None))
         rule = None if config.rule == "one_shot" else config.rule
+        if self.mesh is not None:
+            with ss.DiskStore.open(self.run.tasks_path, self.net) as disk:
+                self.store = disk.load(slice(self.done), mesh=self.mesh)
         rows = []
         for protocol, name, images in plan:
             first = (protocol, name) == (config.protocols[0], config.objectives[0])
-            keep = run.out / "inferred.npz" if first else None
+            keep = self.run.out / "inferred.npz" if first else None
             rows += self.measure(protocol, name, images, config.method, rule, keep)
+        if self.mesh is not None:
+            self.store = None
         return rows
 
-    def save(self, run: Run) -> None:
-        with ss.DiskStore.open(run.tasks_path, self.net, "a") as disk:
-            for i in range(len(disk), self.done):
-                disk.append(self.store.task(i), durable=False)
-            disk.flush()
+    def save(self) -> None:
+        if writes():
+            with ss.DiskStore.open(self.run.tasks_path, self.net, "a") as disk:
+                for task in self._new[len(self._new) - (self.done - len(disk)) :]:
+                    disk.append(task, durable=False)
+                disk.flush()
+        self._new.clear()
+        hosts.meet("tasks are saved")
 
-    def restore(self, run: Run) -> None:
+    def restore(self) -> None:
         # A run killed before its first task has no folder, or one that is no store yet.
         found = contextlib.suppress(FileNotFoundError)
-        with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
-            if len(disk):
+        with found, ss.DiskStore.open(self.run.tasks_path, self.net) as disk:
+            self.done = len(disk)
+            if self.done and self.mesh is None:
                 self.store = disk.load()
+        hosts.check_agreed(self.done, f"tasks in {self.run.tasks_path}")
 
-    def bytes(self, run: Run) -> dict[str, float]:
+    def bytes(self) -> dict[str, float]:
         state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.net.state))
-        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
+        with ss.DiskStore.open(self.run.tasks_path, self.net) as disk:
             masks = (disk.task(i).mask for i in range(len(disk)))
-            return reports.store_bytes(masks, self.net.layout, state_bytes, run.tasks_path)
+            return store_bytes(masks, self.net.layout, state_bytes, self.run.tasks_path)
 
     def kept(self) -> dict[str, list[int]] | None:
         if self.config.train.rule != "topk":
@@ -155,65 +190,13 @@ class Masks(Learner):
         return {name: [counts[name], math.prod(shape)] for name, shape in layout.named_shapes}
 
 
-class SpreadMasks(Masks):
-    """SupSup over many devices: each learns its tasks, and holds its share of all to infer.
-
-    Between evaluations masks lie in the run's folder alone, where process 0 puts them.
-    """
-
-    def __init__(self, config, net, stream):
-        super().__init__(config, net, stream)
-        self.mesh = hosts.mesh()
-        self.together = self.together * self.mesh.size
-        self._done, self._new = 0, []
-
-    @property
-    def done(self) -> int:
-        return self._done
-
-    def learn(self, group: range) -> None:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.asarray(group))
-        many = self.stream.together(group)
-        learned = ss.train_tasks(keys, self.net, many, self.config.train, mesh=self.mesh).task
-        # To every process: a bit a weight would do, a byte is what crosses.
-        tasks = jax.tree.map(devices.on_host, learned)
-        self._new = [jax.tree.map(lambda leaf: leaf[i], tasks) for i in range(len(group))]  # noqa: B023
-        self._done = group.stop
-
-    def last_accuracy(self) -> float:
-        newest = ss.MaskStore.create(self.net, 1).append(self._new[-1])
-        (row,) = ss.evaluate(self.net, newest, [self.stream.test[self.done - 1]])
-        return row.accuracy
-
-    def evaluate(self, run: Run) -> list[dict]:
-        with ss.DiskStore.open(run.tasks_path, self.net) as disk:
-            self.store = disk.load(slice(self.done), mesh=self.mesh)
-        rows = super().evaluate(run)
-        self.store = None
-        return rows
-
-    def save(self, run: Run) -> None:
-        if runs.writes():
-            with ss.DiskStore.open(run.tasks_path, self.net, "a") as disk:
-                for task in self._new[len(self._new) - (self.done - len(disk)) :]:
-                    disk.append(task, durable=False)
-                disk.flush()
-        hosts.meet("tasks are saved")
-
-    def restore(self, run: Run) -> None:
-        found = contextlib.suppress(FileNotFoundError)
-        with found, ss.DiskStore.open(run.tasks_path, self.net) as disk:
-            self._done = len(disk)
-        hosts.check_agreed(self._done, f"tasks in {run.tasks_path}")
-
-
 class Transfer(Masks):
     """SupSup whose tasks start from the mean of the earlier tasks' scores (section 3.2)."""
 
     appends = False  # a task counts with the mean behind it
 
-    def __init__(self, config, net, stream):
-        super().__init__(config, net, stream)
+    def __init__(self, config, net, stream, run):
+        super().__init__(config, net, stream, run)
         self.mean, self.together = ss.ScoreMean.create(net), 1
 
     def learn(self, group: range) -> None:
@@ -223,18 +206,18 @@ class Transfer(Masks):
             key, self.net, self.stream.train[i], self.config.train, init_scores=self.mean
         )
         self.mean = self.mean.include(learned.scores)
-        self.store = self.store.append(learned.task, donate=True)
+        self.include(jax.tree.map(devices.on_host, learned.task))
 
-    def save(self, run: Run) -> None:
-        with checkpoints(run) as manager:  # first: the store's tasks are those that count
+    def save(self) -> None:
+        with checkpoints(self.run) as manager:  # first: the store's tasks are those that count
             manager.save(self.done, args=ocp.args.StandardSave(self.mean._asdict()))
-        super().save(run)
+        super().save()
 
-    def restore(self, run: Run) -> None:
-        super().restore(run)
+    def restore(self) -> None:
+        super().restore()
         if not self.done:
             return
-        with checkpoints(run) as manager:
+        with checkpoints(self.run) as manager:
             like = ocp.args.StandardRestore(self.mean._asdict())
             self.mean = ss.ScoreMean(**manager.restore(self.done, args=like))
 
@@ -247,8 +230,8 @@ class Compared(Learner):
     FIRST: ClassVar[dict] = {"optimizer": "adam", "learning_rate": 1e-4, "weight_decay": 1e-4}
     LATER: ClassVar[dict] = {"optimizer": "adam", "learning_rate": 1e-2, "weight_decay": 1e-4}
 
-    def __init__(self, config, net, stream):
-        super().__init__(config, net, stream)
+    def __init__(self, config, net, stream, run):
+        super().__init__(config, net, stream, run)
         self.baseline = BASELINES[config.method](net)
         initializer = XAVIER if config.method == "psp" else baselines.HE_NORMAL
         weights = prng.purpose_key(jax.random.key(config.seed), "baseline")
@@ -312,14 +295,14 @@ class Compared(Learner):
         right = baselines.is_right(self.baseline, self.shared, own, data, self.statistics)
         return float(right.mean())
 
-    def evaluate(self, run: Run) -> list[dict]:
+    def evaluate(self) -> list[Row]:
         per_task = self.accuracies[: self.done].tolist()
         if self.baseline.forgets:
             per_task = [
                 self._accuracy(i, baselines.own_weights(self.baseline, self.task_key(i)))
                 for i in tqdm(range(self.done), desc=f"  {self.done} tasks", leave=False)
             ]
-        rows = [reports.given_row(self.config.method, per_task)]
+        rows = [Row(self.config.method, "gg", per_task)]
         protocol = self.config.protocols[0]
         for method, rule, name in INFERENCES if self.store is not None else ():
             rows += self.measure(protocol, name, None, method, rule)
@@ -337,14 +320,14 @@ class Compared(Learner):
             state["states"] = None if self.store is None else self.store.states
         return state
 
-    def save(self, run: Run) -> None:
-        with checkpoints(run) as manager:
+    def save(self) -> None:
+        with checkpoints(self.run) as manager:
             manager.save(self.done, args=ocp.args.StandardSave(self._state()))
 
-    def restore(self, run: Run) -> None:
-        if not (run.out / CHECKPOINTS).exists():
+    def restore(self) -> None:
+        if not (self.run.out / CHECKPOINTS).exists():
             return
-        with checkpoints(run) as manager:
+        with checkpoints(self.run) as manager:
             if (step := manager.latest_step()) is None:
                 return
             saved = manager.restore(step, args=ocp.args.StandardRestore(self._state()))
@@ -358,7 +341,7 @@ class Compared(Learner):
                 num_tasks=jnp.int32(self.done),
             )
 
-    def bytes(self, run: Run) -> dict[str, float]:
+    def bytes(self) -> dict[str, float]:
         """Bytes by kind, at 4 a float; weights that are never trained take their seed."""
         trained = self.baseline.shared_learns != "never"
         statistics = sum(leaf.nbytes for leaf in jax.tree.leaves(self.net.state))
@@ -391,8 +374,6 @@ BASELINES = {
     "abatche": baselines.batche,
     "psp": baselines.psp,
 }
-# What learns over many devices, by method; the other methods' tasks build on earlier ones.
-SPREAD = {"supsup": SpreadMasks}
 METHODS = {"supsup": Masks, "supsup_transfer": Transfer, **dict.fromkeys(BASELINES, Compared)}
 # Methods that infer a task, and so take as many outputs as SupSup; the others have the labels'.
 NEED_SUPERFLUOUS = ("supsup", "supsup_transfer", "abatche")
@@ -405,18 +386,16 @@ INFERENCES = (
 )
 
 
-def make(config: Any, net: ss.Network, stream: data.ViewStream) -> Learner:
+def make(config: Any, net: ss.Network, stream: data.ViewStream, run: Run) -> Learner:
     """The learner of a config. Raises UsageError for one that many processes cannot share."""
-    if hosts.mesh() is None:
-        return METHODS[config.method](config, net, stream)
-    if config.method in SPREAD:
-        return SPREAD[config.method](config, net, stream)
+    if config.method == "supsup":
+        return Masks(config, net, stream, run, hosts.mesh())
     if jax.process_count() > 1:
         raise UsageError(
             f"--method {config.method} learns each task from the ones before: run it as one "
-            f"process, not {jax.process_count()}; {', '.join(SPREAD)} can be shared"
+            f"process, not {jax.process_count()}; supsup can be shared"
         )
-    return METHODS[config.method](config, net, stream)
+    return METHODS[config.method](config, net, stream, run)
 
 
 def checkpoints(run: Run) -> ocp.CheckpointManager:

@@ -1,0 +1,315 @@
+"""Pictures of a run, and of a report: the paper's figures, accuracy against bytes and density, and
+what transfer gains, each where there are runs for it.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.frame import paper, plots
+from experiments.frame.rows import SPLIT, accuracy_matrix, figure, points
+from experiments.frame.rows import series as series_of
+from experiments.frame.run import Run
+from experiments.frame.series import NETWORKS, Mean, Series, scenario_name, shown
+
+# Of a mask learner's bytes, each with a style: the masks as coded here, and as the paper counts.
+CODED = {"masks_enumerative": ("entropy-coded", "o-"), "masks_csc16_indices": ("csc16", "o--")}
+
+
+def of_run(run: Run, config: Any, learner: Any) -> dict[str, Any]:
+    """accuracy.png and matrix.png, and inferred.png where tasks were inferred.
+
+    Returns the weights kept of each layer, which result.json has too.
+    """
+    curves, matrices = [], {}
+    for label, rows in drawn_series(run.rows, config):
+        matrices[label] = accuracy_matrix(rows)[list(np.subtract(config.checkpoints, 1))]
+        curves.append(plots.curve(f"ours, {label}", points(rows), rows[0]))
+    for method in dict.fromkeys((config.method, "supsup", "upper_bound")):
+        for objective in (None, "entropy", "superfluous"):
+            theirs = paper.CURVES.get((figure(run.config), method, objective))
+            if theirs and theirs not in [curve["points"] for curve in curves]:  # H's may be G's
+                curves.append(plots.paper_curve(method, objective, theirs))
+    title = (
+        f"{config.stream.capitalize()} {config.dataset}, {config.model}, {config.outputs} outputs, "
+        f"seed {config.seed}"
+    )
+    plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
+    plots.accuracy_matrices(run.out / "matrix.png", matrices, list(config.checkpoints))
+    if (counts := run.out / "inferred.npz").exists():
+        plots.inferred_tasks(
+            run.out / "inferred.png",
+            f"{config.tasks} tasks, {config.protocols[0]}",
+            np.load(counts)["counts"],
+        )
+    return {"kept": learner.kept()}
+
+
+def drawn_series(rows: list[dict], config: Any) -> list[tuple[str, list[dict]]]:
+    """GG, and GNu by the first protocol, each objective: (label, rows)."""
+    found = []
+    for (method, scenario, objective, protocol, images), series in series_of(rows).items():
+        if scenario == "gg" and images is None:
+            found.append((f"{plots.METHODS[method]}, GG", series))
+        elif scenario == "gnu" and protocol == config.protocols[0]:
+            symbol = plots.OBJECTIVES[objective]
+            first = f", first {images} images" if images else ""
+            found.append((f"{plots.METHODS[method]}, GNu, {symbol} ({protocol}{first})", series))
+    return found
+
+
+class Figure(NamedTuple):
+    """A figure of the paper's: accuracy against tasks learned.
+
+    keep: which series it shows.
+    paper: whose curves stand beside, as `paper.CURVES` names them.
+    least: curves of ours without which it is not drawn.
+    bottom: where the accuracy axis starts.
+    """
+
+    file: str
+    title: str
+    keep: Callable[[Series], bool]
+    paper: str | None = None
+    least: int = 1
+    bottom: float | None = None
+
+
+def _permuted(series, model):
+    return (series.experiment, series.dataset, series.model) == ("permuted", "mnist", model)
+
+
+def _figure_3(series, model, outputs):
+    supsup = series.method == "supsup"
+    return (
+        _permuted(series, model)
+        and series.outputs == (outputs if supsup else 10)
+        and series.images is None
+        and (series.scenario == "gnu") == supsup
+        and series.protocol in ("paper", "given")
+    )
+
+
+def _figure_4(series):
+    return (
+        (series.model, series.outputs, series.dataset) == ("lenet_300_100", 500, "mnist")
+        and series.scenario in ("gnu", "nns")
+        and series.protocol == "paper"
+        and series.images is None
+    )
+
+
+def _figure_5_left(series):
+    rotated = (series.experiment, series.dataset) == ("rotated", "mnist")
+    return rotated and (series.scenario == "gnu") == (series.method == "supsup")
+
+
+def _figure_5_right(series):
+    inferred = (series.scenario, series.protocol) == ("gnu", "paper")
+    return _permuted(series, "fc_1024_1024") and series.outputs == 500 and inferred
+
+
+FIGURES = (
+    *(
+        Figure(
+            f"figure_3_{side}.png",
+            f"Figure 3, {side}: permuted MNIST, {NETWORKS[model]}, {outputs} outputs",
+            functools.partial(_figure_3, model=model, outputs=outputs),
+            f"{model}/{outputs}",
+            bottom=0.87,  # as in the paper, below which PSP and the lower bound soon fall
+        )
+        for model, outputs, side in (("lenet_300_100", 100, "left"), ("fc_1024_1024", 500, "right"))
+    ),
+    Figure(
+        "figure_4.png",
+        "Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
+        _figure_4,
+        "lenet_300_100/500",
+    ),
+    Figure(
+        "figure_5_left.png",
+        "Figure 5, left: rotated MNIST, FC-1024-1024",
+        _figure_5_left,
+    ),
+    Figure(
+        "figure_5_right.png",
+        "Figure 5, right: permuted MNIST, FC-1024-1024, 500 outputs, one-shot",
+        _figure_5_right,
+        least=3,  # SupSup's two, and any of BatchE
+    ),
+)
+
+
+def of_report(out: Path, entries: list[Mean], results: list[dict]) -> list[str]:
+    """The figures that the runs have something for; the names of the files."""
+    named = [each.file for each in FIGURES if _against_tasks(out, each, entries)]
+    for model in ("lenet_300_100", "fc_1024_1024"):
+        by_outputs = _by_outputs(entries, model)
+        name = f"figure_6_{model.split('_')[0]}.png"
+        widths = [entry for width in by_outputs.values() for entry in width.values()]
+        if len(by_outputs) > 1 and any(entry.added for entry in widths):
+            title = f"Figure 6: permuted MNIST, {NETWORKS[model]}"
+            plots.accuracy_against_outputs(out / name, title, by_outputs)
+            named.append(name)
+    return named + of_split(out, results)
+
+
+def _against_tasks(out, figure, entries):
+    """Draws a figure where a run adds to it; whether it did."""
+    found = [entry for entry in entries if figure.keep(entry.series)]
+    curves = _curves(found)
+    if len(curves) < figure.least or not any(entry.added for entry in found):
+        return False
+    for (of, method, objective), theirs in paper.CURVES.items():
+        twin = objective == "superfluous" and theirs == paper.CURVES[of, method, "entropy"]
+        if of == figure.paper and not twin:  # H and G coincide in some figures
+            curves.append(plots.paper_curve(method, objective, theirs))
+    plots.accuracy_against_tasks(out / figure.file, figure.title, curves, figure.bottom)
+    return True
+
+
+def _curves(entries):
+    grouped: dict[Series, list[Mean]] = {}
+    # What the first reports kept says nothing of its setup: it goes on with a curve of its name.
+    names: dict[tuple, Series] = {}
+    for entry in sorted(entries, key=lambda entry: not entry.added):
+        series = entry.series._replace(tasks=0)
+        if not entry.added:
+            series = names.get(shown(series), series)
+        names.setdefault(shown(series), series)
+        grouped.setdefault(series, []).append(entry)
+    curves = []
+    for series, found in grouped.items():
+        label = plots.METHODS.get(series.method, series.method)
+        label += f", {scenario_name(series.scenario)}"
+        if series.objective:
+            label += f", {plots.OBJECTIVES[series.objective]}"
+        curves.append(
+            plots.curve(label, {e.series.tasks: e.accuracy for e in found}, series._asdict())
+        )
+    return curves
+
+
+def _by_outputs(entries, model):
+    """{outputs: {objective: Mean}} at the most tasks that three widths share, or else two."""
+    at: dict[int, dict[int, dict]] = {}
+    for entry in entries:
+        s = entry.series
+        if _permuted(s, model) and (s.method, s.scenario, s.protocol, s.images) == (
+            "supsup",
+            "gnu",
+            "paper",
+            None,
+        ):
+            at.setdefault(s.tasks, {}).setdefault(s.outputs, {})[s.objective] = entry
+    shared = [tasks for tasks, widths in at.items() if len(widths) > 1]
+    best = max(shared, key=lambda tasks: (min(3, len(at[tasks])), tasks), default=None)
+    return at.get(best, {})
+
+
+def of_split(out: Path, results: list[dict]) -> list[str]:
+    """The figures of every kind of split run; the names of the files."""
+    named = []
+    for (dataset, model, width, tasks, epochs), runs in _by_kind(results).items():
+        kind = f"{dataset}_{width}x{tasks}x{epochs}"
+        title = f"{dataset}, {model} of width {width}, {tasks} tasks, {epochs} epochs"
+        curves = bytes_curves(runs)
+        if sum(len(curve["points"]) for curve in curves) > 1:
+            name = f"figure_2_{kind}.png"
+            plots.accuracy_against(out / name, f"Figure 2: {title}", "MB of all tasks", curves)
+            named.append(name)
+        curves = density_curves(runs)
+        if any(len(curve["points"]) > 1 for curve in curves):
+            name = f"density_{kind}.png"
+            plots.accuracy_against(out / name, title, "weights kept, of the whole network", curves)
+            named.append(name)
+        if gains := transfer_gains(runs):
+            name = f"transfer_{kind}.png"
+            plots.gain_of_transfer(out / name, f"Transfer: {title}", gains)
+            named.append(name)
+    return named
+
+
+def bytes_curves(runs: list[dict]) -> list[dict]:
+    """{MB: accuracy} of each method, a mask learner's by two codecs."""
+    curves = []
+    for method, found in _by_method(runs).items():
+        row = {"method": method, "scenario": "gg", "objective": None}
+        label = plots.METHODS[method]
+        if "masks" not in found[0]["bytes"]:
+            points = {run["bytes"]["total"] / 1e6: _accuracy(found, run) for run in found}
+            curves.append(plots.curve(label, points, row, "s"))
+            continue
+        for kind, (codec, style) in CODED.items():
+            points = {
+                (run["bytes"]["total"] - run["bytes"]["masks"] + run["bytes"][kind]) / 1e6: (
+                    _accuracy(found, run)
+                )
+                for run in found
+            }
+            curves.append(plots.curve(f"{label}, {codec}", points, row, style))
+    return curves
+
+
+def density_curves(runs: list[dict]) -> list[dict]:
+    """{density: accuracy} of each method that learns masks."""
+    curves = []
+    for method, found in _by_method(runs).items():
+        if found[0].get("kept"):
+            row = {"method": method, "scenario": "gg", "objective": None}
+            points = {_density(run): _accuracy(found, run) for run in found}
+            curves.append(plots.curve(plots.METHODS[method], points, row))
+    return curves
+
+
+def transfer_gains(runs: list[dict]) -> dict[str, list[float]]:
+    """Accuracy with transfer less that without, a task, mean over the seeds that have both."""
+    by_method = _by_method(runs)
+    gains = {}
+    for run in by_method.get("supsup_transfer", []):
+        for plain in by_method.get("supsup", []):
+            same = all(run["config"][name] == plain["config"][name] for name in ("scale", "seed"))
+            if same:
+                gain = np.subtract(_per_task(run), _per_task(plain))
+                gains.setdefault(f"s = {run['config']['scale']:g}", []).append(gain)
+    return {label: np.mean(each, axis=0).tolist() for label, each in gains.items()}
+
+
+def _by_kind(results):
+    kinds = {}
+    for result in results:
+        config = result["config"]
+        if config["model"] in SPLIT:
+            names = ("dataset", "model", "width", "tasks", "epochs")
+            kinds.setdefault(tuple(config[name] for name in names), []).append(result)
+    return kinds
+
+
+def _by_method(runs):
+    by_method = {}
+    for run in runs:
+        by_method.setdefault(run["config"]["method"], []).append(run)
+    return by_method
+
+
+def _given(run):
+    (found,) = [each for each in run["metrics"] if each["scenario"] == "gg"]
+    return found
+
+
+def _per_task(run):
+    return _given(run)["per_task"]
+
+
+def _accuracy(runs, like):
+    """Mean over the seeds of the runs at one scale."""
+    same = [run for run in runs if run["config"]["scale"] == like["config"]["scale"]]
+    return float(np.mean([_given(run)["acc"] for run in same]))
+
+
+def _density(run):
+    kept, weights = np.sum(list(run["kept"].values()), axis=0)
+    return float(kept / weights)

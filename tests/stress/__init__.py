@@ -1,0 +1,1 @@
+"""Kills, power cuts and long evidence: scripts, python -m tests.stress.NAME, not pytest's."""

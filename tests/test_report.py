@@ -1,0 +1,187 @@
+"""The report of finished runs: its table, its figures, and what it keeps of the reports before."""
+
+import contextlib
+import json
+import re
+import subprocess
+
+import pytest
+
+from experiments import report
+from experiments.frame import series
+from experiments.frame.run import SCHEMA
+from tests.conftest import ROOT
+
+
+def fake_run(
+    folder,
+    seed,
+    accuracy,
+    method="supsup",
+    outputs=100,
+    tasks=50,
+    experiment="permuted",
+    **config,
+):
+    """A result.json as a run of permuted MNIST would leave it."""
+    folder.mkdir(parents=True)
+    scenario = "gnu" if method == "supsup" else "gg"
+    row = {
+        "method": method,
+        "scenario": scenario,
+        "objective": "entropy" if scenario == "gnu" else None,
+        "protocol": "paper" if scenario == "gnu" else "given",
+        "images_per_task": None,
+        "tasks_learned": tasks,
+        "decisions": 79 * tasks,
+        "accuracy": accuracy,
+        "task_accuracy": 1.0 if scenario == "gnu" else None,
+    }
+    result = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "seed": seed,
+        "seconds": {"train": 2.0, "evaluate": 1.0, "compile": 0.5},
+        "device": "1 x cpu, 2 cores",
+        "config": {
+            "dataset": "mnist",
+            "model": "lenet_300_100",
+            "outputs": outputs,
+            "tasks": tasks,
+            "stream": "permuted",
+            "method": method,
+            **config,
+        },
+        "rows": [row, {**row, "tasks_learned": 7, "accuracy": 0.5}],
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys):
+    for seed, accuracy in enumerate((0.93, 0.94, 0.95)):
+        fake_run(tmp_path / f"runs/a/{seed}", seed, accuracy)
+    fake_run(tmp_path / "runs/b", 0, 0.88, method="batche", outputs=10)
+    fake_run(tmp_path / "runs/c", 0, 0.90, outputs=25)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    made = report.main(report.Args(tmp_path / "runs", tmp_path / "out", readme))
+    assert made["figures"] == ["figure_3_left.png", "figure_6_lenet.png"]
+    assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in made["figures"])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n5 runs, gathered at commit ")
+    assert "\n![Figure 3 left](out/figure_3_left.png)\n" in text
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    supsup = next(line for line in text.splitlines() if "100 outputs | SupSup" in line)
+    cells = [cell.strip() for cell in supsup.split("|")]
+    # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
+    assert cells[7:11] == ["50", "0.9400 ± 0.0100", "0.9368", "+0.0032"]
+    assert cells[-3:-1] == ["3", "4"]  # seeds; 3.5 seconds each
+    batche = next(line for line in text.splitlines() if "BatchE" in line)
+    assert "| 0.8800 | 0.8833 | -0.0033 |" in batche
+    given = report.main(report.Args(tmp_path / "runs", tmp_path / "out2", scenario="task-IL"))
+    assert {entry.series.scenario for entry in given["entries"]} == {"gg"}
+    assert "| 7 |" not in text  # neither the end of a run nor a number of the paper's
+
+
+def test_a_report_adds_to_the_one_before(tmp_path):
+    out = tmp_path / "out"
+    for seed in range(3):
+        fake_run(tmp_path / f"a/{seed}", seed, 0.93 + seed / 100)
+    report.main(report.Args(tmp_path / "a", out))
+    before = (out / "results.md").read_text()
+    picture = (out / "figure_3_left.png").read_bytes()
+    kept = json.loads((out / "results.json").read_text())["entries"]
+    # A run of something else: every line stays to the letter, and so does the picture.
+    fake_run(tmp_path / "b", 0, 0.7, dataset="digits")
+    made = report.main(report.Args(tmp_path / "b", out, add=True))
+    after = (out / "results.md").read_text()
+    assert re.match(r"1 runs, gathered at commit \S+, beside those of the reports before\.", after)
+    lines = [line for line in before.splitlines() if line.startswith("|")]
+    assert set(lines) < set(after.splitlines())
+    assert len([line for line in after.splitlines() if line.startswith("|")]) == len(lines) + 1
+    assert made["figures"] == ["figure_3_left.png"]
+    assert (out / "figure_3_left.png").read_bytes() == picture
+    entries = json.loads((out / "results.json").read_text())["entries"]
+    assert all(entry in entries for entry in kept)
+    # A run of the same series takes the line's place, and draws anew.
+    fake_run(tmp_path / "c", 5, 0.8)
+    report.main(report.Args(tmp_path / "c", out, add=True))
+    text = (out / "results.md").read_text()
+    assert "| 0.8000 | 0.9368 |" in text
+    assert "0.9400 ± 0.0100" not in text
+    assert (out / "figure_3_left.png").read_bytes() != picture
+
+
+def test_a_report_added_to_itself_stays_as_it_is(tmp_path):
+    """Two experiments go by one name in the table; no line may come twice for that."""
+    out = tmp_path / "out"
+    for experiment in ("permuted", "rotated", "split", "split_mnist", "nns"):
+        for scale in (None, 8, 32):
+            folder = tmp_path / "runs" / f"{experiment}{scale}"
+            made = {"experiment": experiment, "dataset": f"{experiment}_data"}
+            fake_run(folder, 0, 0.9, width=10, scale=scale, **made)
+    report.main(report.Args(tmp_path / "runs", out))
+    before = (out / "results.md").read_text().splitlines()
+    data = (out / "results.json").read_bytes()
+    report.main(report.Args(tmp_path / "runs", out, add=True))
+    after = (out / "results.md").read_text().splitlines()
+    assert after[1:] == before[1:]
+    assert (out / "results.json").read_bytes() == data
+
+
+def test_mistakes_of_the_report(tmp_path, capsys):
+    def error(*args):
+        with pytest.raises(SystemExit) as exit_:
+            report.main(report.Args(*args))
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert "is no folder" in error(tmp_path / "none", out)
+    fake_run(tmp_path / "one", 0, 0.9)
+    assert "NNs (task-free), got 'x'" in error(tmp_path / "one", out, None, "x")
+    assert "results.json is not there to add to" in error(tmp_path / "one", out, None, None, True)
+    before = tmp_path / "before"
+    before.mkdir()
+    for text, message in (
+        ("[", "is damaged"),
+        ('{"schema": 0}', "has schema 0, this release 1"),
+        ('{"schema": 1, "entries": [{"tasks": 1}]}', "is damaged: KeyError('experiment')"),
+    ):
+        (before / "results.json").write_text(text)
+        said = error(tmp_path / "one", before, None, None, True)
+        assert f"results.json {message}" in said
+        assert [path.name for path in before.iterdir()] == ["results.json"]
+    (tmp_path / "runs").mkdir()
+    assert "holds no finished run" in error(tmp_path / "runs", out)
+    fake_run(tmp_path / "runs/a", 0, 0.9)
+    (tmp_path / "README.md").write_text("no markers")
+    assert "must hold <!-- results -->" in error(tmp_path / "runs", out, tmp_path / "README.md")
+    (tmp_path / "runs/a/result.json").write_text("{")
+    assert "result.json is damaged" in error(tmp_path / "runs", out)
+    assert not out.exists()
+
+
+def test_what_was_measured_once_is_kept_as_data():
+    """docs/results: the table says what its data say, which no run need be kept for."""
+    folder = ROOT / "docs" / "results"
+    table = report.table(series.kept(folder / "results.json", []))
+    assert table in (folder / "results.md").read_text()
+
+
+def test_a_tiny_report_is_of_a_run_made_first(tmp_path, monkeypatch):
+    commands = []
+
+    def made(command, **_):
+        if command[0] != "git":
+            commands.append(command[1:])
+            fake_run(tmp_path / "runs", 0, 0.9)
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    monkeypatch.setattr(report.subprocess, "run", made)
+    folder = contextlib.nullcontext(str(tmp_path / "runs"))
+    monkeypatch.setattr(report.tempfile, "TemporaryDirectory", lambda: folder)
+    made = report.main(report.Args(out=tmp_path / "out", tiny=True))
+    assert commands[0][:3] == ["-m", "experiments.permuted", "--tiny"]
+    assert len(made["entries"]) == 2
