@@ -16,7 +16,7 @@ kept beside, to measure against and nothing else. Three protocols:
     digits             64-512-512-10          5   -      .382, .962 (seed 0)   1 minute
     mnist-hopsupsup    784-2048-2048-10       5   .9743  .865, .988 (6 seeds)  5 minutes
 
-Writes result.json, accuracy.csv, store.npz (the Hopfield networks), masks.npz, traces.npz and two
+Writes result.json, accuracy.csv, store.supsup (the Hopfield networks), masks.supsup, traces.npz and two
 pictures to --out: distance.png, bits that differ from the task's mask against steps, and
 capacity.png, how many random masks each rule holds.
 """
@@ -151,7 +151,7 @@ class Recovered(Learner):
         super().__init__(config, net, stream, run)
         self.store = ss.hopfield.HopfieldStore.create(net)
         self.masks = ss.MaskStore.create(net, capacity=config.tasks)
-        self.masks_path = run.out / "masks.npz"
+        self.masks_path = run.out / "masks.supsup"
 
     @property
     def done(self) -> int:

@@ -17,10 +17,10 @@ from tests.test_scenarios import toy_data
 class TestNns(EveryRun):
     module = nns
     learned: ClassVar = [2, 2, 3, 3]
-    files = "accuracy.png assignment.png decisions.npz novelty.png store.npz"
+    files = "accuracy.png assignment.png decisions.npz novelty.png store.supsup"
     trains = (ss.stream, "observe")
     cut, calls = 8, 8 + 3
-    kept = "store.npz decisions.npz"
+    kept = "store.supsup decisions.npz"
     above = 0.1  # a mask of three tasks, after 20 batches
 
     def test_the_rows_say_how_many_tasks_were_found(self, finished):
@@ -46,7 +46,7 @@ class TestNns(EveryRun):
         assert result["novelty"]["new_highest"] == pytest.approx(np.nanmax(height[::3]))
         config = nns.EXPERIMENT.config(Args(tiny=True))
         net = dense_network(config, nns.load(config, Args()))
-        assert int(ss.MaskStore.load(out / "store.npz", net).num_tasks) == row["masks"]
+        assert int(ss.MaskStore.load(out / "store.supsup", net).num_tasks) == row["masks"]
 
     @pytest.mark.parametrize("place", ["slot", "store", "progress", "old files"])
     def test_a_save_killed_half_way_leaves_the_one_before(

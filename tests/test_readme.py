@@ -17,7 +17,7 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     x, y = stream.test[1].batch(jnp.arange(100))
     names = {"tasks": stream.train[:2], "x": x}
     exec(code, names)
-    assert (tmp_path / "masks.npz").exists()
+    assert (tmp_path / "masks.supsup").exists()
     assert float((names["belief"].task == 1).mean()) > 0.9
     assert float((names["logits"].argmax(-1) == y).mean()) > 0.9
     exec(on_disk, dict(names))

@@ -180,8 +180,8 @@ def test_append_replace_and_remove(norm_net):
 
 
 def test_saved_and_loaded(net, store, tmp_path):
-    ss.shard(store, mesh_of(task=8)).save(tmp_path / "masks.npz")
-    assert_same_tasks(ss.MaskStore.load(tmp_path / "masks.npz", net), store)
+    ss.shard(store, mesh_of(task=8)).save(tmp_path / "masks.supsup")
+    assert_same_tasks(ss.MaskStore.load(tmp_path / "masks.supsup", net), store)
 
 
 @pytest.mark.parametrize("protocol", ["given", "per_example"])

@@ -10,15 +10,15 @@ from tests.runs import EveryRun
 class TestSplitMnist(EveryRun):
     module = split_mnist
     learned: ClassVar = [1] * 4 + [2] * 4
-    files = "capacity.png distance.png masks.npz store.npz traces.npz"
+    files = "capacity.png distance.png masks.supsup store.supsup traces.npz"
     trains = (ss, "train_task")
     cut, calls = 2, 3
-    kept = "store.npz masks.npz traces.npz"
+    kept = "store.supsup masks.supsup traces.npz"
     changed = ("--tasks 1", "tasks is 2 there, 1 here")
 
     def killed(self, out, whole):
         # Between the two stores' files.
-        (out / "masks.npz").write_bytes((whole / "masks.npz").read_bytes())
+        (out / "masks.supsup").write_bytes((whole / "masks.supsup").read_bytes())
 
     def test_hopfield_rows_say_what_the_traces_say(self, finished):
         result, out = finished
@@ -45,7 +45,7 @@ class TestSplitMnist(EveryRun):
 
     def test_hopfield_bytes_and_capacity(self, finished):
         result, out = finished
-        with np.load(out / "store.npz") as store, np.load(out / "masks.npz") as masks:
+        with np.load(out / "store.supsup") as store, np.load(out / "masks.supsup") as masks:
             kept = sum(store[name].nbytes for name in store.files if name != "manifest")
             assert result["bytes"]["total"] == kept + 4
             assert result["bytes"]["masks_if_kept"] == masks["masks"].nbytes

@@ -2,7 +2,7 @@
 
 progress.json   config, seconds and rows so far, tasks saved; present from the start
 tasks/          the masks, a DiskStore: each as soon as it is learned; or, where a store is not of
-store.npz       masks appended, that store, saved every so many tasks
+store.supsup       masks appended, that store, saved every so many tasks
 result.json     the finished run; its presence means that nothing is left to do
 """
 
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def store_path(self) -> Path:
-        return self.out / "store.npz"
+        return self.out / "store.supsup"
 
     @property
     def tasks_path(self) -> Path:
