@@ -2,7 +2,7 @@
 
 progress.json   config, seconds and rows so far, tasks saved; present from the start
 tasks/          the masks, a DiskStore: each as soon as it is learned; or, where a store is not of
-store.supsup       masks appended, that store, saved every so many tasks
+store.supsup    masks appended, that store, saved every so many tasks
 result.json     the finished run; its presence means that nothing is left to do
 """
 
