@@ -54,11 +54,18 @@ def test_the_bound_is_met_by_the_worst_pair_and_never_passed(planes):
 
 
 def test_ties_go_to_the_lower_task(branch):
-    words, _, _, num_tasks = problem(9, 1, 16, 16)
-    words = words.at[:, :, 3].set(words[:, :, 11])
+    words, _, _, num_tasks = problem(9, 2, 16, 27)
+    words = words.at[0, :, 3].set(words[0, :, 11])
     v = jnp.where(unpack(words[0, :, 3]).reshape(-1), 1.0, -1.0)
     best = jax.jit(lambda *arrays: certify.best_scores(*arrays))(words, v, num_tasks)
     assert int(best.argmax()) == 3
+
+
+def test_a_vector_that_is_not_finite_names_some_task(branch):
+    words, _, v, num_tasks = problem(9, 2, 16, 27)
+    v = jnp.asarray(v).at[3].set(jnp.nan)
+    scores = jax.jit(lambda *arrays: certify.best_scores(*arrays))(words, v, num_tasks)
+    assert 0 <= int(jnp.where(jnp.arange(32) < 27, scores, -jnp.inf).argmax()) < 27
 
 
 @pytest.mark.parametrize("mapped", [jax.vmap, lambda best: functools.partial(jax.lax.map, best)])
@@ -70,9 +77,3 @@ def test_inside_jit_with_map_and_vmap(mapped, monkeypatch):
     best = jax.jit(mapped(lambda v: certify.best_scores(words, v, num_tasks)))
     want = (masks @ v.T.astype(np.float64))[:27].argmax(axis=0)
     np.testing.assert_array_equal(best(jnp.asarray(v)).argmax(axis=1), want)
-
-
-def test_a_vector_that_is_not_finite_names_some_task():
-    words, _, v, num_tasks = problem(9, 1, 16, 5)
-    scores = certify.best_scores(words, jnp.asarray(v).at[3].set(jnp.nan), num_tasks)
-    assert 0 <= int(jnp.where(jnp.arange(16) < 5, scores, -jnp.inf).argmax()) < 5

@@ -55,8 +55,8 @@ def test_descent_stays_on_the_simplex_and_lowers_the_objective(problem):
         alphas = ss.descend(net, store, x, optimizer=optimizer, steps=steps).scores[:, :5]
         np.testing.assert_allclose(alphas.sum(-1), 1, rtol=1e-5)
         assert float(alphas.min()) >= 0
-        logits = [net(store.mixture(a), x[i : i + 1])[0] for i, a in enumerate(alphas)]
-        entropies.append(float(ss.entropy(jnp.stack(logits)).mean()))
+        logits = jax.vmap(lambda a, row: net(store.mixture(a), row[None])[0])(alphas, x)
+        entropies.append(float(ss.entropy(logits).mean()))
     assert entropies[1] < entropies[0]
 
 
