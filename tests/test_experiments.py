@@ -83,7 +83,6 @@ def test_presets_are_consistent(name, preset):
         ("split_cifar", "--epochs 0", "--epochs must be positive, got 0"),
         ("split_cifar", "--scale -1", "--scale must be positive, got -1.0"),
         ("split_cifar", "--method batche --scale 4", "which --method batche does not learn"),
-        ("split_cifar", "--tasks 3", "3 tasks of 2 classes need 6, synthetic has 4"),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, capsys, name, argv, message):

@@ -126,7 +126,9 @@ def test_pictures_of_split_runs(runs, tmp_path):
     assert list(coded["points"]) == [want]
 
 
-def test_images_that_do_not_fit(monkeypatch):
+def test_data_that_does_not_fit(small, monkeypatch):
+    with pytest.raises(UsageError, match="3 tasks of 2 classes need 6, synthetic has 4"):
+        split_cifar.classes(config_of(tasks=3), split_cifar.load(config_of(), Args()))
     digits = data.load_dataset("digits")
     monkeypatch.setattr(data, "load_dataset", lambda *_: digits)
     with pytest.raises(UsageError, match=r"cifar100 takes images of 32x32x3, digits has \(64,\)"):

@@ -46,9 +46,7 @@ class TestSplitImagenet(EveryRun):
             ]
             assert kept == want
 
-    def test_an_interrupted_run_resumes_inside_a_task_to_the_same_bits(
-        self, finished, tmp_path, monkeypatch
-    ):
+    def test_an_interrupted_run_resumes_to_the_same_result(self, finished, tmp_path, monkeypatch):
         """Inside a task, and to the same bits."""
         want, whole = finished
         out, train, shown = tmp_path / "run", data.RecordStream.train, []

@@ -69,35 +69,18 @@ def evaluated(
     if protocol != "given":
         accuracies = {"gns": [row.shared_accuracy for row in measured], "gnu": accuracies["gg"]}
         task_accuracy = metrics.task_accuracy(metrics.confusion(decisions))
-    return [
-        Row(
-            method,
-            scenario,
-            per_task,
-            objective,
-            protocol,
-            images,
-            sum(map(len, decisions)),
-            task_accuracy,
-        )
-        for scenario, per_task in accuracies.items()
-    ]
+    how = (objective, protocol, images, sum(map(len, decisions)), task_accuracy)
+    return [Row(method, scenario, per_task, *how) for scenario, per_task in accuracies.items()]
 
 
 def summary(measured: list[Row]) -> str:
     """A line on a checkpoint: the first row with the id, and the first without."""
-    said = f"{measured[0].tasks_learned} tasks"
-    for inferred in (False, True):
-        rows = [row for row in measured if (row.protocol != "given") == inferred]
-        for row in [row for row in rows if row.scenario != "gns"][:1]:
-            said += (
-                f": {row.accuracy:.4f} given"
-                if not inferred
-                else (
-                    f", {row.accuracy:.4f} inferred ({row.protocol}, {row.objective}), "
-                    f"task accuracy {row.task_accuracy:.4f}"
-                )
-            )
+    given = next(row for row in measured if row.protocol == "given")
+    said = f"{given.tasks_learned} tasks: {given.accuracy:.4f} given"
+    for row in measured:
+        if row.protocol != "given" and row.scenario != "gns":
+            said += f", {row.accuracy:.4f} inferred ({row.protocol}, {row.objective})"
+            return said + f", task accuracy {row.task_accuracy:.4f}"
     return said
 
 
