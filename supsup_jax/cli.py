@@ -15,6 +15,7 @@ import csv
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -44,16 +45,16 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
     """
     with DiskStore.open(store) as disk:
         manifest = disk.manifest
-        weights = sum(int(np.prod(shape)) for _, shape in manifest["layout"])
+        sizes = {name: math.prod(shape) for name, shape in manifest["layout"]}
+        weights = sum(sizes.values())
         origin = f"{manifest['initializer']}, seed {manifest['seed']}"
         print(f"{store}: {len(disk):,} tasks of one network")
         print(f"weights      {origin if manifest['initializer'] else 'given'}")
         print(f"fingerprint  {manifest['fingerprint']}")
         print(f"made by      {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}")
-        print(f"masked       {weights:,} weights in {len(manifest['layout'])} leaves")
+        print(f"masked       {weights:,} weights in {len(sizes)} leaves")
         infos = [disk.info(i) for i in range(len(disk))]
-        for name, shape in manifest["layout"]:
-            size = int(np.prod(shape))
+        for name, size in sizes.items():
             kept = f"{np.mean([info.kept[name] for info in infos]) / size:.4f}" if infos else "-"
             print(f"  {name:30} {size:12,}   mean density {kept}")
         for codec in CODECS:
@@ -61,7 +62,8 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
                 total = sum(info.mask_bytes for info in infos if info.codec == codec)
                 print(f"{codec:12} {count:,} masks, {total:,} bytes")
         if infos:
-            bound = sum(_bound(manifest["layout"], info) for info in infos)
+            counts = [(n, info.kept[name]) for info in infos for name, n in sizes.items()]
+            bound = sum(codecs.bound_of(*count) for count in counts)
             print(f"{'bound':12} {bound:,.0f} bytes, the information in these masks")
             print(f"{'statistics':12} {sum(info.state_bytes for info in infos):,} bytes")
             print(f"{'files':12} {sum(f.stat().st_size for f in store.iterdir()):,} bytes")
@@ -150,8 +152,6 @@ def predict(
         together: One task for all rows.
         format: csv, or one JSON object a line.
     """
-    import jax.numpy as jnp
-
     import supsup_jax as ss
 
     x = _read_input(input)
@@ -161,27 +161,24 @@ def predict(
             raise StoreError(f"{store} holds no task to choose")
         tasks, infos = disk.load(), [disk.info(i) for i in range(len(disk))]
     if together:
-        chosen = np.full(len(x), int(ss.one_shot(network, tasks, x, per_example=False).task))
+        chosen = ss.one_shot(network, tasks, x, per_example=False).task
     rows = []
     for start in range(0, len(x), _BATCH):
-        batch = x[start : start + _BATCH]
         # The last batch is filled up, so that it needs no program of its own.
-        filled = np.resize(batch, (min(_BATCH, len(x)), *x.shape[1:]))
-        if together:
-            ids = jnp.full(len(filled), chosen[0])
-        else:
-            ids = ss.one_shot(network, tasks, filled).task
-        labels = np.asarray(ss.predict(network, tasks, filled, ids).argmax(-1))
-        rows += zip(np.asarray(ids)[: len(batch)], labels[: len(batch)], strict=True)
+        batch = np.resize(x[start : start + _BATCH], (min(_BATCH, len(x)), *x.shape[1:]))
+        ids = np.asarray(chosen if together else ss.one_shot(network, tasks, batch).task)
+        ids = np.broadcast_to(ids, len(batch))
+        labels = ss.predict(network, tasks, batch, ids).argmax(-1)
+        rows += zip(ids.tolist(), labels.tolist(), strict=True)
     named = [
         {
             "row": row,
-            "task": int(task),
+            "task": task,
             "task_name": infos[task].name,
-            "label": int(label),
-            "label_name": dict(enumerate(infos[task].labels or ())).get(int(label)),
+            "label": label,
+            "label_name": dict(enumerate(infos[task].labels or ())).get(label),
         }
-        for row, (task, label) in enumerate(rows)
+        for row, (task, label) in enumerate(rows[: len(x)])
     ]
     if format == "jsonl":
         for row in named:
@@ -213,11 +210,6 @@ def _one_line_errors() -> Iterator[None]:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _bound(layout, info):
-    sizes = [int(np.prod(shape)) for _, shape in layout]
-    return sum(codecs.bound_of(n, k) for n, k in zip(sizes, info.kept.values(), strict=True))
 
 
 def _read_input(path):
@@ -265,16 +257,14 @@ def _dense_network(layout, store):
 
     from supsup_jax import models
 
-    shapes = [shape for _, shape in layout]
+    names, shapes = zip(*layout, strict=True)
     chain = all(len(shape) == 2 for shape in shapes) and all(
         a[1] == b[0] for a, b in itertools.pairwise(shapes)
     )
-    if not chain or [name for name, _ in layout] != [
-        f"layer{i}/kernel" for i in range(len(shapes))
-    ]:
+    if not chain or any(name != f"layer{i}/kernel" for i, name in enumerate(names)):
         raise ValueError(
-            f"{store} holds masks of {[name for name, _ in layout]}, which is no MLP of this "
-            "library: name the network with --net MODULE:FUNCTION"
+            f"{store} holds masks of {list(names)}, which is no MLP of this library: name the "
+            "network with --net MODULE:FUNCTION"
         )
     return models.MLP([shapes[0][0], *(shape[1] for shape in shapes)], rngs=nnx.Rngs(0))
 

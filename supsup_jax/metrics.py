@@ -109,12 +109,15 @@ def window_counts(tasks: list[int], masks: list[int], num_tasks: int | None = No
 
 def task_of_mask(counts: np.ndarray) -> np.ndarray:
     """The task of each mask, [masks]; -1 where a mask has no window."""
-    return _most(_checked_counts(counts).T)
+    return mask_of_task(np.transpose(counts))
 
 
 def mask_of_task(counts: np.ndarray) -> np.ndarray:
     """The mask of each task, [tasks]; -1 where no window of a task was learned."""
-    return _most(_checked_counts(counts))
+    counts = _checked_counts(counts)
+    if not counts.shape[1]:
+        return np.full(len(counts), -1)
+    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
 
 
 def found(counts: np.ndarray) -> Found:
@@ -130,12 +133,6 @@ def found(counts: np.ndarray) -> Found:
         split=int(np.sum((counts > 0).sum(axis=1) > 1)),
         merged=int(np.sum((counts > 0).sum(axis=0) > 1)),
     )
-
-
-def _most(counts):
-    if not counts.shape[1]:
-        return np.full(len(counts), -1)
-    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
 
 
 def _checked_counts(counts):

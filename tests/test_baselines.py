@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,26 +12,50 @@ from supsup_jax import baselines
 from supsup_jax.baselines import sharing
 from tests.conftest import golden, relu_apply, relu_net
 
-SGD = ss.TrainConfig(optimizer="sgd", learning_rate=0.1, steps=3, batch_size=8)
+SGD = ss.TrainConfig(optimizer="sgd", learning_rate=0.1, steps=1, batch_size=32, shuffle=False)
 
 
 @pytest.fixture(scope="module")
 def data():
     rng = np.random.default_rng(0)
     images = rng.normal(size=(32, 6)).astype(np.float32)
-    return ss.TaskData(jnp.asarray(images), jnp.asarray(rng.integers(0, 5, 32), jnp.int32))
+    return ss.TaskData(images, rng.integers(0, 5, 32).astype(np.int32))
 
 
-def methods(net):
-    return {
-        "upper_bound": baselines.upper_bound(net),
-        "lower_bound": baselines.lower_bound(net),
-        "separate_heads": baselines.separate_heads(net),
-        "separate_heads_random": baselines.separate_heads(net, trained=False),
-        "batche": baselines.batche(net),
-        "batche_random": baselines.batche(net, trained=False),
-        "psp": baselines.psp(net),
-    }
+@pytest.fixture(scope="module")
+def shared():
+    return baselines.shared_weights(relu_net((6, 6, 5)), jax.random.key(5))
+
+
+METHODS = {
+    "upper_bound": baselines.upper_bound,
+    "lower_bound": baselines.lower_bound,
+    "separate_heads": baselines.separate_heads,
+    "separate_heads_random": functools.partial(baselines.separate_heads, trained=False),
+    "batche": baselines.batche,
+    "batche_random": functools.partial(baselines.batche, trained=False),
+    "psp": baselines.psp,
+}
+
+
+def written_out(name, kernels, own):
+    """The kernels of a task's network."""
+    if "batche" in name:
+        return {k: kernel * jnp.outer(*own[k]) for k, kernel in kernels.items()}
+    if name == "psp":  # (C x)' W is x' (C' W)
+        return {f"kernel{i}": c.T @ kernels[f"kernel{i}"] for i, c in enumerate(own)}
+    return {**kernels, **own}
+
+
+@functools.cache
+def slope(name):
+    """(loss, its gradient by shared and own weights) of a plain network."""
+
+    def loss(trained, x, y):
+        logits = relu_apply(written_out(name, *trained), x)
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(y)), y].mean()
+
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def test_batche_layer_matches_the_reference():
@@ -55,72 +81,43 @@ def test_psp_layer_matches_the_reference():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_psp_turns_by_orthogonal_matrices_and_has_relus_between(small_net):
-    psp = baselines.psp(small_net)
-    own = baselines.own_weights(psp, jax.random.key(3))
-    for rotation, width in zip(own, (6, 6), strict=True):
-        np.testing.assert_allclose(rotation @ rotation.T, np.eye(width), atol=1e-5)
-    x = np.random.default_rng(0).normal(size=(4, 6))
-    first, second = (np.asarray(small_net.params[f"kernel{i}"]) for i in range(2))
-    hidden = np.maximum(x @ np.asarray(own[0]).T @ first, 0)
-    want = hidden @ np.asarray(own[1]).T @ second
-    got = psp.logits(small_net.params, own, jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_one_step_of_the_upper_bound_is_softmax_regression_by_hand(data):
-    net = relu_net((6, 5))
-    config = dataclasses.replace(SGD, steps=1, batch_size=32, shuffle=False)
-    bound = baselines.upper_bound(net)
-    key = jax.random.key(1)
-    start = np.asarray(baselines.own_weights(bound, key)["kernel0"], np.float64)
-    learned = baselines.learn(key, bound, net.params, data, config, first=True)
-    x, y = np.asarray(data.images, np.float64), np.asarray(data.labels)
-    logits = x @ start
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    gradient = x.T @ (p - np.eye(5)[y]) / 32
-    np.testing.assert_allclose(learned.own["kernel0"], start - 0.1 * gradient, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(learned.loss, [-np.log(p[np.arange(32), y]).mean()], rtol=1e-5)
+def test_psp_turns_by_orthogonal_matrices(small_net):
+    for rotation in baselines.own_weights(baselines.psp(small_net), jax.random.key(3)):
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(6), atol=1e-5)
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", methods(relu_net((6, 6, 5))))
-def test_only_what_should_be_trained_moves(small_net, data, name, first):
-    baseline = methods(small_net)[name]
-    key = jax.random.key(2)
-    shared = baselines.shared_weights(small_net, jax.random.key(5))
-    if name == "lower_bound" or first or baseline.own_learns or baseline.forgets:
-        learned = baselines.learn(key, baseline, shared, data, SGD, first=first)
-    moved = {
-        leaf: not np.array_equal(shared[leaf], learned.shared[leaf])
-        for leaf in ("kernel0", "kernel1")
-    }
-    trains = baseline.shared_learns == "always" or (first and baseline.shared_learns == "first")
-    # A head of a task's own leaves the shared last kernel without a use.
-    assert moved == {"kernel0": trains, "kernel1": trains and "heads" not in name}
-    before = jax.tree.leaves(baselines.own_weights(baseline, key))
-    after = jax.tree.leaves(learned.own)
-    changed = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
-    assert all(changed) == (baseline.own_learns or not before)
-    assert any(changed) == (baseline.own_learns and bool(before))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_is_gradient_descent_on_what_is_trained(small_net, data, shared, name, first):
+    baseline, key = METHODS[name](small_net), jax.random.key(2)
+    own = baselines.own_weights(baseline, key)
+    learned = baselines.learn(key, baseline, shared, data, SGD, first=first)
+    loss, (by_shared, by_own) = slope(name)((shared, own), data.images, data.labels)
+    np.testing.assert_allclose(learned.loss, [loss], rtol=1e-5)
+    trains = name in ("lower_bound", "psp") or (first and name in ("separate_heads", "batche"))
+    for trained, got, start, gradient in (
+        (trains, learned.shared, shared, by_shared),
+        (name != "psp", learned.own, own, by_own),
+    ):
+        step = 0.1 if trained else 0
+        want = jax.tree.map(lambda w, g, step=step: np.asarray(w) - step * g, start, gradient)
+        exact = {} if trained else {"rtol": 0, "atol": 0}
+        chex.assert_trees_all_close(got, want, **{"rtol": 1e-4, "atol": 1e-5, **exact})
 
 
-def test_losses_fall_and_labels_are_learned(small_net, data):
-    config = ss.TrainConfig(optimizer="adam", learning_rate=3e-2, steps=300, batch_size=32)
-    for name in ("batche", "psp"):
-        baseline = methods(small_net)[name]
-        shared = baselines.shared_weights(small_net, jax.random.key(5))
-        learned = baselines.learn(jax.random.key(2), baseline, shared, data, config, first=True)
-        right = baselines.is_right(baseline, learned.shared, learned.own, data, batch_size=10)
-        assert right.shape == (32,)
-        assert float(right.mean()) > 0.8, name
-        x, y = data.batch(jnp.arange(32))
-        want = baseline.logits(learned.shared, learned.own, x).argmax(-1) == y
-        np.testing.assert_array_equal(right, want)
+@pytest.mark.parametrize("name", ["batche", "psp"])
+def test_labels_are_judged_piece_by_piece(small_net, data, shared, name):
+    baseline = METHODS[name](small_net)
+    own = baselines.own_weights(baseline, jax.random.key(2))
+    right = baselines.is_right(baseline, shared, own, data, batch_size=10)
+    logits = np.asarray(relu_apply(written_out(name, shared, own), data.images))
+    second, best = np.sort(logits)[:, -2:].T
+    sure = best - second > 1e-3  # rounding decides nothing
+    assert right.shape == (32,) and sure.sum() > 16
+    np.testing.assert_array_equal(right[sure], (logits.argmax(-1) == data.labels)[sure])
 
 
-def test_later_tasks_share_one_program(small_net, data):
-    shared = baselines.shared_weights(small_net, jax.random.key(5))
+def test_later_tasks_share_one_program(small_net, data, shared):
     sharing._learn.clear_cache()
     for i in range(4):
         baseline = baselines.batche(small_net)  # made anew, equal by value
@@ -129,29 +126,14 @@ def test_later_tasks_share_one_program(small_net, data):
     assert sharing._learn._cache_size() == 2
 
 
-def test_bytes_a_task_adds(small_net):
-    want = {
-        "upper_bound": 66 * 4,
-        "lower_bound": 0,
-        "separate_heads": 30 * 4,
-        "separate_heads_random": 30 * 4,
-        "batche": (6 + 6 + 6 + 5) * 4,
-        "batche_random": (6 + 6 + 6 + 5) * 4,
-        "psp": 0,
-    }
-    got = {name: baselines.own_bytes(baseline) for name, baseline in methods(small_net).items()}
-    assert got == want
-
-
 def factor_problem(net, count=5, capacity=8):
     store = baselines.FactorStore.create(net, capacity)
     batche = baselines.batche(net)
     owns = []
     for i in range(count):
         own = baselines.own_weights(batche, jax.random.key(i))
-        own = jax.tree.map(lambda a, i=i: a * (1 + 0.1 * i), own)
-        owns.append(own)
-        store = store.append(own)
+        owns.append(jax.tree.map(lambda a, i=i: np.asarray(a) * np.float32(1 + 0.1 * i), own))
+        store = store.append(owns[i])
     masks = [
         {name: np.outer(own[name].t, own[name].s) for name in ("kernel0", "kernel1")}
         for own in owns
@@ -162,34 +144,30 @@ def factor_problem(net, count=5, capacity=8):
 def test_factors_stand_where_masks_do(small_net):
     """Inference over BatchE's factors against autodiff through an explicit sum of masks."""
     store, _, masks = factor_problem(small_net)
-    x = jax.random.normal(jax.random.key(9), (20, 6))
+    x = np.random.default_rng(9).normal(size=(20, 6)).astype(np.float32)
 
     def value(alphas, x):
-        mixture = {
-            name: sum(a * m[name] for a, m in zip(alphas, masks, strict=True)) for name in masks[0]
-        }
+        mixture = jax.tree.map(lambda *each: jnp.tensordot(alphas, jnp.stack(each), 1), *masks)
         kernels = {name: small_net.params[name] * mixture[name] for name in mixture}
         return ss.entropy(relu_apply(kernels, x)).mean()
 
-    alphas = jnp.full(5, 0.2)
-    want = jax.vmap(jax.grad(value), (None, 0))(alphas, x[:, None])
+    want = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(np.full(5, 0.2, np.float32), x[:, None])
     for rows in (x, x[:3]):  # on both sides of the forms
         got = ss.alpha_gradient(small_net, store, rows)
         np.testing.assert_allclose(got[:, :5], want[: len(rows)], rtol=1e-4, atol=1e-6)
         assert (got[:, 5:] == 0).all()
-    np.testing.assert_array_equal(ss.one_shot(small_net, store, x).task, want.argmin(1))
-    np.testing.assert_array_equal(
-        ss.one_shot(small_net, store, x, implementation="certified").task, want.argmin(1)
-    )
-    some = jnp.asarray([0.1, 0.5, 0.2, 0.1, 0.1])
+    certified = ss.one_shot(small_net, store, x, implementation="certified")
+    for found in (ss.one_shot(small_net, store, x), certified):
+        np.testing.assert_array_equal(found.task, want.argmin(1))
+    some = np.asarray([0.1, 0.5, 0.2, 0.1, 0.1], np.float32)
     got = ss.alpha_gradient(small_net, store, x, alphas=some, per_example=False)
-    np.testing.assert_allclose(got[:5], jax.grad(value)(some, x), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got[:5], jax.jit(jax.grad(value))(some, x), rtol=1e-4, atol=1e-6)
 
 
 def test_abatche_tries_each_tasks_factors_alone(small_net):
     store, owns, _ = factor_problem(small_net)
     batche = baselines.batche(small_net)
-    x = jax.random.normal(jax.random.key(9), (4, 6))
+    x = np.random.default_rng(9).normal(size=(4, 6)).astype(np.float32)
     logits = [batche.logits(small_net.params, own, x) for own in owns]
     got = ss.oracle(small_net, store, x, ss.max_confidence)
     want = [jax.nn.softmax(each).max(-1) for each in logits]
@@ -197,10 +175,6 @@ def test_abatche_tries_each_tasks_factors_alone(small_net):
     found = ss.binary_search(small_net, store, x)
     assert found.scores.shape == (4, 8)
     assert (found.scores.max(1) == 3).all()  # of five, three, two and one remain
-    tasks = jnp.asarray([3, 0, 4, 1])
-    got = ss.predict(small_net, store, x, tasks)
-    want = [logits[t][i] for i, t in enumerate(tasks)]
-    np.testing.assert_allclose(got, np.stack(want), rtol=1e-4, atol=1e-6)
 
 
 def test_factors_of_a_convolution_are_the_same_at_every_position():
@@ -210,48 +184,47 @@ def test_factors_of_a_convolution_are_the_same_at_every_position():
         )
         return y.mean((1, 2))
 
-    net = ss.Network(apply, {"k": jax.random.normal(jax.random.key(0), (3, 3, 2, 4))})
+    rng = np.random.default_rng(0)
+    net = ss.Network(apply, {"k": rng.normal(size=(3, 3, 2, 4)).astype(np.float32)})
     own = {"k": baselines.Factors(jnp.asarray([2.0, -1.0]), jnp.asarray([1.0, -1.0, 3.0, 0.5]))}
-    x = jax.random.normal(jax.random.key(1), (2, 5, 5, 2))
+    x = rng.normal(size=(2, 5, 5, 2)).astype(np.float32)
     got = baselines.batche(net).logits(net.params, own, x)
-    want = apply(net.params, jnp.asarray(np.asarray(x) * np.asarray(own["k"].t)))
-    np.testing.assert_allclose(got, np.asarray(want) * np.asarray(own["k"].s), rtol=1e-4)
+    want = apply(net.params, x * np.asarray(own["k"].t)) * own["k"].s[None]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     store = baselines.FactorStore.create(net, 2).append(own)
-    v = jax.random.normal(jax.random.key(2), (3, 72))
-    want = (np.asarray(v).reshape(3, 3, 3, 2, 4) * np.outer(*own["k"])).sum((1, 2, 3, 4))
+    v = rng.normal(size=(3, 72)).astype(np.float32)
+    want = (v.reshape(3, 3, 3, 2, 4) * np.outer(*own["k"])).sum((1, 2, 3, 4))
     np.testing.assert_allclose(store.contract(v)[:, 0], want, rtol=1e-4, atol=1e-5)
 
 
 def test_mistakes_are_named(small_net, norm_net, data):
-    with pytest.raises(ValueError, match="shared_learns must be one of"):
-        baselines.Baseline("sometimes", True, small_net)
-    with pytest.raises(ValueError, match="without normalisation statistics"):
-        baselines.psp(norm_net)
-    with pytest.raises(TypeError, match="net must be a Network, got dict"):
-        baselines.upper_bound({})
-    with pytest.raises(ValueError, match="a kernel beside the head"):
-        baselines.separate_heads(relu_net((6, 5)))
-    loose = ss.Network(relu_apply, {"kernel0": jnp.ones((6, 4)), "kernel1": jnp.ones((3, 5))})
-    with pytest.raises(ValueError, match="form a chain"):
-        baselines.psp(loose)
-    shared, key = small_net.params, jax.random.key(0)
-    with pytest.raises(TypeError, match="data must be a TaskData"):
-        baselines.learn(key, baselines.batche(small_net), shared, None, SGD, first=True)
-    beyond = dataclasses.replace(data, labels=data.labels + 1)
-    with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\)"):
-        baselines.learn(key, baselines.batche(small_net), shared, beyond, SGD, first=True)
+    batche, lower = baselines.batche(small_net), baselines.lower_bound(small_net)
     idle = dataclasses.replace(baselines.psp(small_net), shared_learns="never")
-    with pytest.raises(ValueError, match="nothing is trained"):
-        baselines.learn(key, idle, shared, data, SGD, first=True)
+    loose = ss.Network(relu_apply, {"kernel0": np.ones((6, 4)), "kernel1": np.ones((3, 5))})
+    beyond = dataclasses.replace(data, labels=np.full(32, 5))
     wild = dataclasses.replace(SGD, learning_rate=1e30, steps=10)
-    with pytest.raises(ValueError, match="training diverged"):
-        baselines.learn(key, baselines.lower_bound(small_net), shared, data, wild, first=True)
-    with pytest.raises(ValueError, match="capacity must be at least 1"):
-        baselines.FactorStore.create(small_net, 0)
-    full, owns, _ = factor_problem(small_net, count=2, capacity=2)
-    with pytest.raises(ss.StoreError, match="its capacity is 2"):
-        full.append(owns[0])
-    with pytest.raises(ss.StoreError, match="the store is empty"):
-        ss.one_shot(small_net, baselines.FactorStore.create(small_net, 2), jnp.ones((1, 6)))
-    with pytest.raises(ss.StoreError, match="but the network masks"):
-        ss.one_shot(relu_net((6, 5)), full, jnp.ones((1, 6)))
+    empty = baselines.FactorStore.create(small_net, 2)
+    full, (own, _), _ = factor_problem(small_net, count=2, capacity=2)
+    one = np.ones((1, 6), np.float32)
+
+    def learn(baseline, data=data, config=SGD):
+        key = jax.random.key(0)
+        return baselines.learn(key, baseline, small_net.params, data, config, first=True)
+
+    for error, message, call, *arguments in (
+        (ValueError, "shared_learns must be one of", baselines.Baseline, "some", True, small_net),
+        (ValueError, "without normalisation statistics", baselines.psp, norm_net),
+        (TypeError, "net must be a Network, got dict", baselines.upper_bound, {}),
+        (ValueError, "a kernel beside the head", baselines.separate_heads, relu_net((6, 5))),
+        (ValueError, "form a chain", baselines.psp, loose),
+        (TypeError, "data must be a TaskData", learn, batche, None),
+        (ValueError, r"labels must lie in \[0, 5\)", learn, batche, beyond),
+        (ValueError, "nothing is trained", learn, idle),
+        (ValueError, "training diverged", learn, lower, data, wild),
+        (ValueError, "capacity must be .* at least 1", baselines.FactorStore.create, small_net, 0),
+        (ss.StoreError, "its capacity is 2", full.append, own),
+        (ss.StoreError, "the store is empty", ss.one_shot, small_net, empty, one),
+        (ss.StoreError, "but the network masks", ss.one_shot, relu_net((6, 5)), full, one),
+    ):
+        with pytest.raises(error, match=message):
+            call(*arguments)

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,7 +24,7 @@ def other_net():
     return relu_net((6, 6, 5), seed=9)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def net():
     return dense_net()
 
@@ -47,6 +46,9 @@ def fails(capsys, *argv, code=2):
 
 
 def test_inspect(path, net, capsys, tmp_path):
+    ss.DiskStore.open(tmp_path / "empty", net, mode="x").close()
+    cli.main(["inspect", str(tmp_path / "empty")])
+    assert "0 tasks" in capsys.readouterr().out
     cli.main(["inspect", str(path), "--tasks", "2", "--picture", str(tmp_path / "overlap.png")])
     out = capsys.readouterr().out
     assert "3 tasks of one network" in out
@@ -55,12 +57,6 @@ def test_inspect(path, net, capsys, tmp_path):
     assert "task 2" in out and "task 0" not in out
     assert "words        3 masks, 36 bytes" in out
     assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_inspect_an_empty_store(tmp_path, net, capsys):
-    ss.DiskStore.open(tmp_path / "empty", net, mode="x").close()
-    cli.main(["inspect", str(tmp_path / "empty")])
-    assert "0 tasks" in capsys.readouterr().out
 
 
 def test_verify_and_repair(path, capsys):
@@ -97,7 +93,7 @@ def test_export_and_import(path, net, tmp_path, capsys):
 @pytest.mark.parametrize("format", ["csv", "jsonl"])
 @pytest.mark.parametrize("together", [False, True])
 def test_predict(path, net, tmp_path, capsys, format, together):
-    x = np.asarray(jax.random.normal(jax.random.key(0), (150, 6)))  # more than one batch
+    x = np.random.default_rng(0).normal(size=(150, 6)).astype(np.float32)  # more than one batch
     np.save(tmp_path / "x.npy", x)
     argv = ["predict", str(path), "--input", str(tmp_path / "x.npy"), "--format", format]
     cli.main(argv + ["--together"] * together)

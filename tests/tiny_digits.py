@@ -31,9 +31,7 @@ class TinyDigits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for i in range(SIZES[split]):
-            encoded = (
-                io.BytesIO()
-            )  # bytes already encoded, since TFDS would ask TensorFlow to do it
+            encoded = io.BytesIO()  # encoded here, since TFDS would ask TensorFlow to do it
             PIL.Image.fromarray(image(split, i)[..., 0]).save(encoded, format="PNG")
             encoded.seek(0)
             yield i, {"image": encoded, "label": i % 3}

@@ -5,14 +5,20 @@ one, and everything that works on masks works on them: `FactorStore` stands wher
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from supsup_jax import prng
-from supsup_jax.baselines.sharing import Baseline, check_kernels, check_state, put_leaves
+from supsup_jax.baselines.sharing import (
+    STATIC,
+    Baseline,
+    check_kernels,
+    check_state,
+    put_leaves,
+)
+from supsup_jax.checks import check_int
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
@@ -62,16 +68,7 @@ class RankOne(Baseline):
         return put_leaves(shared, scaled)
 
 
-def mask_of(own: dict[str, Factors], layout: Layout) -> PyTree:
-    """A task's factors as a real-valued mask, pytree like the network's params."""
-    return layout.tree([outer(own[name], shape) for name, shape in layout.named_shapes])
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("factors", "states", "num_tasks"),
-    meta_fields=("layout",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactorStore(TaskStore):
     """The factors of all tasks, for inference without an id (the paper's Figure 5, right).
@@ -84,13 +81,12 @@ class FactorStore(TaskStore):
     factors: dict[str, Factors]
     states: PyTree
     num_tasks: jax.Array
-    layout: Layout
+    layout: Layout = dataclasses.field(metadata=STATIC)
 
     @classmethod
     def create(cls, net: Network, capacity: int) -> "FactorStore":
         """Room for `capacity` tasks. Raises ValueError unless it is at least 1."""
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        check_int("capacity", capacity, 1)
         factors = {
             name: Factors(jnp.zeros((capacity, shape[-2])), jnp.zeros((capacity, shape[-1])))
             for name, shape in check_kernels(net).layout.named_shapes
@@ -123,7 +119,8 @@ class FactorStore(TaskStore):
         """Task i, with its statistics. Raises as `mask`."""
         i = jnp.clip(self._index(i), 0, jnp.maximum(self.num_tasks - 1, 0))
         own, state = jax.tree.map(lambda rows: rows[i], (self.factors, self.states))
-        return Task(mask_of(own, self.layout), state)
+        masks = [outer(own[name], shape) for name, shape in self.layout.named_shapes]
+        return Task(self.layout.tree(masks), state)
 
     def mixture(self, alphas: jax.Array | None = None) -> PyTree:
         """sum_i alphas_i t_i s_i' as `MaskStore.mixture`."""
@@ -148,14 +145,11 @@ class FactorStore(TaskStore):
         del implementation
         if v.ndim > 1:
             return jax.vmap(self.contract)(v)
-        kernels = dict(
-            zip(self.layout.shapes, self.layout.leaves(self.layout.unravel(v), "v"), strict=True)
-        )
         scores = [
             jnp.einsum(
-                "io,ki,ko->k", kernel.reshape(-1, *kernel.shape[-2:]).sum(0), *self.factors[name]
+                "io,ki,ko->k", part.reshape(-1, *part.shape[-2:]).sum(0), *self.factors[name]
             )
-            for name, kernel in kernels.items()
+            for name, part in named_leaves(self.layout.unravel(v)).items()
         ]
         return jnp.where(self.slots, sum(scores), 0)
 

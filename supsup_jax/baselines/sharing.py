@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from supsup_jax import prng
-from supsup_jax.checks import check_type
+from supsup_jax.checks import check_type, is_traced
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.network import Network
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.training.steps import all_finite, cross_entropy, diverged, fit
 from supsup_jax.types import PyTree, TaskData
@@ -196,13 +196,11 @@ def learn(
     Raises TypeError or ValueError for bad data, and ValueError when nothing would be trained,
     state is missing, or training ends with weights or losses that are not finite.
     """
-    trains_shared = baseline.shared_learns == "always" or (
-        baseline.shared_learns == "first" and first
-    )
+    trains_shared = {"never": False, "first": first, "always": True}[baseline.shared_learns]
     check_type("data", data, TaskData)
     check_type("config", config, TrainConfig)
     data.check()
-    data.check_labels(_num_outputs(baseline, shared, data))
+    data.check_labels(num_outputs(baseline.net, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")
@@ -210,34 +208,19 @@ def learn(
         state = baseline.net.state
     check_state(baseline.net.state, state)
     learned = _learn(key, baseline, shared, state, data, config, trains_shared)
-    traced = isinstance(learned.loss, jax.core.Tracer)
-    if not traced and not bool(all_finite(learned)):
+    if not is_traced(learned.loss) and not bool(all_finite(learned)):
         raise diverged(config)
     return learned
 
 
-def _num_outputs(baseline, shared, data):
-    def logits(shared, data):
-        own = own_weights(baseline, jax.random.key(0))
-        x, _ = data.batch(jnp.zeros(2, jnp.int32))
-        return baseline.logits(shared, own, x, baseline.net.state)
-
-    return jax.eval_shape(logits, shared, data).shape[1]
-
-
 @functools.partial(jax.jit, static_argnames=("config", "trains_shared"))
 def _learn(key, baseline, shared, state, data, config, trains_shared):
-    start = (shared if trains_shared else None, None)
     own = own_weights(baseline, key)
-    if baseline.own_learns:
-        start = (start[0], own)
+    start = shared if trains_shared else None, own if baseline.own_learns else None
 
     def parts(trained):
         """Shared and own weights, each as trained or else as it stands."""
-        return (
-            trained[0] if trains_shared else shared,
-            trained[1] if baseline.own_learns else own,
-        )
+        return trained[0] if trains_shared else shared, trained[1] if baseline.own_learns else own
 
     def loss(trained, state, x, y):
         logits, state = baseline.forward(*parts(trained), state, x, train=True)

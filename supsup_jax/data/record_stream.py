@@ -8,7 +8,7 @@ import numpy as np
 
 from supsup_jax.checks import check_int
 from supsup_jax.data import crops
-from supsup_jax.data.records import ImageRecords, test_split
+from supsup_jax.data.records import ImageRecords
 from supsup_jax.data.sources import NORMALIZATION, prepared_folder
 from supsup_jax.data.streams import Split, check_present, deal_classes, examples_of
 from supsup_jax.types import Normalize, TaskData
@@ -23,7 +23,7 @@ class RecordStream:
     """Classes dealt to tasks, as `SplitStream` does, over images that stay on disk (SplitImageNet).
 
     name, data_dir: a dataset that TFDS has prepared, with an image of any size and a label; its
-      test split is "validation" where there is one.
+      test split is "validation" where there is one, as ImageNet's "test" has no labels.
     classes_per_task, order, relabel: as in `SplitStream`; `classes[i]` are task i's.
     size: of the square images. Training shows random crops, testing the middle (see `crops`).
     batch_size: images of a batch.
@@ -53,19 +53,15 @@ class RecordStream:
         num_workers: int = 0,
         seed: int = 0,
     ):
-        for field, value, least in (
-            ("size", size, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-        ):
-            check_int(field, value, least)
+        check_int("size", size, 1)
+        check_int("batch_size", batch_size, 1)
+        check_int("num_workers", num_workers, 0)
+        check_int("seed", seed, 0)
         folder = prepared_folder(name, data_dir)
-        self._records = {
-            "training": ImageRecords(folder, "train"),
-            "test": ImageRecords(folder, test_split(folder)),
-        }
-        self.name, self.num_labels = name, self._records["training"].num_labels
+        train = ImageRecords(folder, "train")
+        held_out = "validation" if "validation" in train.splits else "test"
+        self._records = {"training": train, "test": ImageRecords(folder, held_out)}
+        self.name, self.num_labels = name, train.num_labels
         self.classes = deal_classes(classes_per_task, self.num_labels, order)
         for what, records in self._records.items():
             check_present(self.classes, records.labels, f"{name} has no {what} images")

@@ -20,7 +20,7 @@ LABELS_AT_ONCE = 1024
 class ImageRecords:
     """One split of the dataset that TFDS has prepared in `folder`, a version's folder.
 
-    num_labels: of the dataset. Can be pickled, and read by several threads.
+    num_labels, splits: of the dataset. Can be pickled, and read by several threads.
     Raises MissingDataError for a split that is not there or whose files are not all there and
     whole, naming them; ValueError for features that are not an image and its label.
     """
@@ -30,10 +30,10 @@ class ImageRecords:
 
         builder = tfds.builder_from_directory(str(folder))
         info = builder.info
-        self.name, self.split = info.name, split
+        self.name, self.split, self.splits = info.name, split, list(info.splits)
         _check_features(folder, info.features)
         if split not in info.splits:
-            raise MissingDataError(f"{folder} has no split {split!r}, only {list(info.splits)}")
+            raise MissingDataError(f"{folder} has no split {split!r}, only {self.splits}")
         self._files = [folder / name for name in sorted(info.splits[split].filenames)]
         self._sizes = list(info.splits[split].shard_lengths)
         self._check_files(folder)
@@ -95,14 +95,6 @@ class ImageRecords:
                 f"again: tfds build {self.name} --data_dir={folder.parent.parent} "
                 "--file_format=array_record"
             )
-
-
-def test_split(folder: Path) -> str:
-    """The split to test with: "validation" if there is one, as ImageNet's "test" has no labels."""
-    import tensorflow_datasets as tfds
-
-    splits = tfds.builder_from_directory(str(folder)).info.splits
-    return "validation" if "validation" in splits else "test"
 
 
 def _check_features(folder, features):

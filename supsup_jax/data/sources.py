@@ -4,7 +4,6 @@ Nothing is ever downloaded here. TFDS prepares a dataset on request (its own com
 TensorFlow and the internet); this module looks for the result and says what to run without it.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax.types import Normalize, TaskData
@@ -49,15 +47,6 @@ class Dataset(NamedTuple):
     def num_pixels(self) -> int:
         return math.prod(self.train.images.shape[1:])
 
-    def limit_test(self, count: int | None) -> "Dataset":
-        """This dataset with the first `count` test examples only; None keeps all."""
-        if count is None:
-            return self
-        test = dataclasses.replace(
-            self.test, images=self.test.images[:count], labels=self.test.labels[:count]
-        )
-        return self._replace(test=test)
-
 
 def load_dataset(name: str, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
     """The dataset `name`: "digits", or one that TFDS has prepared in `data_dir`.
@@ -75,17 +64,11 @@ def _digits(seed):
     digits = load_digits()
     order = np.random.default_rng(seed).permutation(len(digits.target))
     images = digits.data.astype(np.uint8)[order]
-    labels = digits.target.astype(np.int32)[order]
-    num_test = len(order) // 5
-    mean = float(np.mean(images[:-num_test] / 16))
-    return _dataset(
-        "digits",
-        (images[:-num_test], labels[:-num_test]),
-        (images[-num_test:], labels[-num_test:]),
-        # Centred, at less than unit variance (std would be .376): networks that see less contrast
-        # are less sure under a wrong mask. One-shot task accuracy .987 -> .999, GG unchanged.
-        Normalize(mean, 0.5, scale=16.0),
-    )
+    num_train = len(order) - len(order) // 5
+    # Centred, at less than unit variance (std would be .376): networks that see less contrast
+    # are less sure under a wrong mask. One-shot task accuracy .987 -> .999, GG unchanged.
+    normalize = Normalize(float(np.mean(images[:num_train] / 16)), 0.5, scale=16.0)
+    return _cut("digits", images, digits.target[order], num_train, normalize)
 
 
 def synthetic(
@@ -99,29 +82,29 @@ def synthetic(
     means = jax.random.uniform(mean_key, (num_labels, *shape), maxval=200.0)
     noise = jax.random.uniform(noise_key, (num, *shape), maxval=55.0)
     images = np.asarray(means[labels] + noise).astype(np.uint8)
-    labels = labels.astype(np.int32)
-    return _dataset(
-        "synthetic",
-        (images[:num_train], labels[:num_train]),
-        (images[num_train:], labels[num_train:]),
-        Normalize(0.5, 0.25),
-    )
+    return _cut("synthetic", images, labels, num_train, Normalize(0.5, 0.25))
+
+
+def _cut(name, images, labels, num_train, transform):
+    """The dataset whose first `num_train` examples are for training."""
+    parts = [slice(num_train), slice(num_train, None)]
+    splits = [{"images": images[p], "labels": labels[p].astype(np.int32)} for p in parts]
+    return _dataset(name, *splits, transform)
 
 
 def _dataset(name, train, test, transform):
-    def put(images, labels):
-        return TaskData(jnp.asarray(images), jnp.asarray(labels), transform=transform)
-
-    return Dataset(name, put(*train), put(*test), int(train[1].max()) + 1)
+    put = [TaskData(**split, transform=transform) for split in (train, test)]
+    return Dataset(name, *put, int(train["labels"].max()) + 1)
 
 
 def _tfds(name, data_dir):
     folder = prepared_folder(name, data_dir)
-    splits = {split: _decoded(name, folder, split) for split in ("train", "test")}
-    mean, std = NORMALIZATION.get(name, (None, None))
-    if mean is None:
-        mean, std = _statistics(splits["train"][0])
-    return _dataset(name, splits["train"], splits["test"], Normalize(mean, std))
+    train, test = (
+        cached(name, folder, split, lambda split=split: _decode(folder, split))
+        for split in ("train", "test")
+    )
+    mean, std = NORMALIZATION.get(name) or _statistics(train["images"])
+    return _dataset(name, train, test, Normalize(mean, std))
 
 
 def _statistics(images):
@@ -162,17 +145,6 @@ def _version(folder):
     return tuple(int(part) if part.isdecimal() else -1 for part in folder.name.split("."))
 
 
-def _decoded(name, folder, split):
-    """Images and labels of a split."""
-
-    def decode():
-        images, labels = _decode(folder, split)
-        return {"images": images, "labels": labels}
-
-    arrays = cached(name, folder, split, decode)
-    return arrays["images"], arrays["labels"]
-
-
 def cached(
     name: str, folder: Path, part: str, read: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
@@ -201,6 +173,7 @@ def cached(
 
 
 def _decode(folder, split):
+    """Images and labels of a split."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(str(folder))
@@ -217,4 +190,4 @@ def _decode(folder, split):
     images = np.stack([example["image"] for example in examples])
     labels = np.asarray([example["label"] for example in examples], np.int32)
     # A single channel is no axis to a dense network, and a view indexes pixels.
-    return (images[..., 0] if images.shape[-1] == 1 else images), labels
+    return {"images": images[..., 0] if images.shape[-1] == 1 else images, "labels": labels}

@@ -1,6 +1,5 @@
 """Streams: task i's training and test data, made when asked for, over one copy of the images."""
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -34,32 +33,38 @@ class Split(Sequence):
         return self._data_of(task)
 
 
-class ViewStream:
-    """Tasks that see the same images in different ways.
+class Stream:
+    """Tasks made of one dataset: `train[i]` and `test[i]` are task i's TaskData, len() how many.
 
-    `train[i]` and `test[i]` are task i's TaskData over the images of `dataset`, which all tasks
-    share; len() is the number of tasks. Each subclass says what task i sees, `view(i)`.
+    A subclass says what a split's images become for a task, `_data_of(split, task)`.
     """
 
     def __init__(self, dataset: Dataset, num_tasks: int):
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-        self.dataset, self._num_tasks = dataset, num_tasks
-        self.train = self._split(dataset.train)
-        self.test = self._split(dataset.test)
+        check_int("num_tasks", num_tasks, 1)
+        self.dataset = dataset
+        self.train, self.test = (
+            Split(num_tasks, functools.partial(self._data_of, split))
+            for split in (dataset.train, dataset.test)
+        )
 
     def __len__(self) -> int:
-        return self._num_tasks
-
-    def on(self, dataset: Dataset) -> "ViewStream":
-        """The same tasks over other images of the same shape."""
-        other = copy.copy(self)
-        ViewStream.__init__(other, dataset, self._num_tasks)
-        return other
+        return len(self.train)
 
     def first_test(self, count: int) -> Sequence[TaskData]:
         """The test data of each task, its first `count` images only."""
-        return self.on(self.dataset.limit_test(count)).test
+
+        def few(task):
+            data = self.test[task]
+            return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
+
+        return Split(len(self), few)
+
+
+class ViewStream(Stream):
+    """Tasks that see the same images, which all share, in different ways.
+
+    Each subclass says what task i sees, `view(i)`.
+    """
 
     def view(self, task: int) -> jax.Array:
         """Task `task`'s gather index over the pixels, as TaskData takes it."""
@@ -70,8 +75,8 @@ class ViewStream:
         views = jnp.stack([self.view(i) for i in tasks])
         return dataclasses.replace(self.dataset.train, view=views)
 
-    def _split(self, base):
-        return Split(len(self), lambda i: dataclasses.replace(base, view=self.view(i)))
+    def _data_of(self, split, task):
+        return dataclasses.replace(split, view=self.view(task))
 
 
 class PermutedStream(ViewStream):
@@ -113,12 +118,12 @@ class RotatedStream(ViewStream):
         return jnp.asarray(rotation(task * self._degrees, shape))
 
 
-class SplitStream:
+class SplitStream(Stream):
     """Classes dealt to tasks (SplitMNIST, SplitCIFAR): each task has the images of its own.
 
-    `train[i]` and `test[i]` are task i's TaskData; len() is the number of tasks. `classes[i]` are
-    its labels in the dataset: the next `classes_per_task` of `order`, by default 0, 1, 2, ...
-    Labels stay the dataset's, or with `relabel` are 0, 1, ... within each task, in that order.
+    `classes[i]` are task i's labels in the dataset: the next `classes_per_task` of `order`, by
+    default 0, 1, 2, ... Labels stay the dataset's, or with `relabel` are 0, 1, ... within each
+    task, in that order.
 
     Tasks hold as many images as their classes have, so whatever is compiled for one is compiled
     anew for another: equal numbers would need images left out or shown twice. A TaskData is
@@ -137,21 +142,8 @@ class SplitStream:
         self.classes = deal_classes(classes_per_task, dataset.num_labels, order)
         for split, data in (("training", dataset.train), ("test", dataset.test)):
             check_present(self.classes, data.labels, f"{dataset.name} has no {split} images")
-        self.dataset, self._relabel = dataset, relabel
-        self.train = self._split(dataset.train)
-        self.test = self._split(dataset.test)
-
-    def __len__(self) -> int:
-        return len(self.classes)
-
-    def first_test(self, count: int) -> Sequence[TaskData]:
-        """The test data of each task, its first `count` images only."""
-
-        def few(task):
-            data = self.test[task]
-            return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
-
-        return Split(len(self), few)
+        self._relabel = relabel
+        super().__init__(dataset, len(self.classes))
 
     def together(self, tasks: Sequence[int]) -> TaskData:
         """The training data of several tasks, as `train_tasks` takes it: images [T, N, ...].
@@ -167,34 +159,17 @@ class SplitStream:
             )
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
-    def on(self, dataset: Dataset) -> "SplitStream":
-        """The same tasks over other images of the same classes."""
-        order = [label for task in self.classes for label in task]
-        return SplitStream(dataset, len(self.classes[0]), order, self._relabel)
-
-    def _split(self, base):
-        # Picked on the host, where an index of any length costs no compilation.
-        images, labels = np.asarray(base.images), np.asarray(base.labels)
-
-        def data_of(task):
-            own, mine = examples_of(self.classes[task], labels, self._relabel)
-            return dataclasses.replace(
-                base, images=jnp.asarray(images[own]), labels=jnp.asarray(mine)
-            )
-
-        return Split(len(self), data_of)
+    def _data_of(self, split, task):
+        # Picked on the host, where an index of any length costs no compilation; JAX keeps its copy.
+        own, labels = examples_of(self.classes[task], np.asarray(split.labels), self._relabel)
+        return dataclasses.replace(split, images=np.asarray(split.images)[own], labels=labels)
 
 
 def deal_classes(
     classes_per_task: int, num_labels: int, order: Sequence[int] | None
 ) -> list[tuple[int, ...]]:
     """Each task's classes, as `SplitStream` says and refuses."""
-    if isinstance(classes_per_task, bool) or not isinstance(classes_per_task, int | np.integer):
-        raise TypeError(f"classes_per_task must be an int, got {classes_per_task!r}")
-    if classes_per_task < 2:
-        raise ValueError(
-            f"classes_per_task must be at least 2, to tell apart, got {classes_per_task}"
-        )
+    check_int("classes_per_task", classes_per_task, 2)
     order = np.asarray(range(num_labels) if order is None else order)
     if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
         raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")

@@ -15,44 +15,45 @@ from supsup_jax.models.convolution import Conv
 MOMENTUM = 0.9  # of the running statistics: what is kept each step; PyTorch calls this .1
 
 
-class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+class _Block(nnx.Module):
+    """Convolutions, each with a norm behind it and ReLU between them, beside a shortcut.
+
+    convolutions: (features, size, stride) of each.
+    """
 
     expansion = 1
 
-    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = Conv(num_in, width, 3, stride, rngs=rngs)
-        self.norm1 = _norm(width, rngs)
-        self.conv2 = Conv(width, width, 3, 1, rngs=rngs)
-        self.norm2 = _norm(width, rngs)
-        self.shortcut = _shortcut(num_in, width, stride, rngs)
+    def __init__(self, num_in: int, convolutions: Sequence[tuple[int, int, int]], rngs: nnx.Rngs):
+        self.depth, features, total = len(convolutions), num_in, 1
+        for i, (num_out, size, stride) in enumerate(convolutions, 1):
+            setattr(self, f"conv{i}", Conv(features, num_out, size, stride, rngs=rngs))
+            setattr(self, f"norm{i}", _norm(num_out, rngs))
+            features, total = num_out, total * stride
+        self.shortcut = _shortcut(num_in, features, total, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
+            y = jax.nn.relu(y) if i < self.depth else y
         return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class Bottleneck(nnx.Module):
+class BasicBlock(_Block):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        super().__init__(num_in, [(width, 3, stride), (width, 3, 1)], rngs)
+
+
+class Bottleneck(_Block):
     """A 3x3 convolution between two of 1x1, beside a shortcut; the 3x3 one has the stride."""
 
     expansion = 4
 
     def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        num_out = self.expansion * width
-        self.conv1 = Conv(num_in, width, 1, 1, rngs=rngs)
-        self.norm1 = _norm(width, rngs)
-        self.conv2 = Conv(width, width, 3, stride, rngs=rngs)
-        self.norm2 = _norm(width, rngs)
-        self.conv3 = Conv(width, num_out, 1, 1, rngs=rngs)
-        self.norm3 = _norm(num_out, rngs)
-        self.shortcut = _shortcut(num_in, num_out, stride, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.norm1(self.conv1(x)))
-        y = jax.nn.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        last = self.expansion * width, 1, 1
+        super().__init__(num_in, [(width, 1, 1), (width, 3, stride), last], rngs)
 
 
 class ResNet(nnx.Module):
