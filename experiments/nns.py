@@ -17,8 +17,8 @@ images: with the mask inferred by the first image of each batch of 128, labels s
 s is the paper's name for the number of outputs in all, of which the first 10 are labels. digits
 draws each of its 8x8 pixels as 3x3: among permutations of only 64 pixels a mask takes images of
 other tasks for its own, and the rule, made for MNIST, merges them.
-Writes result.json, accuracy.csv (the accuracy matrix), store.supsup, decisions.npz (what happened at
-each window) and three pictures to --out; and while the run is under way masks/, the scores and
+Writes result.json, accuracy.csv (the accuracy matrix), store.supsup, decisions.npz (what happened
+at each window) and three pictures to --out; and while the run is under way masks/, the scores and
 optimizer state of every mask.
 """
 

@@ -16,8 +16,8 @@ kept beside, to measure against and nothing else. Three protocols:
     digits             64-512-512-10          5   -      .382, .962 (seed 0)   1 minute
     mnist-hopsupsup    784-2048-2048-10       5   .9743  .865, .988 (6 seeds)  5 minutes
 
-Writes result.json, accuracy.csv, store.supsup (the Hopfield networks), masks.supsup, traces.npz and two
-pictures to --out: distance.png, bits that differ from the task's mask against steps, and
+Writes result.json, accuracy.csv, store.supsup (the Hopfield networks), masks.supsup, traces.npz and
+two pictures to --out: distance.png, bits that differ from the task's mask against steps, and
 capacity.png, how many random masks each rule holds.
 """
 
