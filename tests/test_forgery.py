@@ -69,6 +69,13 @@ def folder(net, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def want(net):
+    """The words of its tasks."""
+    packed = (arrays.pack_leaves(jax.tree.leaves(m), net.layout) for m in random_masks(net, 2))
+    return [np.asarray(words) for words in packed]
+
+
+@pytest.fixture(scope="module")
 def forged(net, tmp_path_factory):
     """forged(container, fields of the manifest, of the metadata, body) is read as one was written
     but for these.
@@ -250,16 +257,14 @@ def test_any_head(folder, net, magic, sizes, task, rest):
     digest=st.binary(min_size=32, max_size=32),
     place=st.integers(0, 2),
 )
-def test_any_entry(folder, net, row, digest, place):
+def test_any_entry(folder, net, want, row, digest, place):
     entry = struct.pack("<QQQ32s", *row, digest)
     entry += sha256(entry)[:8]
     index = bytearray(folder[1]["index.bin"])
     index[64 * place : 64 * place + 64] = entry
     # Records are not touched, so what comes back is what was written.
-    masks = random_masks(net, 2)
     for i, words in look(folder, net, **{"index.bin": index}):
-        want = arrays.pack_leaves(jax.tree.leaves(masks[i]), net.layout)
-        np.testing.assert_array_equal(words, want)
+        np.testing.assert_array_equal(words, want[i])
 
 
 def test_a_forged_layout_takes_no_memory(forged, tmp_path):

@@ -20,18 +20,18 @@ from jax import lax
 
 from supsup_jax import devices
 from supsup_jax.checks import check_type, is_traced
-from supsup_jax.layout import Layout
 from supsup_jax.network import Network
-from supsup_jax.stores.base import checked_mask
+from supsup_jax.stores.base import TaskStore, checked_mask, checked_task
 from supsup_jax.stores.origin import (
     Origin,
+    Owned,
     arrays_in,
     load_record,
     manifest_of,
     save_arrays,
     sensible,
 )
-from supsup_jax.types import CapacityError, PyTree, StoreError, Task, TrainResult
+from supsup_jax.types import CapacityError, PyTree, Task
 
 FORMAT = "supsup_jax.HopfieldStore"
 
@@ -42,7 +42,7 @@ def hebbian(weights: jax.Array, pattern: jax.Array) -> jax.Array:
     Raises TypeError or ValueError unless the shapes agree and the pattern is of signed numbers.
     """
     x = _checked_pattern(weights, pattern)
-    return weights + (_outer(x, x) - jnp.eye(len(x), dtype=weights.dtype)) / len(x)
+    return weights + (jnp.outer(x, x) - jnp.eye(len(x), dtype=weights.dtype)) / len(x)
 
 
 def storkey(weights: jax.Array, pattern: jax.Array) -> jax.Array:
@@ -53,8 +53,8 @@ def storkey(weights: jax.Array, pattern: jax.Array) -> jax.Array:
     """
     x = _checked_pattern(weights, pattern)
     h = jnp.matmul(weights, x, precision=lax.Precision.HIGHEST)
-    local = _outer(x, h) + _outer(h, x)
-    return weights + (_outer(x, x) - jnp.eye(len(x), dtype=weights.dtype) - local) / len(x)
+    local = jnp.outer(x, h) + jnp.outer(h, x)
+    return weights + (jnp.outer(x, x) - jnp.eye(len(x), dtype=weights.dtype) - local) / len(x)
 
 
 def energy(weights: jax.Array, z: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def pattern_capacity(rule: str, d: int) -> float:
     meta_fields=("rule",),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class HopfieldStore:
+class HopfieldStore(Owned):
     """The masks of all tasks in one Hopfield network a masked leaf: of constant size.
 
     A pytree: it goes through jit and vmap, and `append` returns a new store. Make one with
@@ -146,18 +146,7 @@ class HopfieldStore:
                 f"Hopfield networks of {sizes} units take {needed:,} bytes, and there are "
                 f"{room:,}: mask leaves of few weights, such as norm scales"
             )
-        return cls(
-            tuple(jnp.zeros((d, d)) for d in sizes.values()),
-            tuple(jnp.zeros(d, jnp.int32) for d in sizes.values()),
-            jnp.zeros((), jnp.int32),
-            Origin.of(net),
-            rule,
-        )
-
-    @property
-    def layout(self) -> Layout:
-        """Which leaves are masked, and their order."""
-        return self.origin.layout
+        return cls(*_empty(tuple(sizes.values())), Origin.of(net), rule)
 
     @property
     def nbytes(self) -> int:
@@ -178,12 +167,7 @@ class HopfieldStore:
     def mean(self) -> PyTree:
         """Mean of the +-1 masks, float32 pytree like a mask; zeros where there is none."""
         count = jnp.maximum(1, self.num_tasks).astype(jnp.float32)
-        return self.layout.tree(
-            [
-                (total.astype(jnp.float32) / count).reshape(shape)
-                for total, shape in zip(self._total, self.layout.shapes.values(), strict=True)
-            ]
-        )
+        return self._like_a_mask(total.astype(jnp.float32) / count for total in self._total)
 
     @property
     def bound(self) -> float:
@@ -197,7 +181,7 @@ class HopfieldStore:
         task: a Task without state, or a bare mask.
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
         """
-        leaves = self._leaves(task)
+        leaves, _ = checked_task(task, self.layout, None)
         if not is_traced(self.num_tasks):
             self._warn_beyond(int(self.num_tasks) + 1)
         weights, total, num_tasks = _append(
@@ -221,22 +205,13 @@ class HopfieldStore:
         """The mask, of bools, that `retrieve` leads to from `mask` in each leaf."""
         signs = [_signs(leaf) for leaf in checked_mask(self.layout, mask, "the mask")]
         found = [retrieve(W, x, sweeps) for W, x in zip(self._weights, signs, strict=True)]
+        return self._like_a_mask(z > 0 for z in found)
+
+    def _like_a_mask(self, flat):
         shapes = self.layout.shapes.values()
-        return self.layout.tree(
-            [(z > 0).reshape(shape) for z, shape in zip(found, shapes, strict=True)]
-        )
+        return self.layout.tree([z.reshape(d) for z, d in zip(flat, shapes, strict=True)])
 
-    def check_holds_tasks(self) -> None:
-        """Raises StoreError when the store is known to be empty."""
-        if not is_traced(self.num_tasks) and int(self.num_tasks) == 0:
-            raise StoreError("the store is empty: append a task first")
-
-    def check_fits(self, net: Network) -> None:
-        """Raises StoreError unless the masks have the network's leaves, shapes and weights.
-
-        What can be compared when: see `Origin.check`.
-        """
-        self.origin.check(net)
+    check_holds_tasks = TaskStore.check_holds_tasks
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Writes the store to the file `path`, wholly or not at all; `docs/format.md` is its page.
@@ -270,14 +245,6 @@ class HopfieldStore:
         weights, total = arrays[: len(sizes)], arrays[len(sizes) :]
         return cls(weights, total, jnp.int32(num_tasks), Origin.of(net), rule)
 
-    def _leaves(self, task):
-        if isinstance(task, TrainResult):
-            raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
-        mask, state = task if isinstance(task, Task) else (task, None)
-        if jax.tree.leaves(state):
-            raise ValueError("a HopfieldStore keeps no statistics, but the task brings some")
-        return checked_mask(self.layout, mask, "the mask")
-
     def _warn_beyond(self, num_tasks):
         """Once a store: when the bound is crossed, and not at every append behind it."""
         if num_tasks - 1 <= self.bound < num_tasks:
@@ -292,6 +259,13 @@ class HopfieldStore:
 
     def __repr__(self) -> str:
         return f"HopfieldStore({self.rule}, units={list(_sizes(self.layout).values())})"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _empty(sizes):
+    """Weights, sums and number of no tasks."""
+    weights = tuple(jnp.zeros((d, d)) for d in sizes)
+    return weights, tuple(jnp.zeros(d, jnp.int32) for d in sizes), jnp.zeros((), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -309,8 +283,8 @@ def _remove(weights, total, num_tasks, leaves):
     signs = [_signs(leaf) for leaf in leaves]
 
     def wiped(W, x):
-        W = W - _outer(x, jnp.matmul(x, W, precision=lax.Precision.HIGHEST)) / len(x)
-        return W - _outer(jnp.matmul(W, x, precision=lax.Precision.HIGHEST), x) / len(x)
+        W = W - jnp.outer(x, jnp.matmul(x, W, precision=lax.Precision.HIGHEST)) / len(x)
+        return W - jnp.outer(jnp.matmul(W, x, precision=lax.Precision.HIGHEST), x) / len(x)
 
     return (
         tuple(wiped(W, x) for W, x in zip(weights, signs, strict=True)),
@@ -322,10 +296,6 @@ def _remove(weights, total, num_tasks, leaves):
 def _signs(leaf):
     """The +-1 pattern, float32 [d], of a mask's leaf."""
     return jnp.where(jnp.ravel(jnp.asarray(leaf)) != 0, 1.0, -1.0).astype(jnp.float32)
-
-
-def _outer(a, b):
-    return a[:, None] * b[None, :]
 
 
 def _sizes(layout):

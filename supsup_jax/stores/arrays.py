@@ -1,12 +1,12 @@
 """The arrays of a store, and what happens to them as tasks come and go: pure functions, jitted.
 
-Ids are int32 arrays and nothing here reads a value on the host; `store` wraps this in checks.
+Ids are int32 arrays and nothing here reads a value on the host; `mask_store` wraps this in checks.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from supsup_jax.devices import SLOTS, WHOLE
 from supsup_jax.kernels import contraction
 from supsup_jax.layout import (
     MAX_LANES,
@@ -31,7 +32,7 @@ from supsup_jax.types import PyTree, Task
 class Bank(NamedTuple):
     """K slots, the first T of which hold a task.
 
-    words: uint32 [num_tiles, nw, lanes], the packed masks (see `packing`), 0 where there is none.
+    words: uint32 [num_tiles, nw, lanes], the packed masks (see `layout`), 0 where there is none.
     counts: unsigned [32 nw], how many masks keep each weight, so that the uniform mixture costs
       O(n) whatever T is; the smallest dtype that holds K.
     states: each task's normalisation statistics, [K, ...]; None for a stateless network.
@@ -46,6 +47,10 @@ class Bank(NamedTuple):
     dropped: jax.Array
 
 
+# Where these lie on a mesh: words by tiles, statistics by slots, the rest on every device.
+ON_MESH = Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
+
+
 def like_state(bank: Bank) -> PyTree:
     """Shapes and dtypes of one task's statistics."""
     return jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), bank.states)
@@ -53,16 +58,24 @@ def like_state(bank: Bank) -> PyTree:
 
 def nbytes(layout: Layout, state: PyTree, capacity: int) -> int:
     """Bytes of a bank, before it is made."""
-    arrays = jax.eval_shape(lambda: empty(layout, state, capacity))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    arrays = jax.tree.leaves(jax.eval_shape(lambda: empty(layout, state, capacity)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in arrays)
 
 
 def empty(layout: Layout, state: PyTree, capacity: int) -> Bank:
     """A bank without tasks, for networks of this layout and state."""
+    leaves, treedef = jax.tree.flatten(state)
+    like = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return _empty(layout, treedef, like, capacity)
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _empty(layout, treedef, like, capacity):
+    states = [jnp.zeros((capacity, *shape), dtype) for shape, dtype in like]
     return Bank(
         words=jnp.zeros(tiling(layout, capacity), jnp.uint32),
         counts=jnp.zeros(WORD_BITS * layout.num_words, np.min_scalar_type(capacity)),
-        states=jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), state),
+        states=jax.tree.unflatten(treedef, states),
         num_tasks=jnp.zeros((), jnp.int32),
         dropped=jnp.zeros((), jnp.int32),
     )
@@ -128,34 +141,6 @@ def tiling(layout, capacity):
     return num_tiles, layout.num_words, vectors * VECTOR_LANES
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def read(bank, i, layout):
-    """Task i, or the nearest there is."""
-    i = jnp.clip(i, 0, jnp.maximum(bank.num_tasks - 1, 0))
-    mask = layout.unravel(unpack(column(bank.words, i)).reshape(-1) != 0)
-    return Task(
-        mask,
-        jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), bank.states),
-    )
-
-
-def _write(bank, i, old, bits, state):
-    """Task i becomes `bits` [32 nw] and `state`, where it held the words `old`."""
-    words, counts, states, _, _ = bank
-    kept_before = unpack(old).reshape(-1).astype(counts.dtype)
-    return bank._replace(
-        words=lax.dynamic_update_slice(words, pack(bits)[None, :, None], place(words, i)),
-        counts=counts - kept_before + bits.astype(counts.dtype),
-        states=jax.tree.map(
-            lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), states, state
-        ),
-    )
-
-
-def _bits(leaves, layout):
-    return layout.pad(jnp.concatenate([jnp.ravel(leaf) != 0 for leaf in leaves]))
-
-
 class Held(NamedTuple):
     """What a slot holds: words uint32 [nw], and its statistics."""
 
@@ -163,54 +148,53 @@ class Held(NamedTuple):
     state: PyTree
 
 
-class Slot(NamedTuple):
-    """Where a task is written. held: what is there, None to be read in the program that writes."""
-
-    i: jax.Array
-    held: Held | None = None
-
-
-@jax.jit
 def held(bank: Bank, i: jax.Array) -> Held:
-    """What slot i holds, to be read before the bank is changed in place.
+    """What slot i holds."""
+    row = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
+    return Held(column(bank.words, i), jax.tree.map(row, bank.states))
 
-    In one program XLA reads and writes in no order that it can see, and so writes to a copy of all
-    words: 60 ms where the change alone takes 1, among 2,400 tasks.
+
+@functools.partial(jax.jit, static_argnames="layout")
+def read(bank, i, layout):
+    """Task i, or the nearest there is."""
+    words, state = held(bank, jnp.clip(i, 0, jnp.maximum(bank.num_tasks - 1, 0)))
+    return Task(mask_of(words, layout), state)
+
+
+def mask_of(words: jax.Array, layout: Layout) -> PyTree:
+    """The mask, of bools, in words [nw]."""
+    return layout.unravel(unpack(words).reshape(-1) != 0)
+
+
+def write(
+    bank: Bank,
+    i: jax.Array,
+    valid: jax.Array,
+    old: Held,
+    task: Task,
+    layout: Layout,
+    total: Callable[[jax.Array], jax.Array],
+) -> Bank:
+    """Slot i, which held `old`, given to a task where `valid`; else it is written back as it is.
+
+    task: its mask as leaves in the layout's order, and its statistics.
+    total: the sum of the counts' change over the devices that have counts in common.
     """
-    return Held(
-        column(bank.words, i),
-        jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, i, keepdims=False), bank.states),
+    before = unpack(old.words).reshape(-1)
+    bits = jnp.where(valid, _bits(task.mask, layout), before != 0)
+    change = total(bits.astype(jnp.int32) - before.astype(jnp.int32))
+    state = jax.tree.map(lambda was, row: jnp.where(valid, row, was), old.state, task.state)
+    return bank._replace(
+        words=lax.dynamic_update_slice(bank.words, pack(bits)[None, :, None], place(bank.words, i)),
+        counts=bank.counts + change.astype(bank.counts.dtype),  # -1 wraps round, and back
+        states=jax.tree.map(
+            lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, i, 0), bank.states, state
+        ),
     )
 
 
-def write_if(valid: jax.Array, bank: Bank, slot: Slot, task: Task, layout: Layout) -> Bank:
-    """The slot's task exchanged where `valid`; else written back as it is, counted as dropped.
-
-    task: its mask as leaves in the layout's order, and its statistics.
-    """
-    i, old = slot
-    old = held(bank, i) if old is None else old
-    bits = jnp.where(valid, _bits(task.mask, layout), unpack(old.words).reshape(-1) != 0)
-    state = jax.tree.map(lambda was, row: jnp.where(valid, row, was), old.state, task.state)
-    written = _write(bank, i, old.words, bits, state)
-    return written._replace(dropped=bank.dropped + ~valid)
-
-
-def _write_task(large, small, slot, task, *, layout, capacity, append):
-    """The slot's task exchanged, or one appended there; a slot without a place is dropped.
-
-    large, small: the fields of a Bank, of which the first three can be donated.
-    """
-    bank = Bank(*large, *small)
-    valid = (slot.i >= 0) & (slot.i < (capacity if append else bank.num_tasks))
-    slot = slot._replace(i=jnp.clip(slot.i, 0, capacity - 1))
-    written = write_if(valid, bank, slot, task, layout)
-    return written._replace(num_tasks=bank.num_tasks + (valid if append else 0))
-
-
-_STATIC = ("layout", "capacity", "append")
-write = jax.jit(_write_task, static_argnames=_STATIC)
-write_in_place = jax.jit(_write_task, static_argnames=_STATIC, donate_argnames="large")
+def _bits(leaves, layout):
+    return layout.pad(jnp.concatenate([jnp.ravel(leaf) != 0 for leaf in leaves]))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))

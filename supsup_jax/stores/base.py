@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from supsup_jax.checks import is_traced
 from supsup_jax.devices import ONE_DEVICE
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
@@ -21,7 +22,7 @@ class TaskStore:
     `mixture(alphas)`, `contract(v, implementation)`, `certified_scores(v)` and `taken(ids,
     num_tasks)` as MaskStore has; its masks may hold any real numbers.
 
-    The rest is here as it is for a store on one device. Over a mesh (see `sharding`) every device
+    The rest is here as it is for a store on one device. Over a mesh (see `sharded`) every device
     has a store of its own slots, whose `devices` reaches the others' and whose masks and rows are
     a part of all; there a *slot* is a place in this store, and a task's id counts through all.
     """
@@ -90,7 +91,7 @@ class TaskStore:
 
     def check_holds_tasks(self) -> None:
         """Raises StoreError when the store is known to be empty."""
-        if not self._traced and int(self.num_tasks) == 0:
+        if not is_traced(self.num_tasks) and int(self.num_tasks) == 0:
             raise StoreError("the store is empty: append a task first")
 
     def check_fits(self, net: Network) -> None:
@@ -104,12 +105,17 @@ class TaskStore:
     def _index(self, i):
         if isinstance(i, jax.core.Tracer):
             return i.astype(jnp.int32)
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
-            raise TypeError(f"a task id must be an integer, got {i!r}")
         held = self.capacity if self._traced else int(self.num_tasks)
-        if not 0 <= (i := i.__index__()) < held:
+        if not 0 <= (i := as_index(i)) < held:
             raise TaskIdError(f"task {i} is not in the store, which holds {held}")
         return jnp.int32(i)
+
+
+def as_index(i: Any) -> int:
+    """A task's number as an int. Raises TypeError for what is none."""
+    if isinstance(i, bool) or not hasattr(i, "__index__"):
+        raise TypeError(f"a task id must be an integer, got {i!r}")
+    return i.__index__()
 
 
 def checked_mask(layout: Layout, mask: PyTree, what: str) -> list[jax.Array]:

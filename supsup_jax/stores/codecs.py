@@ -38,7 +38,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -83,20 +83,14 @@ def encode(mask: PyTree, codec: str = AUTO, base: PyTree = None) -> bytes:
     Raises TypeError or ValueError, naming the leaf, for what is no mask.
     """
     layout, leaves = _checked(mask)
-    return encode_leaves(layout, leaves, codec, _base_leaves(layout, base))
+    return encode_leaves(layout, leaves, codec, _bits(layout, base, "the base"))
 
 
 def encode_leaves(
     layout: Layout, leaves: Leaves, codec: str = AUTO, base: Leaves | None = None
 ) -> bytes:
     """As `encode`, of leaves that are checked: bool, in the layout's order."""
-    if codec not in (AUTO, *CODECS):
-        raise ValueError(f"codec must be {AUTO!r} or one of {list(CODECS)}, got {codec!r}")
-    if (codec == DELTA) != (base is not None):
-        raise ValueError(
-            f"codec {DELTA!r} takes base=, the mask to code against; got codec {codec!r} "
-            f"{'without' if base is None else 'with'} one"
-        )
+    check_codec(codec, base, CODECS)
     if any(leaf.size >= 1 << 32 for leaf in leaves):
         raise ValueError(f"a leaf may have 2**32 - 1 weights, got {layout.shapes}")
     if codec == DELTA:
@@ -115,6 +109,17 @@ def encode_leaves(
     return coded + _digest(coded)
 
 
+def check_codec(codec: str, base: Any, known: Sequence[str]) -> None:
+    """Raises ValueError unless `codec` is one of these, and a base goes with a delta alone."""
+    if codec not in (AUTO, *known):
+        raise ValueError(f"codec must be {AUTO!r} or one of {list(known)}, got {codec!r}")
+    if (codec == DELTA) != (base is not None):
+        raise ValueError(
+            f"codec {DELTA!r} takes base=, the task or mask to code against; got codec {codec!r} "
+            f"{'without' if base is None else 'with'} one"
+        )
+
+
 def decode(coded: bytes, layout: Layout, base: PyTree = None) -> PyTree:
     """The mask of `encode`: a pytree of NumPy bools as in a Task, None where not masked.
 
@@ -125,30 +130,30 @@ def decode(coded: bytes, layout: Layout, base: PyTree = None) -> PyTree:
     """
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be one such as net.layout, got {type(layout).__name__}")
-    return layout.tree(decode_leaves(coded, layout, _base_leaves(layout, base)))
+    return layout.tree(decode_leaves(coded, layout, _bits(layout, base, "the base")))
 
 
 def decode_leaves(coded: bytes, layout: Layout, base: Leaves | None = None) -> list[np.ndarray]:
     """As `decode`: leaves in the layout's order, and those of the base."""
-    header, payload = _opened(coded)
-    if header.layout != _layout_digest(layout):
+    codec, delta, of_layout, of_base, payload = _opened(coded)
+    if of_layout != _layout_digest(layout):
         raise StoreError(
             "the coded mask is of another layout: its leaves have other names or shapes than "
             f"{layout.shapes}"
         )
-    if header.delta and base is None:
+    if delta and base is None:
         raise StoreError("the mask was coded against another: pass that one as base=")
-    if header.delta and header.base != _base_digest(layout, base):
+    if delta and of_base != _base_digest(layout, base):
         raise StoreError("the mask was coded against another base than the one given")
-    _, read = _PLAIN[header.codec]
+    _, read = _PLAIN[codec]
     leaves = read(payload, list(layout.shapes.values()))
-    return _differing(leaves, base) if header.delta else leaves
+    return _differing(leaves, base) if delta else leaves
 
 
 def codec_of(coded: bytes) -> str:
     """The one of CODECS that `coded` is in. Raises StoreError for damaged or foreign bytes."""
-    header, _ = _opened(coded)
-    return DELTA if header.delta else header.codec
+    codec, delta, *_ = _opened(coded)
+    return DELTA if delta else codec
 
 
 def coded_bytes(mask: PyTree) -> CodedBytes:
@@ -169,21 +174,8 @@ def bound_of(n: int, k: int) -> float:
     return nats / math.log(2) / 8
 
 
-def split(flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-    """The leaves of these shapes that lie one behind another in `flat`."""
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    return [part.reshape(d) for part, d in zip(np.split(flat, ends)[:-1], shapes, strict=True)]
-
-
-class _Header(NamedTuple):
-    codec: str
-    delta: bool
-    layout: bytes
-    base: bytes
-
-
 def _opened(coded):
-    """Header and payload, once the whole is seen to be unharmed."""
+    """Codec, whether a delta, digests of layout and base, payload: all seen to be unharmed."""
     if not isinstance(coded, bytes | bytearray | memoryview):
         raise TypeError(f"coded must be bytes, got {type(coded).__name__}")
     coded = memoryview(coded).cast("B")
@@ -196,7 +188,7 @@ def _opened(coded):
     check_version("the coded mask", version)
     if codec >= len(_PLAIN) or delta > 1:
         raise StoreError(f"the coded mask has a header that makes no sense: {body[:8].hex()}")
-    return _Header(list(_PLAIN)[codec], bool(delta), layout, base), body[_HEADER.size :]
+    return list(_PLAIN)[codec], bool(delta), layout, base, body[_HEADER.size :]
 
 
 def _write_bitpack(leaves):
@@ -206,7 +198,8 @@ def _write_bitpack(leaves):
 def _read_bitpack(payload, shapes):
     bits, rest = _take_bits(payload, sum(map(math.prod, shapes)))
     _check(not rest)
-    return split(bits, shapes)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(d) for part, d in zip(np.split(bits, ends)[:-1], shapes, strict=True)]
 
 
 def _shift(n, k):
@@ -296,11 +289,9 @@ def _checked(mask):
     return layout, _bits(layout, mask, "the mask")
 
 
-def _base_leaves(layout, base):
-    return None if base is None else _bits(layout, base, "the base")
-
-
 def _bits(layout, mask, what):
+    if mask is None:
+        return None
     leaves = checked_mask(layout, mask, what)
     return [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
 

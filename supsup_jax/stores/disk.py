@@ -14,7 +14,7 @@ from supsup_jax.checks import check_int
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays, codecs, journal, records, sharded
-from supsup_jax.stores.base import checked_task
+from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.origin import (
@@ -149,7 +149,7 @@ class DiskStore:
         leaves, state = checked_task(task, self._layout, self._network().state)
         _check_names(name, labels)
         leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
-        codec, mask = self._coded(leaves, codec, base)
+        codec, mask = self._encoded(leaves, codec, base)
         metadata = {
             "name": name,
             "labels": None if labels is None else list(labels),
@@ -183,14 +183,13 @@ class DiskStore:
         """
         if Path(path).exists():
             raise FileExistsError(f"{path} exists; name a new file")
-        record = self._log.read(self._index(i))
-        metadata, body = record.metadata, [record.body]
-        coding = self._coding(record, i)
-        if coding.base is not None:  # which the other store need not hold
-            mask = codecs.encode_leaves(self._layout, self._leaves(coding, i))
-            coded = {"codec": codecs.codec_of(mask), "base": None, "mask_bytes": len(mask)}
-            metadata, body = metadata | coded, [mask, record.body[len(coding.mask) :]]
-        records.write_alone(path, self.manifest, metadata, body)
+        coded = self._read(i)
+        metadata, mask = coded.metadata, coded.mask
+        if coded.base is not None:  # which the other store need not hold
+            mask = codecs.encode_leaves(self._layout, self._leaves(coded))
+            codec = codecs.codec_of(mask)
+            metadata = metadata | {"codec": codec, "base": None, "mask_bytes": len(mask)}
+        records.write_alone(path, self.manifest, metadata, [mask, coded.state])
 
     def append_file(self, path: str | os.PathLike) -> int:
         """Adds the task in a file of `export`, and returns its number.
@@ -206,8 +205,7 @@ class DiskStore:
                     f"{path} holds a task of another network: its {field} is "
                     f"{manifest[field]}, that of {self.path} is {self.manifest[field]}"
                 )
-        coding = self._coding(record, 0)  # which is coded against no other, being the first
-        self._words(coding, 0)
+        self._words(self._coded_in(record, 0))  # against no other, being the first of its file
         return self._log.append(record.metadata, [record.body])
 
     def flush(self) -> None:
@@ -216,22 +214,18 @@ class DiskStore:
 
     def info(self, i: int) -> TaskInfo:
         """What is known of task i. Raises as `task`."""
-        record = self._log.read(self._index(i))
-        coding, fields = self._coding(record, i), record.metadata
+        coded = self._read(i)
         with sensible(self.path):
-            name, labels, kept = (fields[name] for name in ("name", "labels", "kept"))
-            if not (name is None or isinstance(name, str)):
-                raise ValueError(f"the name {name!r}")
-            if not (labels is None or all(isinstance(label, str) for label in labels)):
-                raise ValueError(f"the labels {labels!r}")
+            name, labels, kept = (coded.metadata[name] for name in ("name", "labels", "kept"))
+            _check_names(name, labels)
             return TaskInfo(
                 name,
                 None if labels is None else tuple(labels),
-                coding.codec,
-                coding.base,
+                coded.codec,
+                coded.base,
                 dict(zip(self._layout.shapes, map(int, kept), strict=True)),
-                len(coding.mask),
-                self._state_bytes,
+                len(coded.mask),
+                len(coded.state),
             )
 
     def task(self, i: int) -> Task:
@@ -239,14 +233,13 @@ class DiskStore:
 
         Raises IndexError, a StoreError too, where there is none, StoreError where it is damaged.
         """
-        net, i = self._network(), self._index(i)
-        record = self._log.read(i)
-        mask = self._layout.tree(self._leaves(self._coding(record, i), i))
-        return Task(mask, jax.tree.structure(net.state).unflatten(self._state(record)))
+        like, coded = jax.tree.structure(self._network().state), self._read(i)
+        mask = self._layout.tree(self._leaves(coded))
+        return Task(mask, like.unflatten(arrays_in(coded.state, self._states, self.path)))
 
     def words(self, i: int) -> np.ndarray:
         """The packed mask of task i, uint32 [nw]. Raises as `task`; needs no network."""
-        return self._fields(self._index(i))[0]
+        return self._words(self._read(i))
 
     def load(
         self, tasks: slice | Sequence[int] | None = None, *, mesh: Mesh | None = None
@@ -260,7 +253,7 @@ class DiskStore:
         """
         net = self._network()
         ids = range(len(self))[tasks] if isinstance(tasks, slice) else tasks
-        ids = range(len(self)) if ids is None else [self._index(i) for i in ids]
+        ids = range(len(self)) if ids is None else list(map(as_index, ids))
         if not len(ids):
             raise ValueError(f"{tasks} leaves none of the {len(self)} tasks to load")
         if mesh is not None:
@@ -308,25 +301,11 @@ class DiskStore:
             raise StoreError(f"{self.path} was opened without a network: pass net to open")
         return self._net
 
-    def _index(self, i):
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
-            raise TypeError(f"a task's number must be an integer, got {i!r}")
-        return i.__index__()
-
-    def _coded(self, leaves, codec, base):
+    def _encoded(self, leaves, codec, base):
         """The codec of a mask, chosen where it is "auto", and the mask in it."""
-        if codec not in (codecs.AUTO, *CODECS):
-            raise ValueError(
-                f"codec must be {codecs.AUTO!r} or one of {list(CODECS)}, got {codec!r}"
-            )
-        if (codec == codecs.DELTA) != (base is not None):
-            raise ValueError(
-                f"codec {codecs.DELTA!r} takes base=, the number of an earlier task; "
-                f"got codec {codec!r} and base {base!r}"
-            )
+        codecs.check_codec(codec, base, CODECS)
         if base is not None:
-            against = self._leaves_of(self._index(base))
-            return codec, codecs.encode_leaves(self._layout, leaves, codec, against)
+            return codec, codecs.encode_leaves(self._layout, leaves, codec, self._leaves_of(base))
         most = 0.9 * 4 * self._layout.num_words
         bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
         if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
@@ -339,11 +318,14 @@ class DiskStore:
 
     def _fields(self, i):
         """The words and the leaves of the statistics of task i."""
-        record = self._log.read(i)
-        return self._words(self._coding(record, i), i), self._state(record)
+        coded = self._read(i)
+        return self._words(coded), arrays_in(coded.state, self._states, self.path)
 
-    def _coding(self, record: Record, i: int) -> "_Coding":
-        """How the mask of a record is coded, once that is seen to fit this store's network."""
+    def _read(self, i):
+        return self._coded_in(self._log.read(as_index(i)), i)
+
+    def _coded_in(self, record: Record, i: int) -> "_Coded":
+        """Task i as a record holds it, once that is seen to fit this store's network."""
         with sensible(self.path):
             codec, base, size = (record.metadata[name] for name in ("codec", "base", "mask_bytes"))
             if codec not in CODECS or (codec == codecs.DELTA) != (base is not None):
@@ -357,41 +339,41 @@ class DiskStore:
                 )
             if codec == WORDS and size != 4 * self._layout.num_words:
                 raise ValueError(f"task {i} in {size:,} bytes, not {self._layout.num_words} words")
-        return _Coding(codec, base, record.body[:size])
+        return _Coded(i, record.metadata, codec, base, record.body[:size], record.body[size:])
 
-    def _words(self, coding, i):
-        if coding.codec == WORDS:
-            return np.frombuffer(coding.mask, "<u4")
-        return np.asarray(arrays.pack_leaves(self._leaves(coding, i), self._layout))
+    def _words(self, coded):
+        if coded.codec == WORDS:
+            return np.frombuffer(coded.mask, "<u4")
+        return np.asarray(arrays.pack_leaves(self._leaves(coded), self._layout))
 
-    def _leaves(self, coding, i):
-        """The mask of task i, bool leaves in the layout's order."""
-        if coding.codec == WORDS:
-            planes = np.frombuffer(coding.mask, "u1").reshape(-1, 4)
+    def _leaves(self, coded):
+        """The mask of a task, bool leaves in the layout's order."""
+        if coded.codec == WORDS:
+            planes = np.frombuffer(coded.mask, "u1").reshape(-1, 4)
             bits = np.unpackbits(planes, axis=1, bitorder="little").T.reshape(-1).view(bool)
-            shapes = [shape for _, shape in self._layout.named_shapes]
-            return codecs.split(bits[: self._layout.num_weights], shapes)
-        against = None if coding.base is None else self._leaves_of(coding.base)
+            return jax.tree.leaves(self._layout.unravel(bits))
+        against = None if coded.base is None else self._leaves_of(coded.base)
         try:
-            return codecs.decode_leaves(coding.mask, self._layout, against)
+            return codecs.decode_leaves(coded.mask, self._layout, against)
         except StoreError as error:
-            raise StoreError(f"{self.path}: the mask of task {i}: {error}") from error
+            raise StoreError(f"{self.path}: the mask of task {coded.i}: {error}") from error
 
     def _leaves_of(self, i):
         """The mask of a base, which several deltas are likely to share."""
         if self._base[0] != i:
-            self._base = i, self._leaves(self._coding(self._log.read(i), i), i)
+            self._base = i, self._leaves(self._read(i))
         return self._base[1]
 
-    def _state(self, record):
-        start = len(record.body) - self._state_bytes
-        return arrays_in(record.body[start:], self._states, self.path)
 
+class _Coded(NamedTuple):
+    """Task i as it lies in its record, mask and statistics apart."""
 
-class _Coding(NamedTuple):
+    i: int
+    metadata: dict[str, Any]
     codec: str
     base: int | None
     mask: memoryview
+    state: memoryview
 
 
 class Parts:

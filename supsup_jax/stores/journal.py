@@ -170,22 +170,19 @@ class TaskLog:
             if durable:
                 _flush(self._records)
             records.write_at(self._index, records.entry_bytes(task, entry), task * ENTRY_BYTES)
-        except OSError as error:
+        except BaseException as error:  # an interrupt, too: nothing half-written stays
             with contextlib.suppress(OSError):
                 os.ftruncate(self._records, entry.offset)
                 os.ftruncate(self._index, task * ENTRY_BYTES)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 error.errno,
                 f"{os.strerror(error.errno)}: task {task} was not appended, the store holds the "
                 f"{task} tasks it held",
                 str(self.path),
             ) from error
-        except BaseException:  # such as an interrupt: nothing half-written stays
-            os.ftruncate(self._records, entry.offset)
-            os.ftruncate(self._index, task * ENTRY_BYTES)
-            raise
-        self._entries.append(entry)
-        self._end = entry.end
+        self._take(entry)
         return task
 
     def flush(self) -> None:
@@ -230,21 +227,20 @@ class TaskLog:
         rows = [
             records.parse_entry(row, start + i) for i, row in enumerate(self._index_rows(start))
         ]
-        known = 0  # rows up to the last one that makes sense
-        for i, row in enumerate(rows):
-            if row is not None:
-                known = i + 1
-        for row in rows[:known]:
+        while rows and rows[-1] is None:  # nothing is known of the last ones
+            rows.pop()
+        for row in rows:
             after_gap = bool(self._entries) and self._entries[-1] is None
             if row is None or not (row.offset == self._end or after_gap):
                 row = self._whole_record(self._end, len(self._entries))
-            self._entries.append(row)
-            if row is not None:
-                self._end = row.end
+            self._take(row)
         while found := self._whole_record(self._end, len(self._entries)):
-            self._entries.append(found)
-            self._end = found.end
+            self._take(found)
         return len(self._entries)
+
+    def _take(self, entry):
+        self._entries.append(entry)
+        self._end = entry.end if entry else self._end
 
     def verify(self) -> list[Problem]:
         """Every byte of the folder against its checksum, and what is wrong with it. Empty: nothing.
@@ -275,10 +271,6 @@ class TaskLog:
             if fd is not None:
                 os.close(fd)
         self._records = self._index = None
-
-    def check_writable(self) -> None:
-        """Raises StoreError unless the folder is open for appending."""
-        self._check_open(writes=True)
 
     def _check_open(self, writes=False):
         if self._records is None:
@@ -355,11 +347,10 @@ class TaskLog:
             found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
         return found
 
-    def _whole_record(self, offset, task):
-        """The entry of the record of `task` at `offset`, None unless a whole one is there."""
-        length = records.record_length(
-            records.read_at(self._records, offset, records.HEAD_BYTES), task
-        )
+    def _whole_record(self, offset, task=None):
+        """The entry of the record of `task`, or of any, at `offset`; None unless a whole one is."""
+        head = records.read_at(self._records, offset, records.HEAD_BYTES)
+        length = records.record_length(head, task)
         # The length may be forged, so the file's own bounds what is read.
         if length is None or offset + length > os.fstat(self._records).st_size:
             return None
@@ -370,17 +361,14 @@ class TaskLog:
     def _whole_records_behind(self, offset):
         """How many whole records lie behind `offset`, where none is: what must not be dropped."""
         size = os.fstat(self._records).st_size
-        found, start, step = 0, offset, 1 << 24
-        while start < size:
-            # Chunks overlap by what a header spans.
-            chunk = records.read_at(self._records, start, step + records.HEAD_BYTES)
+        found, step = 0, 1 << 24
+        for start in range(offset, size, step):
+            # Chunks overlap by what a magic spans.
+            chunk = records.read_at(self._records, start, step + len(records.MAGIC) - 1)
             at = chunk.find(records.MAGIC)
-            while 0 <= at < step:
-                place = start + at
-                task = records.task_in(chunk[at : at + records.HEAD_BYTES])
-                found += task is not None and self._whole_record(place, task) is not None
+            while at >= 0:
+                found += self._whole_record(start + at) is not None
                 at = chunk.find(records.MAGIC, at + 1)
-            start += step
         return found
 
 

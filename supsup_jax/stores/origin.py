@@ -106,7 +106,7 @@ class Origin:
     @property
     def sha256(self) -> str | None:
         """The fingerprint in hexadecimal; None where it has no value."""
-        if self.fingerprint is None or isinstance(self.fingerprint, jax.core.Tracer):
+        if self.fingerprint is None or is_traced(self.fingerprint):
             return None
         digest = np.asarray(self.fingerprint).tobytes()
         return digest.hex() if any(digest) else None
@@ -129,12 +129,28 @@ class Origin:
             )
 
 
+class Owned:
+    """A store of one network's masks: its `origin` says whose."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which leaves are masked, and their order."""
+        return self.origin.layout
+
+    def check_fits(self, net: Network) -> None:
+        """Raises StoreError unless the masks have the network's leaves, shapes and weights.
+
+        What can be compared when: see `Origin.check`.
+        """
+        self.origin.check(net)
+
+
 def _as_list(shapes):
     return jax.tree.structure([0] * len(shapes))
 
 
 def _value(seed):
-    return None if seed is None or isinstance(seed, jax.core.Tracer) else int(seed)
+    return None if seed is None or is_traced(seed) else int(seed)
 
 
 def _told(initializer, seed, sha256):

@@ -61,12 +61,12 @@ def checksum(record: memoryview) -> bytes | None:
     return end if sha256(record[:-SHA_BYTES]) == end else None
 
 
-def record_length(head: bytes, task: int) -> int | None:
-    """Bytes of the record that starts with `head`; None unless that is the head of `task`'s."""
+def record_length(head: bytes, task: int | None = None) -> int | None:
+    """Bytes of the record that starts with `head`; None for no head, or that of another task."""
     if len(head) != HEAD_BYTES or sha256(head[: _HEAD.size])[:_CHECK_BYTES] != head[_HEAD.size :]:
         return None
     magic, text_bytes, body_bytes, number = _HEAD.unpack_from(head)
-    if magic != MAGIC or number != task:
+    if magic != MAGIC or task not in (None, number):
         return None
     return HEAD_BYTES + text_bytes + body_bytes + SHA_BYTES
 
@@ -84,11 +84,6 @@ def parse_record(data: memoryview, task: int, file: Path) -> Record:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: the metadata of task {task} makes no sense: {error}") from error
     return Record(metadata, data[body:-SHA_BYTES])
-
-
-def task_in(head: bytes) -> int | None:
-    """Whose record it is, says what may be its head."""
-    return _HEAD.unpack_from(head)[3] if len(head) == HEAD_BYTES else None
 
 
 def entry_bytes(task: int, entry: Entry) -> bytes:
