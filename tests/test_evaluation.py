@@ -53,7 +53,7 @@ def groups(x, size):
         ("paper", ss.Rule("rerank", best=2, judge=ss.max_logit)),
         ("batch-4", ss.Rule("binary_search", base=3)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_inferred_protocols_equal_plain_loops(problem, protocol, rule):
     net, store, stream = problem
@@ -91,7 +91,7 @@ def test_given_ids_equal_plain_loops(problem):
         ("per_example", ss.Rule("rerank", best=1)),  # names what one_shot does
         ("paper", ss.Rule("rerank", best=1)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_stateful_network_takes_statistics_from_its_context(norm_net, protocol, rule):
     tasks = [ss.Task(mask, norm_net.state) for mask in random_masks(norm_net, 3)]

@@ -11,7 +11,7 @@ from experiments.frame.config import dense_network, load
 from experiments.nns import Args
 from tests.conftest import filled_store, random_masks
 from tests.runs import EveryRun, assert_same_files, error_of, interrupt, main
-from tests.test_scenarios import toy_data
+from tests.training.test_stream import toy_data
 
 
 class TestNns(EveryRun):
