@@ -21,14 +21,6 @@ def reference():
     return net, filled_store(net, masks, capacity=8), jnp.asarray(z["x"]), z
 
 
-@pytest.fixture(scope="module")
-def problem():
-    """66 weights, five tasks in eight slots, 20 inputs: batches on both sides of the forms."""
-    net = relu_net((6, 6, 5))
-    store = filled_store(net, random_masks(net, 5), capacity=8)
-    return net, store, jax.random.normal(jax.random.key(0), (20, 6))
-
-
 def test_mixture_logits_match_the_reference(reference):
     net, store, x, z = reference
     np.testing.assert_allclose(net(store.mixture(), x), z["mixture_logits"], rtol=RTOL, atol=ATOL)

@@ -15,14 +15,6 @@ RTOL, ATOL = 1e-4, 1e-6
 
 
 @pytest.fixture(scope="module")
-def problem():
-    """66 weights, five tasks in eight slots, 20 inputs: batches on both sides of the forms."""
-    net = relu_net((6, 6, 5))
-    store = filled_store(net, random_masks(net, 5), capacity=8)
-    return net, store, jax.random.normal(jax.random.key(0), (20, 6))
-
-
-@pytest.fixture(scope="module")
 def seven():
     """The network of `problem`, seven masks of which 2 and 4 are equal, 20 inputs."""
     net = relu_net((6, 6, 5))
