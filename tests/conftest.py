@@ -106,6 +106,15 @@ def problem():
     return net, filled_store(net, random_masks(net, 5), capacity=8), x
 
 
+@pytest.fixture(scope="session")
+def reference():
+    """The golden network, its store of seven tasks (capacity 8) and its inputs."""
+    z = golden("one_shot")
+    net = ss.Network(relu_apply, {f"kernel{i}": z[f"kernel{i}"] for i in range(3)})
+    masks = [{f"kernel{i}": z[f"scores{i}"][t] >= 0 for i in range(3)} for t in range(7)]
+    return net, filled_store(net, masks, capacity=8), z["x"], z
+
+
 @pytest.fixture
 def norm_net():
     return ss.signed_constant(ss.Network.from_nnx(NormNet(rngs=nnx.Rngs(0))), 0)

@@ -43,49 +43,43 @@ def contract(words, v, num_tasks, *how):
     return np.asarray(program(words, v, num_tasks))
 
 
-def superpose(words, alphas, num_tasks):
-    program = jax.jit(lambda *arrays: contraction.superpose(*arrays))
-    return np.asarray(program(words, np.asarray(alphas, np.float32), num_tasks))
-
-
 # One of everything; and tiles that are full, half full and empty.
 SIZES = [(1, 1, 1, 1), (5, 3, 4, 6)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [None, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_contract_equals_numpy(implementation, batch, size, platform):
+def test_products_equal_numpy(batch, size, platform):
     words, masks, v, num_tasks = problem(*size, batch)
-    got = contract(words, v, num_tasks, implementation)
-    np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+    alphas = np.random.default_rng(1).random((*v.shape[:-1], len(masks)))
+    check_products(IMPLEMENTATIONS, words, masks, v, alphas, num_tasks)
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-@pytest.mark.parametrize("size", SIZES)
-def test_superpose_equals_numpy(batch, size, platform):
-    words, masks, _, num_tasks = problem(*size)
-    rng = np.random.default_rng(1)
-    alphas = rng.random((len(masks),) if batch is None else (batch, len(masks)))
-    got = superpose(words, alphas, num_tasks)
-    np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("implementation", ["popcount", "select", "matrix", "superpose"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
-def test_blocks_that_do_not_divide_the_words(rows, implementation, monkeypatch):
+def test_blocks_that_do_not_divide_the_words(rows, monkeypatch):
     """Of 9 word rows; popcount and select share rows between blocks, the others have a rest."""
     lanes = 6
     monkeypatch.setattr(contraction, "CPU_BLOCK_FLOATS", rows * 32 * lanes)
     monkeypatch.setattr(contraction, "BLOCK_LANES", rows * lanes)
     words, masks, v, num_tasks = problem(9, 2, lanes, 12, batch=2)
-    if implementation == "superpose":
-        alphas = np.random.default_rng(1).random(12)
-        got = superpose(words, alphas, num_tasks)
-        np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5)
-    else:
-        got = contract(words, v, num_tasks, implementation)
-        np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+    alphas = np.random.default_rng(1).random(12)
+    check_products(["popcount", "select", "matrix"], words, masks, v, alphas, num_tasks)
+
+
+def check_products(implementations, words, masks, v, alphas, num_tasks):
+    """contract by each implementation, and superpose, in one program made for this call alone."""
+
+    @jax.jit
+    def products(words, v, alphas, num_tasks):
+        scores = [contraction.contract(words, v, num_tasks, name) for name in implementations]
+        return scores, contraction.superpose(words, alphas, num_tasks)
+
+    found, mixed = products(words, v, alphas.astype(np.float32), num_tasks)
+    for name, scores in zip(implementations, found, strict=True):
+        assert scores.dtype == np.float32
+        want = np.asarray(v, np.float64) @ masks.T
+        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-4, err_msg=str(name))
+    np.testing.assert_allclose(mixed, alphas @ masks, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("planes", [4, 9, 20, 24])
@@ -100,13 +94,9 @@ def test_popcount_errs_by_half_a_step_a_weight_at_most(planes):
         assert error.max() > 1e-2  # fewer planes are another computation, not another name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_half_precision_vectors_are_not_rounded_again(implementation):
+def test_half_precision_vectors_are_not_rounded_again():
     words, masks, v, num_tasks = problem(7, 2, 5, 7)
-    v = jnp.asarray(v, jnp.bfloat16)
-    got = contract(words, v, num_tasks, implementation)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-4)
+    check_products(IMPLEMENTATIONS, words, masks, v.astype(jnp.bfloat16), masks[:, 0], num_tasks)
 
 
 def test_bfloat16_rounds_the_vectors_only(platform):
@@ -171,7 +161,8 @@ def test_time_follows_tasks_not_capacity():
     for implementation in ("popcount", "select", "matrix"):
         got = contract(words, v, num_tasks, implementation)
         assert (got[4:] == 0).all()
-    assert superpose(words, np.ones(12), num_tasks).max() <= 4
+    program = jax.jit(lambda *arrays: contraction.superpose(*arrays))
+    assert np.max(program(words, np.ones(12, np.float32), num_tasks)) <= 4
 
 
 def test_an_unknown_implementation_never_falls_back():
