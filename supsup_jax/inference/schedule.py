@@ -31,7 +31,8 @@ TANGENTS_UPTO = 256
 TANGENT_EXAMPLES = 16 * 1024
 
 
-def _unchanged(value):
+def unchanged(value: PyTree) -> PyTree:
+    """What `finish` and `mean` are where there is nothing to do."""
     return value
 
 
@@ -44,7 +45,7 @@ class Decisions(NamedTuple):
 
     x: jax.Array
     everything: jax.Array | None = None
-    mean: Callable[[jax.Array], jax.Array] = _unchanged
+    mean: Callable[[jax.Array], jax.Array] = unchanged
 
     @property
     def rows(self) -> jax.Array:
@@ -92,12 +93,13 @@ def over_rows(function: Callable, store: TaskStore, rows: PyTree, *whole: PyTree
 
 
 def map_decisions(
+    task_scores: Callable,
     uncertainty: Any,
     store: TaskStore,
     mixture: PyTree,
     decisions: Decisions,
     implementation: str | None = None,
-    finish: Callable[[jax.Array], PyTree] = _unchanged,
+    finish: Callable[[jax.Array], PyTree] = unchanged,
 ) -> PyTree:
     """-dF/da [D, K] of D decisions, each by the mean uncertainty F of its m images.
 
@@ -105,15 +107,18 @@ def map_decisions(
     masks, one decision after another on CPU, in large pieces elsewhere. "Tangents", on CPU for few
     tasks: for one mask after another, the derivative of all D outputs along it, about a forward
     pass each.
-    uncertainty: a `one_shot.Uncertainty`, F.
+    task_scores, uncertainty: of `one_shot`, which imports this module; F is an `Uncertainty`.
     finish: what to keep of scores [d, K], with a leading d, before the next piece is computed.
     """
     x = decisions.x
     contract = _product(store, implementation)
+    net, objective, state = uncertainty.net, uncertainty.objective, uncertainty.state
     own = varying_like(mixture, x)
 
     def one(x):
-        scores = uncertainty.task_scores(own, lambda v: contract(decisions.mean(v)), x)
+        scores = task_scores(
+            net, store, x, objective, state, own, lambda v: contract(decisions.mean(v))
+        )
         return jax.tree.map(lambda row: row[0], finish(scores[None]))
 
     def many(x):
@@ -130,12 +135,6 @@ def map_decisions(
             on_cpu = functools.partial(in_pieces, tangents, size=size)
     elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
-
-
-def gradients(uncertainty: Any, mixture: PyTree, x: jax.Array, per_example: bool) -> jax.Array:
-    """Weight gradients [B, n] of the rows of x, one after another; or [n], of all together."""
-    gradient = functools.partial(uncertainty.gradient, varying_like(mixture, x))
-    return lax.map(gradient, x[:, None]) if per_example else gradient(x)
 
 
 def fastest(function: Callable, store: TaskStore, x: jax.Array) -> PyTree:

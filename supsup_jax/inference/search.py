@@ -22,7 +22,14 @@ from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
 from supsup_jax.inference import schedule
 from supsup_jax.inference.arguments import check_call, check_objective
-from supsup_jax.inference.one_shot import Uncertainty, belief, live, one_shot
+from supsup_jax.inference.one_shot import (
+    Uncertainty,
+    belief,
+    live,
+    one_shot,
+    scores_of,
+    task_scores,
+)
 from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
@@ -199,10 +206,8 @@ def _binary_search(net, store, decisions, objective, base):
     # Loops as long as T asks for cannot be differentiated, and here nothing depends on anything.
     net, x, everything = lax.stop_gradient((net, decisions.x, decisions.everything))
     decisions = decisions._replace(x=x, everything=everything)
-    mixture = store.mixture()
-    uncertainty = Uncertainty.among(net, objective, mixture, everything)
     # The first round is one_shot: all decisions share its mixture, which the counts hold ready.
-    first = schedule.map_decisions(uncertainty, store, mixture, decisions)
+    first = scores_of(net, store, decisions, objective)
     play = functools.partial(_play, net, objective, base, decisions)
 
     # Over a mesh the survivors stay where they are: some devices may hold many, others none.
@@ -251,8 +256,9 @@ def _play(net, objective, base, decisions, store, field, x, until):
 
     def play_round(field):
         mixture = store.mixture_of(field.alive)
-        uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
-        return _narrow(field, uncertainty.task_scores(mixture, contract, x), base, store.devices)
+        state = Uncertainty.among(net, objective, mixture, decisions.everything).state
+        scores = task_scores(net, store, x, objective, state, mixture, contract)
+        return _narrow(field, scores, base, store.devices)
 
     return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
 
@@ -283,15 +289,13 @@ def _rerank(net, store, decisions, objective, best, judge):
 
 def _shortlist(net, store, decisions, objective, best):
     """Ids [D, best] of the best of one_shot; beyond the tasks there are, of empty slots."""
-    mixture = store.mixture()
-    uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
 
     def few(scores):
         # Where argmax, and so one_shot, sees no difference between 0 and -0, top_k does.
         scores = live(store, jnp.where(scores == 0, 0, scores))
         return store.devices.few_here(scores, best)
 
-    found = schedule.map_decisions(uncertainty, store, mixture, decisions, finish=few)
+    found = scores_of(net, store, decisions, objective, finish=few)
     return store.devices.best_few(*found, best)
 
 
