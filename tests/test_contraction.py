@@ -78,7 +78,7 @@ def check_products(implementations, words, masks, v, alphas, num_tasks):
     for name, scores in zip(implementations, found, strict=True):
         assert scores.dtype == np.float32
         want = np.asarray(v, np.float64) @ masks.T
-        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-4, err_msg=str(name))
+        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5, err_msg=str(name))
     np.testing.assert_allclose(mixed, alphas @ masks, rtol=1e-5, atol=1e-6)
 
 

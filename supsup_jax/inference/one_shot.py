@@ -68,7 +68,7 @@ def one_shot(
     return _one_shot(net, store, x, objective, per_example, implementation)
 
 
-@schedule.rule(num_options=1)
+@schedule.compiled(num_options=1)
 def _one_shot(net, store, decisions, objective, implementation):
     return belief(store, scores_of(net, store, decisions, objective, implementation))
 
@@ -96,7 +96,7 @@ def alpha_gradient(
     return _alpha_gradient(net, store, x, objective, per_example, alphas)
 
 
-@schedule.rule(scores_only=True)
+@schedule.compiled(scores_only=True)
 def _alpha_gradient(net, store, decisions, objective, alphas):
     return -scores_of(net, store, decisions, objective, alphas=alphas)
 
@@ -165,7 +165,10 @@ class Uncertainty:
         return values.astype(jnp.float32)
 
     def gradient(self, mixture: PyTree, x: jax.Array) -> jax.Array:
-        """dF/dW_eff * W as one vector [n], F the mean over x [m, ...]."""
+        """dF/dW_eff * W as one vector [n], F the mean over x [m, ...].
+
+        As W_eff = W * mixture, that is the gradient in the mixture.
+        """
         gradient = jax.grad(lambda mixture: self.values(mixture, x).mean())(mixture)
         return self.net.layout.ravel(gradient, "the mixture")
 

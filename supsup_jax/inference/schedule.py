@@ -40,12 +40,13 @@ class Decisions(NamedTuple):
     """D decisions by m images each.
 
     x: [D, m, ...]. everything: [B, ...], all images of the call, whose statistics count.
-    mean: of a number of this device and those of others whose images decide together with these.
+    over_devices: the mean of a value here and those of other devices whose images decide together
+      with these.
     """
 
     x: jax.Array
     everything: jax.Array | None = None
-    mean: Callable[[jax.Array], jax.Array] = unchanged
+    over_devices: Callable[[jax.Array], jax.Array] = unchanged
 
     @property
     def rows(self) -> jax.Array:
@@ -53,7 +54,7 @@ class Decisions(NamedTuple):
         return self.x.reshape(-1, *self.x.shape[2:])
 
 
-def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
+def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
     """Makes a rule for decisions the compiled program of a call; over a mesh, on every device.
 
     decorated: (net, store, Decisions, objective, *options, *arrays [K]) -> TaskBelief of task [D]
@@ -63,7 +64,7 @@ def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
     num_options: how many there are, all part of what is compiled.
     """
 
-    def compiled(decide):
+    def wrap(decide):
         def program(net, store, x, objective, per_example, *options):
             options, arrays = options[:num_options], options[num_options:]
             here = functools.partial(_decided, decide, per_example, (objective, *options))
@@ -75,7 +76,7 @@ def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
         program.__name__ = decide.__name__
         return jax.jit(program, static_argnums=range(3, 5 + num_options))
 
-    return compiled
+    return wrap
 
 
 def _decided(decide, per_example, options, store, net, x, *arrays):
@@ -117,7 +118,7 @@ def map_decisions(
 
     def one(x):
         scores = task_scores(
-            net, store, x, objective, state, own, lambda v: contract(decisions.mean(v))
+            net, store, x, objective, state, own, lambda v: contract(decisions.over_devices(v))
         )
         return jax.tree.map(lambda row: row[0], finish(scores[None]))
 
@@ -152,7 +153,10 @@ def piece_size(store: TaskStore) -> int:
 
 
 def _product(store, implementation):
-    """dF/da [..., K] of v [..., n], or [n] and [d, n]."""
+    """dF/da [..., K] of v [..., n], or [n] and [d, n].
+
+    Scores are -dF/da, higher is better: `certified_scores` is one of them, hence its two minuses.
+    """
 
     def certified(v):
         return lax.map(certified, v) if v.ndim > 1 else -store.certified_scores(-v)

@@ -147,7 +147,7 @@ def _check_base(base, num_tasks):
         )
 
 
-@schedule.rule(num_options=2)
+@schedule.compiled(num_options=2)
 def _descend(net, store, decisions, objective, optimizer, steps):
     x = decisions.x
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
@@ -159,7 +159,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     def gradient(alphas):
         # One mixture a decision: alphas are batched, so the masks are read once for all.
         mixtures = jax.vmap(store.mixture)(store.devices.own_slots(alphas))
-        v = decisions.mean(jax.vmap(uncertainty.gradient)(mixtures, x))
+        v = decisions.over_devices(jax.vmap(uncertainty.gradient)(mixtures, x))
         return store.devices.all_slots(store.contract(v))
 
     def step(carry, _):
@@ -201,7 +201,7 @@ def _narrow(field, scores, base, devices=ONE_DEVICE):
     return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
 
 
-@schedule.rule(num_options=1)
+@schedule.compiled(num_options=1)
 def _binary_search(net, store, decisions, objective, base):
     # Loops as long as T asks for cannot be differentiated, and here nothing depends on anything.
     net, x, everything = lax.stop_gradient((net, decisions.x, decisions.everything))
@@ -252,7 +252,7 @@ def _play(net, objective, base, decisions, store, field, x, until):
     """The field once at most `until` tasks of the store are alive, round after round."""
 
     def contract(v):
-        return store.contract(decisions.mean(v))
+        return store.contract(decisions.over_devices(v))
 
     def play_round(field):
         mixture = store.mixture_of(field.alive)
@@ -263,16 +263,16 @@ def _play(net, objective, base, decisions, store, field, x, until):
     return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
 
 
-@schedule.rule()
+@schedule.compiled()
 def _oracle(net, store, decisions, objective):
     rows = decisions.rows
     judge = functools.partial(_judge, net, store, objective, rows)
     scores = schedule.over_tasks(store, judge, -jnp.inf, rows)  # [D m, K]
     scores = scores.reshape(*decisions.x.shape[:2], store.capacity).mean(axis=1)
-    return belief(store, decisions.mean(scores))
+    return belief(store, decisions.over_devices(scores))
 
 
-@schedule.rule(num_options=2)
+@schedule.compiled(num_options=2)
 def _rerank(net, store, decisions, objective, best, judge):
     slots = store.slot_of(_shortlist(net, store, decisions, objective, best))  # [D, best]
     judge, rows = functools.partial(_judge, net, store, judge), decisions.rows
@@ -284,7 +284,7 @@ def _rerank(net, store, decisions, objective, best, judge):
     # Each device has judged its own, and puts them where its own are.
     scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
     put = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))
-    return belief(store, put(scores, slots, decisions.mean(judged)))
+    return belief(store, put(scores, slots, decisions.over_devices(judged)))
 
 
 def _shortlist(net, store, decisions, objective, best):
