@@ -77,20 +77,17 @@ def kept_counts(layout: Layout, density: Density) -> dict[str, int]:
     return counts
 
 
-def score_bound(shape: tuple[int, ...]) -> float:
-    """Scores start uniform in +-1/sqrt(fan_in), fan_in = prod(shape[:-1])."""
-    return 1 / math.sqrt(math.prod(shape[:-1]))
-
-
 def draw_scores(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> list[jax.Array]:
     """Fresh float32 scores for the masked leaves `shapes` (by path), in their order.
 
-    Kaiming uniform with a = sqrt(5), as the reference starts them.
+    Uniform in +-1/sqrt(fan_in), fan_in = prod(shape[:-1]): Kaiming's with a = sqrt(5), as the
+    reference starts them.
     """
     keys = jax.random.split(prng.purpose_key(key, "scores"), len(shapes))
+    bounds = [1 / math.sqrt(math.prod(shape[:-1])) for shape in shapes.values()]
     return [
-        jax.random.uniform(k, shape, minval=-score_bound(shape), maxval=score_bound(shape))
-        for k, shape in zip(keys, shapes.values(), strict=True)
+        jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        for key, shape, bound in zip(keys, shapes.values(), bounds, strict=True)
     ]
 
 

@@ -126,12 +126,8 @@ class Network:
     def superpose(self, mask: PyTree) -> PyTree:
         """The params with each masked leaf multiplied by its mask or mixture."""
         factors = dict(zip(self.layout.shapes, self.layout.leaves(mask, "the mask"), strict=True))
-        return jax.tree_util.tree_unflatten(
-            jax.tree.structure(self.params),
-            [
-                weight if name not in factors else weight * factors[name].astype(weight.dtype)
-                for name, weight in named_leaves(self.params).items()
-            ],
+        return _with_masked(
+            self.params, lambda name, weight: weight * factors[name].astype(weight.dtype), factors
         )
 
     def batch_state(self, weights: PyTree, x: jax.Array) -> PyTree:
@@ -232,14 +228,19 @@ def signed_constant(net: Network, seed: int) -> Network:
     drawn.initializer = SIGNED_CONSTANT
     drawn._fingerprint = None
     weights = dict(zip(net.layout.shapes, _signed(drawn.seed, net.layout), strict=True))
-    drawn.params = jax.tree_util.tree_unflatten(
-        jax.tree.structure(net.params),
-        [
-            weights[name].astype(leaf.dtype) if name in weights else leaf
-            for name, leaf in named_leaves(net.params).items()
-        ],
+    drawn.params = _with_masked(
+        net.params, lambda name, leaf: weights[name].astype(leaf.dtype), weights
     )
     return drawn
+
+
+def _with_masked(params, function, names):
+    """The params with function(name, leaf) in place of the leaves `names`."""
+    leaves = [
+        function(name, leaf) if name in names else leaf
+        for name, leaf in named_leaves(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 @functools.partial(jax.jit, static_argnames="layout", inline=True)

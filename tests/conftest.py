@@ -17,7 +17,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from flax import nnx  # noqa: E402
@@ -42,7 +41,7 @@ def relu_apply(params, x):
 def relu_net(sizes, seed=0):
     """relu_apply with signed constant weights of the given layer sizes."""
     shapes = itertools.pairwise(sizes)
-    params = {f"kernel{i}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    params = {f"kernel{i}": np.zeros(shape, np.float32) for i, shape in enumerate(shapes)}
     return ss.signed_constant(ss.Network(relu_apply, params), seed)
 
 
@@ -97,6 +96,23 @@ class ConvNet(nnx.Module):
         x = jax.nn.relu(self.stem_norm(self.stem(x.reshape(len(x), 8, 8, 1))))
         x = jax.nn.relu(x + self.block_norm(self.block(x)))
         return self.head(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="session")
+def problem():
+    """66 weights, five tasks in eight slots, 20 inputs: batches on both sides of the forms."""
+    net = relu_net((6, 6, 5))
+    x = np.random.default_rng(0).standard_normal((20, 6), np.float32)
+    return net, filled_store(net, random_masks(net, 5), capacity=8), x
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The golden network, its store of seven tasks (capacity 8) and its inputs."""
+    z = golden("one_shot")
+    net = ss.Network(relu_apply, {f"kernel{i}": z[f"kernel{i}"] for i in range(3)})
+    masks = [{f"kernel{i}": z[f"scores{i}"][t] >= 0 for i in range(3)} for t in range(7)]
+    return net, filled_store(net, masks, capacity=8), z["x"], z
 
 
 @pytest.fixture

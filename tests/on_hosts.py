@@ -45,8 +45,8 @@ def store(folder: Path) -> None:
         loaded = disk.load(mesh=mesh)
     # Four devices of two slots: process 0 holds tasks 0 to 3, process 1 the last one.
     assert read == ([0, 1, 2, 3], [4])[jax.process_index()], read
-    shards = [shard.data.size for shard in loaded._store._bank.words.addressable_shards]
-    assert len(shards) == 2 and 2 * sum(shards) == loaded._store._bank.words.size
+    shards = [shard.data.size for shard in loaded.bank.words.addressable_shards]
+    assert len(shards) == 2 and 2 * sum(shards) == loaded.bank.words.size
 
     x = jax.random.normal(jax.random.key(0), (4, 6))
     want = ss.one_shot(net, alone, x)

@@ -1,10 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from supsup_jax.kernels import contraction
-from supsup_jax.layout import pack
 
 IMPLEMENTATIONS = ["reference", "popcount", "select", "matrix", None]
 
@@ -24,61 +25,61 @@ def problem(num_words, num_tiles, lanes, num_tasks, batch=None, seed=0):
     rng = np.random.default_rng(seed)
     masks = rng.random((num_tiles * lanes, 32 * num_words)) < 0.5
     masks[num_tasks:] = False
-    words = jax.vmap(pack)(jnp.asarray(masks)).reshape(num_tiles, lanes, num_words)
     shape = (32 * num_words,) if batch is None else (batch, 32 * num_words)
     v = rng.standard_normal(shape).astype(np.float32)
-    return jnp.moveaxis(words, 1, 2), masks.astype(np.float64), v, jnp.asarray(num_tasks)
+    return tiled(masks, lanes), masks.astype(np.float64), v, np.int32(num_tasks)
+
+
+def tiled(masks, lanes):
+    """Words [tiles, nw, lanes] of masks [K, 32 nw], in NumPy: weight j is bit j // nw."""
+    planes = masks.reshape(-1, lanes, 32, masks.shape[1] // 32).astype(np.uint32)
+    words = (planes << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=2, dtype=np.uint32)
+    return np.ascontiguousarray(np.moveaxis(words, 1, 2))
 
 
 def contract(words, v, num_tasks, *how):
     """Compiled for this call alone: some tests exchange what the form is made of."""
     program = jax.jit(lambda *arrays: contraction.contract(*arrays, *how))
-    return program(words, jnp.asarray(v), num_tasks)
-
-
-def superpose(words, alphas, num_tasks):
-    program = jax.jit(lambda *arrays: contraction.superpose(*arrays))
-    return program(words, jnp.asarray(alphas, jnp.float32), num_tasks)
+    return np.asarray(program(words, v, num_tasks))
 
 
 # One of everything; and tiles that are full, half full and empty.
 SIZES = [(1, 1, 1, 1), (5, 3, 4, 6)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [None, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_contract_equals_numpy(implementation, batch, size, platform):
+def test_products_equal_numpy(batch, size, platform):
     words, masks, v, num_tasks = problem(*size, batch)
-    got = contract(words, v, num_tasks, implementation)
-    np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+    alphas = np.random.default_rng(1).random((*v.shape[:-1], len(masks)))
+    check_products(IMPLEMENTATIONS, words, masks, v, alphas, num_tasks)
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-@pytest.mark.parametrize("size", SIZES)
-def test_superpose_equals_numpy(batch, size, platform):
-    words, masks, _, num_tasks = problem(*size)
-    rng = np.random.default_rng(1)
-    alphas = rng.random((len(masks),) if batch is None else (batch, len(masks)))
-    got = superpose(words, alphas, num_tasks)
-    np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("implementation", ["popcount", "select", "matrix", "superpose"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
-def test_blocks_that_do_not_divide_the_words(rows, implementation, monkeypatch):
+def test_blocks_that_do_not_divide_the_words(rows, monkeypatch):
     """Of 9 word rows; popcount and select share rows between blocks, the others have a rest."""
     lanes = 6
     monkeypatch.setattr(contraction, "CPU_BLOCK_FLOATS", rows * 32 * lanes)
     monkeypatch.setattr(contraction, "BLOCK_LANES", rows * lanes)
     words, masks, v, num_tasks = problem(9, 2, lanes, 12, batch=2)
-    if implementation == "superpose":
-        alphas = np.random.default_rng(1).random(12)
-        got = superpose(words, alphas, num_tasks)
-        np.testing.assert_allclose(got, alphas @ masks, rtol=1e-5)
-    else:
-        got = contract(words, v, num_tasks, implementation)
-        np.testing.assert_allclose(got, v.astype(np.float64) @ masks.T, rtol=1e-4, atol=1e-5)
+    alphas = np.random.default_rng(1).random(12)
+    check_products(["popcount", "select", "matrix"], words, masks, v, alphas, num_tasks)
+
+
+def check_products(implementations, words, masks, v, alphas, num_tasks):
+    """contract by each implementation, and superpose, in one program made for this call alone."""
+
+    @jax.jit
+    def products(words, v, alphas, num_tasks):
+        scores = [contraction.contract(words, v, num_tasks, name) for name in implementations]
+        return scores, contraction.superpose(words, alphas, num_tasks)
+
+    found, mixed = products(words, v, alphas.astype(np.float32), num_tasks)
+    for name, scores in zip(implementations, found, strict=True):
+        assert scores.dtype == np.float32
+        want = np.asarray(v, np.float64) @ masks.T
+        np.testing.assert_allclose(scores, want, rtol=1e-4, atol=1e-5, err_msg=str(name))
+    np.testing.assert_allclose(mixed, alphas @ masks, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("planes", [4, 9, 20, 24])
@@ -93,13 +94,9 @@ def test_popcount_errs_by_half_a_step_a_weight_at_most(planes):
         assert error.max() > 1e-2  # fewer planes are another computation, not another name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_half_precision_vectors_are_not_rounded_again(implementation):
+def test_half_precision_vectors_are_not_rounded_again():
     words, masks, v, num_tasks = problem(7, 2, 5, 7)
-    v = jnp.asarray(v, jnp.bfloat16)
-    got = contract(words, v, num_tasks, implementation)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-4)
+    check_products(IMPLEMENTATIONS, words, masks, v.astype(jnp.bfloat16), masks[:, 0], num_tasks)
 
 
 def test_bfloat16_rounds_the_vectors_only(platform):
@@ -133,30 +130,26 @@ def test_no_loop_over_words_on_an_accelerator(platform):
 @pytest.mark.parametrize("batch", [None, 5])
 def test_each_is_the_transpose_of_the_other(batch):
     words, masks, v, num_tasks = problem(3, 2, 4, 6, batch)
-    v = jnp.asarray(v)
-    out, pull = jax.vjp(lambda v: contraction.contract(words, v, num_tasks), v)
-    s_bar = jax.random.normal(jax.random.key(1), out.shape)
-    np.testing.assert_allclose(
-        pull(s_bar)[0], np.asarray(s_bar, np.float64) @ masks, rtol=1e-4, atol=1e-5
-    )
-    out, pull = jax.vjp(lambda a: contraction.superpose(words, a, num_tasks), s_bar)
-    np.testing.assert_allclose(
-        pull(v)[0], np.asarray(v, np.float64) @ masks.T, rtol=1e-4, atol=1e-5
-    )
+    s_bar = np.random.default_rng(1).standard_normal((*v.shape[:-1], 8), np.float32)
+    for function, at, bar, matrix in (
+        (contraction.contract, v, s_bar, masks),
+        (contraction.superpose, s_bar, v, masks.T),
+    ):
+        along = functools.partial(function, words, num_tasks=num_tasks)
+        got = jax.jit(lambda at, bar, along=along: jax.vjp(along, at)[1](bar)[0])(at, bar)
+        np.testing.assert_allclose(got, bar.astype(np.float64) @ matrix, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives():
     words, masks, _, num_tasks = problem(3, 1, 4, 4)
-    hessian = jax.jacrev(
-        jax.grad(lambda a: (contraction.superpose(words, a, num_tasks) ** 2).sum())
-    )
-    got = hessian(jnp.ones(4) / 4)
+    squares = jax.grad(lambda a: (contraction.superpose(words, a, num_tasks) ** 2).sum())
+    got = jax.jit(jax.jacrev(squares))(np.full(4, 0.25, np.float32))
     np.testing.assert_allclose(got, 2 * masks @ masks.T, rtol=1e-5)
 
 
 def test_vmap_equals_a_loop():
     words, _, v, num_tasks = problem(3, 2, 4, 6, batch=2)
-    got = jax.vmap(lambda v: contraction.contract(words, v, num_tasks))(jnp.asarray(v))
+    got = jax.jit(jax.vmap(lambda v: contraction.contract(words, v, num_tasks)))(v)
     want = np.stack([contract(words, row, num_tasks) for row in v])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -164,20 +157,20 @@ def test_vmap_equals_a_loop():
 def test_time_follows_tasks_not_capacity():
     """Tiles without a task are not read: garbage put there does not come out."""
     words, _, v, num_tasks = problem(3, 3, 4, 4)
-    words = words.at[1:].set(jnp.uint32(0xFFFFFFFF))
+    words[1:] = 0xFFFFFFFF
     for implementation in ("popcount", "select", "matrix"):
         got = contract(words, v, num_tasks, implementation)
         assert (got[4:] == 0).all()
-    ones = jnp.ones(12)
-    assert float(superpose(words, ones, num_tasks).max()) <= 4
+    program = jax.jit(lambda *arrays: contraction.superpose(*arrays))
+    assert np.max(program(words, np.ones(12, np.float32), num_tasks)) <= 4
 
 
 def test_an_unknown_implementation_never_falls_back():
     words, _, v, num_tasks = problem(1, 1, 2, 2)
     with pytest.raises(ValueError, match="implementation must be None or one of"):
-        contraction.contract(words, jnp.asarray(v), num_tasks, "pallas")
+        contraction.contract(words, v, num_tasks, "pallas")
     with pytest.raises(ValueError, match=r"planes must lie in \[2, 24\], got 25"):
-        contraction.contract(words, jnp.asarray(v), num_tasks, "popcount", 25)
+        contraction.contract(words, v, num_tasks, "popcount", 25)
     with pytest.raises(ValueError, match="v must end in 32"):
         contraction.contract(words, jnp.ones(31), num_tasks)
     with pytest.raises(ValueError, match="alphas must end in 2"):

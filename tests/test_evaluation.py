@@ -22,9 +22,9 @@ def problem():
     rng = np.random.default_rng(0)
     stream = [
         ss.TaskData(
-            jnp.asarray(rng.integers(0, 256, (23, 6)), jnp.uint8),
-            jnp.asarray(rng.integers(0, 5, 23), jnp.int32),
-            jnp.asarray(rng.permutation(6), jnp.int32),
+            rng.integers(0, 256, (23, 6), np.uint8),
+            rng.integers(0, 5, 23, np.int32),
+            rng.permutation(6).astype(np.int32),
         )
         for _ in range(3)
     ]
@@ -33,10 +33,16 @@ def problem():
 
 def by_hand(net, store, data, true, tasks):
     """(accuracy, shared accuracy) of images judged each under the task of `tasks`."""
-    x, y = data.batch(jnp.arange(data.num_examples))
-    answers = np.stack([ss.predict(net, store, x, i).argmax(-1) for i in range(3)])
+    x, y = batch(data)
+    answers = np.stack([np.argmax(ss.predict(net, store, x, i), -1) for i in range(3)])
     right = answers[np.asarray(tasks), np.arange(len(x))] == np.asarray(y)
     return np.mean(right & (np.asarray(tasks) == true)), np.mean(right)
+
+
+def batch(data):
+    """All of a TaskData as the network takes it, in NumPy."""
+    everything = np.arange(data.num_examples)
+    return jax.device_get(jax.jit(lambda data: data.batch(everything))(data))
 
 
 def groups(x, size):
@@ -61,7 +67,7 @@ def test_inferred_protocols_equal_plain_loops(problem, protocol, rule):
     rows = evaluate(net, store, stream, protocol, rule=rule)
     assert [row.task for row in rows] == [0, 1, 2]
     for row, data in zip(rows, stream, strict=True):
-        x, _ = data.batch(jnp.arange(23))
+        x, _ = batch(data)
         size = {"per_example": 1, "paper": 10, "batch-4": 4}[protocol]
         deciding = [group[:1] if protocol == "paper" else group for group in groups(x, size)]
         named = [int(name(net, store, g, per_example=False).task) for g in deciding]
@@ -97,13 +103,12 @@ def test_a_stateful_network_takes_statistics_from_its_context(norm_net, protocol
     tasks = [ss.Task(mask, norm_net.state) for mask in random_masks(norm_net, 3)]
     store = filled_store(norm_net, tasks, capacity=4)
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (12, 6)), jnp.uint8)
-    data = ss.TaskData(images, jnp.zeros(12, jnp.int32))
-    x, _ = data.batch(jnp.arange(12))
+    data = ss.TaskData(rng.integers(0, 256, (12, 6), np.uint8), np.zeros(12, np.int32))
+    x, _ = batch(data)
     if protocol == "batch-4":
         want = [[ss.one_shot(norm_net, store, g, per_example=False).task] for g in groups(x, 4)]
     else:
-        want = [ss.one_shot(norm_net, store, g).task for g in groups(x, 8)]
+        want = [np.asarray(ss.one_shot(norm_net, store, g).task) for g in groups(x, 8)]
         want = [ids[:1] for ids in want] if protocol == "paper" else want
     (row,) = ss.evaluate(norm_net, store, [data] * 3, protocol, rule=rule, batch_size=8, tasks=[0])
     np.testing.assert_array_equal(row.inferred, np.concatenate(want))
@@ -135,10 +140,10 @@ def first_or_nothing(net, store, x, objective, per_example):
 def test_a_function_as_rule_may_refuse(problem):
     net, store, stream = problem
     (row,) = evaluate(net, store, stream, "per_example", rule=first_or_nothing, tasks=[0])
-    x, y = stream[0].batch(jnp.arange(23))
+    x, y = batch(stream[0])
     bright = np.asarray(x.mean(1) > 0.5)
     np.testing.assert_array_equal(row.inferred, np.where(bright, 0, -1))
-    right = np.asarray(ss.predict(net, store, x, 0).argmax(-1) == y)
+    right = np.argmax(ss.predict(net, store, x, 0), -1) == y
     assert 0 < bright.mean() < 1
     assert row.accuracy == row.shared_accuracy == pytest.approx(np.mean(right & bright))
     assert row.task_accuracy == pytest.approx(bright.mean())
@@ -146,8 +151,16 @@ def test_a_function_as_rule_may_refuse(problem):
 
 def test_only_learned_tasks_and_chosen_ones_are_judged(problem):
     net, store, stream = problem
-    everything = evaluate(net, store, stream * 2, "per_example")
+    seen = []
+
+    def progress(tasks):
+        for task in tasks:
+            seen.append(task)
+            yield task
+
+    everything = evaluate(net, store, stream * 2, "per_example", progress=progress)
     assert len(everything) == 3
+    assert seen == [0, 1, 2]
     chosen = evaluate(net, store, stream, "per_example", tasks=[2, 0])
     for got, want in zip(chosen, everything[::-2], strict=True):
         assert (got.task, got.accuracy) == (want.task, want.accuracy)
@@ -169,19 +182,6 @@ def test_masks_that_were_found_stand_for_other_tasks(problem):
     given = evaluate(net, store, shifted, ids=np.asarray(ids), tasks=[0, 1])
     for row, i in zip(given, [2, 0], strict=True):
         assert row.accuracy == evaluate(net, store, stream, tasks=[i])[0].accuracy
-
-
-def test_progress_wraps_the_loop(problem):
-    net, store, stream = problem
-    seen = []
-
-    def progress(tasks):
-        for task in tasks:
-            seen.append(task)
-            yield task
-
-    evaluate(net, store, stream, progress=progress)
-    assert seen == [0, 1, 2]
 
 
 def test_a_task_may_come_in_batches(problem):
@@ -242,6 +242,24 @@ def test_bad_input(problem):
         ss.evaluate(net, ss.MaskStore.create(net), [])
     assert len(ss.evaluate(net, store, stream, "batch-23", tasks=[0])[0].inferred) == 1
     assert jax.tree.leaves(store)  # and nothing was consumed
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("GG", "gg"), ("gns", "gns"), ("GNu", "gnu"), ("NNS", "nns"),
+        ("task-il", "gg"), ("Domain-IL", "gns"), ("CLASS-IL", "gnu"), ("task-free", "nns"),
+    ],
+)  # fmt: skip
+def test_scenarios_by_name(name, want):
+    assert ss.parse_scenario(name) == want
+
+
+@pytest.mark.parametrize("name", ["", "gn", "taskil", None, 3])
+def test_unknown_scenarios(name):
+    known = r"GG \(task-il\), GNs \(domain-il\), GNu \(class-il\), NNs \(task-free\), got "
+    with pytest.raises(ValueError, match=known):
+        ss.parse_scenario(name)
 
 
 def test_statistics_shared_between_tasks_lose_all_but_the_last():

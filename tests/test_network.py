@@ -9,23 +9,27 @@ import supsup_jax as ss
 from supsup_jax import masks, models
 from tests.conftest import NormNet, relu_apply, relu_net
 
+# One program a network, where each operation outside jit would be one.
+forward = jax.jit(lambda net, mask, x, state=None: net(mask, x, state))
+train_logits = jax.jit(lambda net, mask, state, x: net.train_logits(mask, state, x))
+
 
 def ones_mask(net):
-    return net.layout.tree([jnp.ones(shape) for shape in net.layout.shapes.values()])
+    return net.layout.tree([np.ones(shape, np.float32) for shape in net.layout.shapes.values()])
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def test_signed_constant_draws_plus_and_minus_one_value_a_layer():
-    net = relu_net((200, 100, 50))
-    for name, fan_in in (("kernel0", 200), ("kernel1", 100)):
+    shapes = {"dense": (200, 100), "conv": (3, 3, 8, 16)}
+    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    net = ss.signed_constant(ss.Network(lambda p, x: x, params), 0)
+    for name, fan_in in (("dense", 200), ("conv", 72)):  # of all axes but the last
         weights = np.asarray(net.params[name])
         np.testing.assert_array_equal(np.abs(weights), np.float32(np.sqrt(2 / fan_in)))
         assert abs(np.sign(weights).mean()) < 4 / np.sqrt(weights.size)
-
-
-def test_fan_in_of_a_convolution_is_all_axes_but_the_last():
-    net = ss.Network(lambda p, x: x, {"kernel": jnp.zeros((3, 3, 8, 16))})
-    drawn = ss.signed_constant(net, 0)
-    np.testing.assert_allclose(jnp.abs(drawn.params["kernel"]), np.sqrt(2 / 72), rtol=1e-6)
 
 
 def test_weights_follow_from_the_seed_alone():
@@ -74,19 +78,27 @@ def test_forward_multiplies_weights_by_the_mask(small_net):
     x = rng.standard_normal((3, 6)).astype(np.float32)
     hidden = np.maximum(x @ (np.asarray(small_net.params["kernel0"]) * mask["kernel0"]), 0)
     want = hidden @ (np.asarray(small_net.params["kernel1"]) * mask["kernel1"])
-    np.testing.assert_allclose(small_net(mask, x), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(forward(small_net, mask, x), want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_is_a_pytree_whose_weights_are_arguments():
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda seed: relu_net((6, 6, 5), seed), normal(2, 6)),
+        (lambda seed: ss.Network.from_nnx(NormNet(rngs=nnx.Rngs(seed))), normal(2, 6)),
+    ],
+    ids=["function", "module"],
+)
+def test_networks_alike_share_a_compiled_program(make, x):
+    """Their weights are arguments of it."""
     traces = []
 
     @jax.jit
-    def forward(net, x):
+    def counted(net, x):
         traces.append(1)
         return net(ones_mask(net), x)
 
-    x = jnp.ones((2, 6))
-    outputs = [np.asarray(forward(relu_net((6, 6, 5), seed), x)) for seed in range(3)]
+    outputs = [np.asarray(counted(make(seed), x)) for seed in range(3)]
     assert len(traces) == 1
     assert not np.array_equal(outputs[0], outputs[1])
 
@@ -94,8 +106,8 @@ def test_a_network_is_a_pytree_whose_weights_are_arguments():
 def test_from_nnx_keeps_the_module_and_its_weights():
     module = models.lenet_300_100(7, num_inputs=9, rngs=nnx.Rngs(1))
     net = ss.Network.from_nnx(module)
-    x = jax.random.normal(jax.random.key(0), (4, 9))
-    np.testing.assert_allclose(net(ones_mask(net), x), module(x), rtol=1e-6)
+    x = normal(4, 9)
+    np.testing.assert_allclose(forward(net, ones_mask(net), x), module(x), rtol=1e-6)
     assert net.layout.shapes == {
         "layer0/kernel": (9, 300),
         "layer1/kernel": (300, 100),
@@ -104,40 +116,29 @@ def test_from_nnx_keeps_the_module_and_its_weights():
     assert net.state is None
 
 
-def test_networks_of_equal_modules_share_a_compiled_program():
-    traces = []
-
-    @jax.jit
-    def forward(net, x):
-        traces.append(1)
-        return net(ones_mask(net), x)
-
-    for seed in range(2):
-        module = models.lenet_300_100(7, num_inputs=9, rngs=nnx.Rngs(seed))
-        forward(ss.Network.from_nnx(module), jnp.ones((2, 9)))
-    assert len(traces) == 1
-
-
 def test_from_nnx_works_in_train_and_eval_mode():
     module = NormNet(rngs=nnx.Rngs(0))
     net = ss.Network.from_nnx(module)
-    x = jax.random.normal(jax.random.key(0), (32, 6)) + 1
-    logits, state = net.train_logits(ones_mask(net), net.state, x)
+    x = normal(32, 6) + 1
+    logits, state = train_logits(net, ones_mask(net), net.state, x)
     module.train()
     np.testing.assert_allclose(logits, module(x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state["norm"]["mean"], module.norm.mean[...], rtol=1e-6)
     module.eval()
-    np.testing.assert_allclose(net(ones_mask(net), x, state), module(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        forward(net, ones_mask(net), x, state), module(x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_dropout_moves_in_train_mode_only():
     net = ss.Network.from_nnx(NormNet((6, 8, 5), dropout=0.5, rngs=nnx.Rngs(0)))
-    x = jnp.ones((4, 6)) * jnp.arange(4)[:, None]
-    first, state = net.train_logits(ones_mask(net), net.state, x)
-    second, _ = net.train_logits(ones_mask(net), state, x)
+    x = np.ones((4, 6), np.float32) * np.arange(4, dtype=np.float32)[:, None]
+    first, state = train_logits(net, ones_mask(net), net.state, x)
+    second, _ = train_logits(net, ones_mask(net), state, x)
     assert not np.allclose(first, second)
     assert all(jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(state))
-    np.testing.assert_array_equal(net(ones_mask(net), x, state), net(ones_mask(net), x, state))
+    again = [forward(net, ones_mask(net), x, state) for _ in range(2)]
+    np.testing.assert_array_equal(*again)
 
 
 class LinenMlp(nn.Module):
@@ -155,18 +156,20 @@ class LinenNorm(nn.Module):
 
 def test_from_linen_stateless():
     module = LinenMlp()
-    x = jax.random.normal(jax.random.key(0), (3, 4))
+    x = normal(3, 4)
     variables = module.init(jax.random.key(1), x)
     net = ss.Network.from_linen(module, variables)
-    np.testing.assert_allclose(net(ones_mask(net), x), module.apply(variables, x), rtol=1e-6)
+    np.testing.assert_allclose(
+        forward(net, ones_mask(net), x), module.apply(variables, x), rtol=1e-6
+    )
 
 
 def test_from_linen_with_statistics():
     module = LinenNorm()
-    x = jax.random.normal(jax.random.key(0), (16, 4))
+    x = normal(16, 4)
     variables = module.init(jax.random.key(1), x, train=False)
     net = ss.Network.from_linen(module, variables)
-    logits, state = net.train_logits(ones_mask(net), net.state, x)
+    logits, state = train_logits(net, ones_mask(net), net.state, x)
     want, moved = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(logits, want, rtol=1e-6)
     np.testing.assert_allclose(
@@ -176,11 +179,11 @@ def test_from_linen_with_statistics():
 
 def test_without_an_id_the_batch_supplies_the_statistics(norm_net):
     """Eval mode under batch_state is train mode: the same logits, statistics of this batch."""
-    x = jax.random.normal(jax.random.key(0), (16, 6)) * 3 + 2
+    x = normal(16, 6) * 3 + 2
     mask = ones_mask(norm_net)
-    trained, _ = norm_net.train_logits(mask, norm_net.state, x)
-    np.testing.assert_allclose(norm_net(mask, x), trained, rtol=1e-4, atol=1e-5)
-    state = norm_net.batch_state(norm_net.superpose(mask), x)
+    trained, _ = train_logits(norm_net, mask, norm_net.state, x)
+    np.testing.assert_allclose(forward(norm_net, mask, x), trained, rtol=1e-4, atol=1e-5)
+    state = jax.jit(lambda net, x: net.batch_state(net.superpose(mask), x))(norm_net, x)
     hidden = np.asarray(x) @ np.asarray(norm_net.params["layer0"]["kernel"])
     np.testing.assert_allclose(state["norm"]["mean"], hidden.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state["norm"]["var"], hidden.var(0), rtol=1e-4, atol=1e-5)
@@ -197,8 +200,8 @@ def test_constants_and_half_precision_in_the_state():
 
     state = {"shift": jnp.arange(3.0), "mean": jnp.zeros(4, jnp.bfloat16)}
     net = ss.Network(apply, {"kernel": jnp.ones((3, 4))}, state=state)
-    x = jax.random.normal(jax.random.key(0), (16, 3)) + 5
-    found = net.batch_state(net.params, x)
+    x = normal(16, 3) + 5
+    found = jax.jit(lambda net, x: net.batch_state(net.params, x))(net, x)
     want = ((np.asarray(x) + np.arange(3.0)) @ np.ones((3, 4))).mean(0)
     np.testing.assert_array_equal(found["shift"], state["shift"])
     np.testing.assert_allclose(found["mean"].astype(jnp.float32), want, rtol=1e-2)
@@ -215,7 +218,7 @@ def test_a_linen_module_with_a_mode_but_no_state_runs_in_eval_mode():
     variables = Dropped().init(jax.random.key(0), x, train=False)
     net = ss.Network.from_linen(Dropped(), variables)
     want = Dropped().apply(variables, x, train=False)
-    np.testing.assert_allclose(net(ones_mask(net), x), want, rtol=1e-6)
+    np.testing.assert_allclose(forward(net, ones_mask(net), x), want, rtol=1e-6)
 
 
 def test_bad_input(small_net):

@@ -12,8 +12,21 @@ from tests.conftest import filled_store, golden, random_masks, relu_net
 
 
 def belief_of(scores):
-    scores = jnp.asarray(scores, jnp.float32)
-    return ss.TaskBelief(jnp.argmax(scores, axis=-1).astype(jnp.int32), scores)
+    scores = np.asarray(scores, np.float32)
+    return ss.TaskBelief(np.argmax(scores, axis=-1).astype(np.int32), scores)
+
+
+def lost(belief):
+    """The belief with a score of input 3 that is not a number."""
+    scores = belief.scores.copy()
+    scores[3] = np.nan
+    return belief._replace(scores=scores)
+
+
+# Of many operations, each a program of its own outside jit.
+confidence, best_score, reject = map(
+    jax.jit, (ss.rejection.confidence, ss.rejection.best_score, ss.rejection.reject)
+)
 
 
 @pytest.fixture
@@ -28,7 +41,7 @@ def known():
 
 def test_confidence_is_the_paper_s_statistic():
     z = golden("novelty")
-    got = ss.rejection.confidence(belief_of(z["neg_alpha_grad"]))
+    got = np.asarray(confidence(belief_of(z["neg_alpha_grad"])))
     np.testing.assert_allclose(got, 7 * z["max_softmax"], rtol=1e-5)
     # The paper's rule for a new task is confidence < 1 + 1/8.
     np.testing.assert_array_equal(got < 1.125, z["is_new"])
@@ -41,21 +54,21 @@ def test_confidence_runs_from_1_to_the_number_of_tasks():
         scores[1, 0] += 1
         scores[2, 0] += 1000
         by_hand = num_tasks * math.e / (math.e + num_tasks - 1)
-        got = ss.rejection.confidence(belief_of(scores))
+        got = confidence(belief_of(scores))
         np.testing.assert_allclose(got, [1, by_hand, num_tasks], rtol=1e-6)
         assert got.dtype == jnp.float32
-        assert ss.rejection.confidence(belief_of(scores[1])).shape == ()
+        assert confidence(belief_of(scores[1])).shape == ()
 
 
 def test_best_score_is_the_score_of_the_task_named(known):
     want = [known.scores[b, t] for b, t in enumerate(known.task)]
-    np.testing.assert_array_equal(ss.rejection.best_score(known), want)
+    np.testing.assert_array_equal(best_score(known), want)
 
 
 @pytest.mark.parametrize("statistic", [ss.rejection.confidence, ss.rejection.best_score])
 @pytest.mark.parametrize(("rate", "refused"), [(0.005, 1), (0.01, 2), (0.29, 58), (0.999, 199)])
 def test_the_least_sure_of_the_given_inputs_are_refused(known, statistic, rate, refused):
-    found = ss.rejection.reject(known, ss.rejection.calibrate(known, rate, statistic))
+    found = reject(known, ss.rejection.calibrate(known, rate, statistic))
     least = np.argsort(np.asarray(statistic(known)))[:refused]
     want = np.asarray(known.task).copy()
     want[least] = -1
@@ -71,30 +84,27 @@ def test_new_inputs_are_refused_at_the_same_rate():
         scores[:, 2] += rng.random(4000)
         return belief_of(scores)
 
-    refused = (
-        np.asarray(ss.rejection.reject(draw(1), ss.rejection.calibrate(draw(0), 0.05)).task) < 0
-    )
+    refused = np.asarray(reject(draw(1), ss.rejection.calibrate(draw(0), 0.05)).task) < 0
     assert abs(refused.mean() - 0.05) < 4 * math.sqrt(2 * 0.05 * 0.95 / 4000)
 
 
 def test_inputs_that_are_equally_unsure_are_all_kept():
     scores = np.zeros((100, 4))
     scores[:90, 1] = 2
-    found = ss.rejection.reject(belief_of(scores), ss.rejection.calibrate(belief_of(scores), 0.05))
-    assert (found.task >= 0).all()
+    found = reject(belief_of(scores), ss.rejection.calibrate(belief_of(scores), 0.05))
+    assert (np.asarray(found.task) >= 0).all()
 
 
 def test_what_is_not_a_number_is_refused(known):
     rejection = ss.rejection.calibrate(known)
-    lost = known._replace(scores=known.scores.at[3].set(jnp.nan))
-    assert int(ss.rejection.reject(lost, rejection).task[3]) == -1
+    assert np.asarray(reject(lost(known), rejection).task)[3] == -1
 
 
 def test_one_decision_of_a_batch(known):
     rejection = ss.rejection.calibrate(known, 0.1)
-    rows = ss.rejection.reject(known, rejection)
-    for b in (0, 1, int(jnp.argmin(rows.task))):
-        one = ss.rejection.reject(jax.tree.map(lambda leaf, b=b: leaf[b], known), rejection)
+    rows = jax.device_get(reject(known, rejection))
+    for b in (0, 1, int(np.argmin(rows.task))):
+        one = reject(jax.tree.map(lambda leaf, b=b: leaf[b], known), rejection)
         assert one.task.shape == ()
         assert int(one.task) == int(rows.task[b])
 
@@ -109,13 +119,13 @@ def test_inside_jit_without_a_trace_per_threshold(known):
 
     for rate in (0.01, 0.3):
         rejection = ss.rejection.calibrate(known, rate)
-        want = ss.rejection.reject(known, rejection)
+        want = reject(known, rejection)
         np.testing.assert_array_equal(route(known, rejection).task, want.task)
     assert len(traces) == 1
     inside = jax.jit(lambda belief: ss.rejection.calibrate(belief, 0.3).threshold)(known)
     np.testing.assert_allclose(inside, rejection.threshold)
     threshold = jax.vmap(lambda belief: ss.rejection.calibrate(belief, 0.3))(
-        jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), known)
+        jax.tree.map(lambda leaf: np.stack([leaf, leaf]), known)
     ).threshold
     np.testing.assert_allclose(threshold, [rejection.threshold] * 2)
 
@@ -123,17 +133,16 @@ def test_inside_jit_without_a_trace_per_threshold(known):
 def test_every_rule_s_belief_is_taken():
     net = relu_net((6, 40, 5))  # wide, so that no output is all 0
     store = filled_store(net, random_masks(net, 5), capacity=8)
-    x = jax.random.normal(jax.random.key(0), (20, 6))
+    x = np.random.default_rng(0).standard_normal((20, 6), np.float32)
     for rule in (ss.Rule("one_shot"), ss.Rule("oracle"), ss.Rule("rerank", best=3)):
         found = rule(net, store, x)
-        assert len(np.unique(ss.rejection.best_score(found))) == 20
-        rejected = ss.rejection.reject(
-            found, ss.rejection.calibrate(found, 0.1, ss.rejection.best_score)
-        )
-        assert int((rejected.task < 0).sum()) == 2
+        assert len(np.unique(best_score(found))) == 20
+        rejected = reject(found, ss.rejection.calibrate(found, 0.1, ss.rejection.best_score))
+        assert (np.asarray(rejected.task) < 0).sum() == 2
     judged = ss.rerank(net, store, x, best=1, judge=ss.Superfluous(3))
-    p = jax.nn.softmax(ss.predict(net, store, x, judged.task))
-    np.testing.assert_allclose(ss.rejection.best_score(judged), jnp.log(p[:, :3].sum(1)), rtol=1e-4)
+    p = np.exp(np.asarray(ss.predict(net, store, x, judged.task), np.float64))
+    want = np.log(p[:, :3].sum(1) / p.sum(1))
+    np.testing.assert_allclose(best_score(judged), want, rtol=1e-4)
 
 
 def test_auroc_by_counting_pairs():
@@ -161,7 +170,6 @@ def test_the_script_runs_without_data(tmp_path, capsys):
 def test_bad_input(known):
     alone = np.full((200, 4), -np.inf)
     alone[:, 0] = np.arange(200)
-    lost = known._replace(scores=known.scores.at[3].set(jnp.nan))
     one = jax.tree.map(lambda leaf: leaf[0], known)
     for error, message, *arguments in (
         *[
@@ -176,7 +184,7 @@ def test_bad_input(known):
         (ValueError, "belief must be of N inputs of learned tasks", one),
         (TypeError, "statistic must be a hashable function of a belief", known, 0.01, "margin"),
         (ValueError, r"one number a decision, \(200,\)", known, 0.01, lambda b: b.scores),
-        (ValueError, "statistic is not a number for 1 of the inputs", lost),
+        (ValueError, "statistic is not a number for 1 of the inputs", lost(known)),
         (ValueError, r"all 200 inputs are equally sure \(1\): among one task", belief_of(alone)),
     ):
         with pytest.raises(error, match=message):

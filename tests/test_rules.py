@@ -20,14 +20,6 @@ RULES = {
 }
 
 
-@pytest.fixture(scope="module")
-def problem():
-    """66 weights, five tasks in eight slots, 20 inputs: batches on both sides of the forms."""
-    net = relu_net((6, 6, 5))
-    store = filled_store(net, random_masks(net, 5), capacity=8)
-    return net, store, jax.random.normal(jax.random.key(0), (20, 6))
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_inside_jit_and_vmap(problem, name):
     net, store, x = problem

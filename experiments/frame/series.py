@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.frame.rows import theirs
-from experiments.frame.run import SCHEMA, UsageError
+from experiments.frame.run import SCHEMA, UsageError, replacing
 from supsup_jax.inference.evaluation import SCENARIOS
 
 NETWORKS = {
@@ -105,7 +105,8 @@ def save(path: Path, entries: list[Mean]) -> None:
     for row in rows:
         del row["series"], row["added"]
     text = ",\n".join(map(json.dumps, rows))
-    path.write_text(f'{{"schema": {SCHEMA}, "entries": [\n{text}\n]}}\n')
+    with replacing(path) as file:
+        file.write(f'{{"schema": {SCHEMA}, "entries": [\n{text}\n]}}\n'.encode())
 
 
 def kept(path: Path, entries: list[Mean]) -> list[Mean]:

@@ -22,6 +22,7 @@ from supsup_jax.inference.arguments import check_objective
 from supsup_jax.inference.one_shot import Uncertainty
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
+from supsup_jax.training.config import TrainConfig
 from supsup_jax.types import Objective, PyTree
 
 
@@ -42,20 +43,20 @@ class RecoveryConfig:
     guided: bool = False
 
     def __post_init__(self):
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        for name, most in (("gamma", math.inf), ("momentum", 1), ("weight_decay", math.inf)):
-            if not 0 <= getattr(self, name) < most:
-                raise ValueError(f"{name} must lie in [0, {most}), got {getattr(self, name)!r}")
+        self.transformation()  # which checks its own numbers
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must lie in [0, inf), got {self.gamma!r}")
         if not isinstance(self.guided, bool):
             raise ValueError(f"guided must be True or False, got {self.guided!r}")
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer, as optax builds it."""
-        step = optax.sgd(self.learning_rate, momentum=self.momentum or None)
-        if self.weight_decay:
-            step = optax.chain(optax.add_decayed_weights(self.weight_decay), step)
-        return step
+        return TrainConfig(
+            optimizer="sgd",
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        ).transformation()
 
 
 class Recovery(NamedTuple):
@@ -144,7 +145,7 @@ def recover_best(
     Each attempt is `recover` over the whole of x, settled by sign updates, judged by its mean
     objective over x, and removed from the store that the next one searches. Cost grows with
     `attempts` (outside jit T at most) and not with T. All attempts share one compiled program.
-    Arguments and errors as `recover`, and ValueError unless attempts is a positive int.
+    Arguments and errors as `recover`, and ValueError unless attempts is an int of at least 1.
     """
     check_int("attempts", attempts, 1)
     x, left, found, judged = _stacked(x), store, [], []

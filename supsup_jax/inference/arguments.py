@@ -20,7 +20,7 @@ def check_call(
     """Raises TypeError or ValueError for arguments that do not fit, and for an empty store."""
     check_pair(net, store)
     check_objective(objective)
-    check_implementation(implementation)
+    contraction.check_implementation(implementation, CERTIFIED)
     check_input(x)
 
 
@@ -35,15 +35,6 @@ def check_pair(net: Network, store: TaskStore) -> None:
 def check_objective(objective: Objective, name: str = "objective") -> None:
     if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
         raise TypeError(f"{name} must be a hashable function of logits, got {objective!r}")
-
-
-def check_implementation(implementation: str | None) -> None:
-    names = (CERTIFIED, *contraction.IMPLEMENTATIONS)
-    if implementation not in (None, *names):
-        raise ValueError(
-            f"implementation must be None or one of {sorted(names)}, which run on every device, "
-            f"got {implementation!r}"
-        )
 
 
 def check_input(x: Any) -> None:

@@ -23,7 +23,6 @@ from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
 
 # The paper's names (is the id given in training, in testing; are labels shared) and the field's.
 SCENARIOS = {"GG": "task-il", "GNs": "domain-il", "GNu": "class-il", "NNs": "task-free"}
-PROTOCOLS = ("given", "paper", "per_example", "batch-m")
 
 
 class Protocol(NamedTuple):
@@ -98,7 +97,10 @@ def parse_protocol(name: str, batch_size: int = 128) -> Protocol | None:
     kind, _, count = name.partition("-") if isinstance(name, str) else ("", "", "")
     if kind == "batch" and count.isdecimal() and int(count) > 0:
         return Protocol(int(count), int(count), int(count))
-    raise ValueError(f"protocol must be one of {PROTOCOLS} (as in batch-16), got {name!r}")
+    raise ValueError(
+        "protocol must be one of 'given', 'paper', 'per_example' and 'batch-m' (as in batch-16), "
+        f"got {name!r}"
+    )
 
 
 def parse_rule(rule: Rule | Callable | str | None) -> Callable | None:

@@ -2,81 +2,49 @@
 
 With all masks superposed at coefficients a, the output's uncertainty F has the gradient
 dF/da_i = <dF/dW_eff * W, M_i>: one backward pass to the effective weights, then one product of
-that vector with the packed masks (paper section 3.3). `Uncertainty.task_scores` is that for one
-decision; `schedule` runs it for many, on whatever device. Every function returns scores in which
-higher is better and -inf marks an empty slot.
+that vector with the packed masks (paper section 3.3). `task_scores` is that for one decision;
+`schedule` runs it for many, on whatever device. Every rule returns scores in which higher is better
+and -inf marks an empty slot.
 
 Called on concrete arrays each function checks its arguments, then runs one jitted program; inside
 the caller's own jit the same code becomes part of the caller's program.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supsup_jax.devices import varying_like
 from supsup_jax.inference import arguments, schedule
 from supsup_jax.inference.schedule import Decisions
+from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, StoreError, TaskBelief
 
 
-class Uncertainty(NamedTuple):
-    """F: how uncertain the network is of its outputs, by an objective.
+def task_scores(
+    net: Network,
+    store: TaskStore,
+    x: jax.Array,
+    objective: Objective,
+    state: PyTree = None,
+    mixture: PyTree | None = None,
+    contract: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """-dF/da [K] at a = 1/T, F the mean objective of one decision's images x [m, ...].
 
-    state: the statistics of a stateful network, constant; None: those of the images at hand.
+    state: the statistics of a stateful network; None: those of x.
+    mixture, contract: the store's, unless the caller has another at hand.
     """
-
-    net: Network
-    objective: Objective
-    state: PyTree = None
-
-    @classmethod
-    def among(
-        cls, net: Network, objective: Objective, mixture: PyTree, x: jax.Array
-    ) -> "Uncertainty":
-        """F where no id is known: under the statistics of x [B, ...] in the mixture."""
-        if net.state is None:
-            return cls(net, objective)
-        return cls(net, objective, net.batch_state(net.superpose(mixture), x))
-
-    def values(self, mask: PyTree, x: jax.Array) -> jax.Array:
-        """The objective of each row of x [B, ...] under a mask or a mixture, float32 [B]."""
-        values = self.objective(self.net(mask, x, self.state))
-        if values.shape != x.shape[:1]:
-            raise ValueError(
-                f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
-                f"got shape {values.shape}"
-            )
-        return values.astype(jnp.float32)
-
-    def gradient(self, mixture: PyTree, x: jax.Array) -> jax.Array:
-        """dF/dW_eff * W as one vector [n], F the mean over x [m, ...]."""
-        gradient = jax.grad(lambda mixture: self.values(mixture, x).mean())(mixture)
-        return self.net.layout.ravel(gradient, "the mixture")
-
-    def task_scores(
-        self, mixture: PyTree, contract: Callable[[jax.Array], jax.Array], x: jax.Array
-    ) -> jax.Array:
-        """-dF/da [K] of one decision by the images x [m, ...]; contract: as a store's."""
-        v = self.gradient(mixture, x)  # one forward and one backward pass
-        return -contract(v)  # one product with the packed masks
-
-
-def belief(store: TaskStore, scores: jax.Array) -> TaskBelief:
-    """The task of the highest of scores [D, K], of equal ones the lower; empty slots ruled out."""
-    scores = live(store, scores)
-    return TaskBelief(store.devices.argmax(scores), scores)
-
-
-def live(store: TaskStore, scores: jax.Array) -> jax.Array:
-    """The scores [D, K], -inf in empty slots."""
-    return jnp.where(store.slots[None], scores, -jnp.inf)
+    mixture = store.mixture() if mixture is None else mixture  # all masks at once, 1/T of each
+    gradient = Uncertainty(net, objective, state).gradient(mixture, x)  # forward and backward once
+    return -(contract or store.contract)(gradient)  # one product with the packed masks
 
 
 def one_shot(
@@ -100,12 +68,9 @@ def one_shot(
     return _one_shot(net, store, x, objective, per_example, implementation)
 
 
-@schedule.rule(num_options=1)
+@schedule.compiled(num_options=1)
 def _one_shot(net, store, decisions, objective, implementation):
-    mixture = store.mixture()
-    uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
-    scores = schedule.map_decisions(uncertainty, store, mixture, decisions, implementation)
-    return belief(store, scores)
+    return belief(store, scores_of(net, store, decisions, objective, implementation))
 
 
 def alpha_gradient(
@@ -131,11 +96,81 @@ def alpha_gradient(
     return _alpha_gradient(net, store, x, objective, per_example, alphas)
 
 
-@schedule.rule(scores_only=True)
+@schedule.compiled(scores_only=True)
 def _alpha_gradient(net, store, decisions, objective, alphas):
+    return -scores_of(net, store, decisions, objective, alphas=alphas)
+
+
+def scores_of(
+    net: Network,
+    store: TaskStore,
+    decisions: Decisions,
+    objective: Objective,
+    implementation: str | None = None,
+    *,
+    alphas: jax.Array | None = None,
+    finish: Callable = schedule.unchanged,
+) -> PyTree:
+    """The `task_scores` of each decision, [D, K], under the statistics of all that is asked about.
+
+    alphas: as of `mixture`. finish: as of `schedule.map_decisions`.
+    """
     mixture = store.mixture(alphas)
     uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
-    return -schedule.map_decisions(uncertainty, store, mixture, decisions)
+    return schedule.map_decisions(
+        task_scores, uncertainty, store, mixture, decisions, implementation, finish
+    )
+
+
+def belief(store: TaskStore, scores: jax.Array) -> TaskBelief:
+    """The task of the highest of scores [D, K], of equal ones the lower; empty slots ruled out."""
+    scores = live(store, scores)
+    return TaskBelief(store.devices.argmax(scores), scores)
+
+
+def live(store: TaskStore, scores: jax.Array) -> jax.Array:
+    """The scores [D, K], -inf in empty slots."""
+    return jnp.where(store.slots[None], scores, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uncertainty:
+    """F: how uncertain the network is of its outputs, by an objective. A pytree.
+
+    state: the statistics of a stateful network, constant; None: those of the images at hand.
+    """
+
+    net: Network
+    objective: Objective = dataclasses.field(metadata={"static": True})
+    state: PyTree = None
+
+    @classmethod
+    def among(
+        cls, net: Network, objective: Objective, mixture: PyTree, x: jax.Array
+    ) -> "Uncertainty":
+        """F where no id is known: under the statistics of x [B, ...] in the mixture."""
+        if net.state is None:
+            return cls(net, objective)
+        return cls(net, objective, net.batch_state(net.superpose(mixture), x))
+
+    def values(self, mask: PyTree, x: jax.Array) -> jax.Array:
+        """The objective of each row of x [B, ...] under a mask or a mixture, float32 [B]."""
+        values = self.objective(self.net(mask, x, self.state))
+        if values.shape != x.shape[:1]:
+            raise ValueError(
+                f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
+                f"got shape {values.shape}"
+            )
+        return values.astype(jnp.float32)
+
+    def gradient(self, mixture: PyTree, x: jax.Array) -> jax.Array:
+        """dF/dW_eff * W as one vector [n], F the mean over x [m, ...].
+
+        As W_eff = W * mixture, that is the gradient in the mixture.
+        """
+        gradient = jax.grad(lambda mixture: self.values(mixture, x).mean())(mixture)
+        return self.net.layout.ravel(gradient, "the mixture")
 
 
 def task_ids(
@@ -145,22 +180,16 @@ def task_ids(
 
     Never holds the scores of more than a piece of the decisions.
     """
-    net, objective, state = uncertainty
-    name = functools.partial(_task_ids, objective)
-    return schedule.over_rows(name, store, x, net, mixture, state)
+    return schedule.over_rows(_task_ids, store, x, uncertainty, mixture)
 
 
-def _task_ids(objective, store, x, net, mixture, state):
-    uncertainty = Uncertainty(net, objective, state)
+def _task_ids(store, x, uncertainty, mixture):
+    def best_here(scores):
+        return store.devices.best_here(live(store, scores))
 
     def best(x, implementation):
         return schedule.map_decisions(
-            uncertainty,
-            store,
-            mixture,
-            Decisions(x),
-            implementation,
-            finish=lambda scores: store.devices.best_here(live(store, scores)),
+            task_scores, uncertainty, store, mixture, Decisions(x), implementation, best_here
         )
 
     return store.devices.best(*schedule.fastest(best, store, x))
@@ -184,12 +213,12 @@ def one_shot_streamed(
     Holds B weight gradients, [B, n] floats. Raises as `one_shot`.
     """
     arguments.check_objective(objective)
-    arguments.check_implementation(implementation)
     if implementation == arguments.CERTIFIED:
         raise ValueError(
             "implementation must be None or a form of contraction here: a certificate among the "
             "tasks of one part says nothing of the others"
         )
+    contraction.check_implementation(implementation)
     arguments.check_input(x)
     if iter(parts) is parts:
         raise TypeError(
@@ -216,7 +245,8 @@ def one_shot_streamed(
 def _gradients(net, mean, x, *, objective, per_example):
     mixture = net.layout.unravel(mean)
     uncertainty = Uncertainty.among(net, objective, mixture, x)
-    return schedule.gradients(uncertainty, mixture, x, per_example)
+    gradient = functools.partial(uncertainty.gradient, varying_like(mixture, x))
+    return jax.lax.map(gradient, x[:, None]) if per_example else gradient(x)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

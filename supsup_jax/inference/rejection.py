@@ -31,7 +31,7 @@ def confidence(belief: TaskBelief) -> jax.Array:
     for scores of `one_shot`. Those of `oracle` and `rerank` say more on their own (`best_score`),
     the coefficients of `descend` and the rounds of `binary_search` little.
     """
-    _check_belief(belief)
+    check_type("belief", belief, TaskBelief)
     scores = belief.scores
     finite = jnp.isfinite(scores)
     return jnp.sum(finite, axis=-1) * jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
@@ -43,7 +43,7 @@ def best_score(belief: TaskBelief) -> jax.Array:
     For `rerank` and `oracle`, where it is -judge of the output under that task's mask alone. With
     judge = Superfluous it is log P(labels), which separates best of all that was measured.
     """
-    _check_belief(belief)
+    check_type("belief", belief, TaskBelief)
     return jnp.max(belief.scores, axis=-1)
 
 
@@ -71,7 +71,7 @@ def calibrate(
     Raises ValueError unless 0 < rate < 1 and N >= 1 / rate, and, where values are known, when all
     are equally sure (as among one task), or one is not a number; TypeError for other arguments.
     """
-    _check_belief(belief)
+    check_type("belief", belief, TaskBelief)
     if not callable(statistic) or not isinstance(statistic, Hashable):
         raise TypeError(f"statistic must be a hashable function of a belief, got {statistic!r}")
     if isinstance(rate, bool) or not isinstance(rate, float | int | np.floating):
@@ -115,12 +115,8 @@ def reject(belief: TaskBelief, rejection: Rejection) -> TaskBelief:
     What is not a number is refused. `predict` takes no id of -1: look at the task before.
     Raises TypeError unless given a TaskBelief and a Rejection.
     """
-    _check_belief(belief)
+    check_type("belief", belief, TaskBelief)
     if not isinstance(rejection, Rejection):
         raise TypeError(f"rejection must come from calibrate, got {type(rejection).__name__}")
     sure = rejection.statistic(belief) >= rejection.threshold
     return belief._replace(task=jnp.where(sure, belief.task, -1).astype(jnp.int32))
-
-
-def _check_belief(belief):
-    check_type("belief", belief, TaskBelief)

@@ -31,7 +31,8 @@ TANGENTS_UPTO = 256
 TANGENT_EXAMPLES = 16 * 1024
 
 
-def _unchanged(value):
+def unchanged(value: PyTree) -> PyTree:
+    """What `finish` and `mean` are where there is nothing to do."""
     return value
 
 
@@ -39,12 +40,13 @@ class Decisions(NamedTuple):
     """D decisions by m images each.
 
     x: [D, m, ...]. everything: [B, ...], all images of the call, whose statistics count.
-    mean: of a number of this device and those of others whose images decide together with these.
+    over_devices: the mean of a value here and those of other devices whose images decide together
+      with these.
     """
 
     x: jax.Array
     everything: jax.Array | None = None
-    mean: Callable[[jax.Array], jax.Array] = _unchanged
+    over_devices: Callable[[jax.Array], jax.Array] = unchanged
 
     @property
     def rows(self) -> jax.Array:
@@ -52,7 +54,7 @@ class Decisions(NamedTuple):
         return self.x.reshape(-1, *self.x.shape[2:])
 
 
-def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
+def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
     """Makes a rule for decisions the compiled program of a call; over a mesh, on every device.
 
     decorated: (net, store, Decisions, objective, *options, *arrays [K]) -> TaskBelief of task [D]
@@ -62,7 +64,7 @@ def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
     num_options: how many there are, all part of what is compiled.
     """
 
-    def compiled(decide):
+    def wrap(decide):
         def program(net, store, x, objective, per_example, *options):
             options, arrays = options[:num_options], options[num_options:]
             here = functools.partial(_decided, decide, per_example, (objective, *options))
@@ -74,7 +76,7 @@ def rule(num_options: int = 0, scores_only: bool = False) -> Callable:
         program.__name__ = decide.__name__
         return jax.jit(program, static_argnums=range(3, 5 + num_options))
 
-    return compiled
+    return wrap
 
 
 def _decided(decide, per_example, options, store, net, x, *arrays):
@@ -92,12 +94,13 @@ def over_rows(function: Callable, store: TaskStore, rows: PyTree, *whole: PyTree
 
 
 def map_decisions(
+    task_scores: Callable,
     uncertainty: Any,
     store: TaskStore,
     mixture: PyTree,
     decisions: Decisions,
     implementation: str | None = None,
-    finish: Callable[[jax.Array], PyTree] = _unchanged,
+    finish: Callable[[jax.Array], PyTree] = unchanged,
 ) -> PyTree:
     """-dF/da [D, K] of D decisions, each by the mean uncertainty F of its m images.
 
@@ -105,15 +108,18 @@ def map_decisions(
     masks, one decision after another on CPU, in large pieces elsewhere. "Tangents", on CPU for few
     tasks: for one mask after another, the derivative of all D outputs along it, about a forward
     pass each.
-    uncertainty: a `one_shot.Uncertainty`, F.
+    task_scores, uncertainty: of `one_shot`, which imports this module; F is an `Uncertainty`.
     finish: what to keep of scores [d, K], with a leading d, before the next piece is computed.
     """
     x = decisions.x
     contract = _product(store, implementation)
+    net, objective, state = uncertainty.net, uncertainty.objective, uncertainty.state
     own = varying_like(mixture, x)
 
     def one(x):
-        scores = uncertainty.task_scores(own, lambda v: contract(decisions.mean(v)), x)
+        scores = task_scores(
+            net, store, x, objective, state, own, lambda v: contract(decisions.over_devices(v))
+        )
         return jax.tree.map(lambda row: row[0], finish(scores[None]))
 
     def many(x):
@@ -132,12 +138,6 @@ def map_decisions(
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
 
-def gradients(uncertainty: Any, mixture: PyTree, x: jax.Array, per_example: bool) -> jax.Array:
-    """Weight gradients [B, n] of the rows of x, one after another; or [n], of all together."""
-    gradient = functools.partial(uncertainty.gradient, varying_like(mixture, x))
-    return lax.map(gradient, x[:, None]) if per_example else gradient(x)
-
-
 def fastest(function: Callable, store: TaskStore, x: jax.Array) -> PyTree:
     """function(x [D, m, ...], implementation) by what soonest tells the best task."""
     exact = functools.partial(function, implementation=None)
@@ -153,7 +153,10 @@ def piece_size(store: TaskStore) -> int:
 
 
 def _product(store, implementation):
-    """dF/da [..., K] of v [..., n], or [n] and [d, n]."""
+    """dF/da [..., K] of v [..., n], or [n] and [d, n].
+
+    Scores are -dF/da, higher is better: `certified_scores` is one of them, hence its two minuses.
+    """
 
     def certified(v):
         return lax.map(certified, v) if v.ndim > 1 else -store.certified_scores(-v)

@@ -22,7 +22,14 @@ from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
 from supsup_jax.inference import schedule
 from supsup_jax.inference.arguments import check_call, check_objective
-from supsup_jax.inference.one_shot import Uncertainty, belief, live, one_shot
+from supsup_jax.inference.one_shot import (
+    Uncertainty,
+    belief,
+    live,
+    one_shot,
+    scores_of,
+    task_scores,
+)
 from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
@@ -140,7 +147,7 @@ def _check_base(base, num_tasks):
         )
 
 
-@schedule.rule(num_options=2)
+@schedule.compiled(num_options=2)
 def _descend(net, store, decisions, objective, optimizer, steps):
     x = decisions.x
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
@@ -152,7 +159,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     def gradient(alphas):
         # One mixture a decision: alphas are batched, so the masks are read once for all.
         mixtures = jax.vmap(store.mixture)(store.devices.own_slots(alphas))
-        v = decisions.mean(jax.vmap(uncertainty.gradient)(mixtures, x))
+        v = decisions.over_devices(jax.vmap(uncertainty.gradient)(mixtures, x))
         return store.devices.all_slots(store.contract(v))
 
     def step(carry, _):
@@ -194,15 +201,13 @@ def _narrow(field, scores, base, devices=ONE_DEVICE):
     return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
 
 
-@schedule.rule(num_options=1)
+@schedule.compiled(num_options=1)
 def _binary_search(net, store, decisions, objective, base):
     # Loops as long as T asks for cannot be differentiated, and here nothing depends on anything.
     net, x, everything = lax.stop_gradient((net, decisions.x, decisions.everything))
     decisions = decisions._replace(x=x, everything=everything)
-    mixture = store.mixture()
-    uncertainty = Uncertainty.among(net, objective, mixture, everything)
     # The first round is one_shot: all decisions share its mixture, which the counts hold ready.
-    first = schedule.map_decisions(uncertainty, store, mixture, decisions)
+    first = scores_of(net, store, decisions, objective)
     play = functools.partial(_play, net, objective, base, decisions)
 
     # Over a mesh the survivors stay where they are: some devices may hold many, others none.
@@ -247,26 +252,27 @@ def _play(net, objective, base, decisions, store, field, x, until):
     """The field once at most `until` tasks of the store are alive, round after round."""
 
     def contract(v):
-        return store.contract(decisions.mean(v))
+        return store.contract(decisions.over_devices(v))
 
     def play_round(field):
         mixture = store.mixture_of(field.alive)
-        uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
-        return _narrow(field, uncertainty.task_scores(mixture, contract, x), base, store.devices)
+        state = Uncertainty.among(net, objective, mixture, decisions.everything).state
+        scores = task_scores(net, store, x, objective, state, mixture, contract)
+        return _narrow(field, scores, base, store.devices)
 
     return lax.while_loop(lambda field: field.num_alive > until, play_round, field)
 
 
-@schedule.rule()
+@schedule.compiled()
 def _oracle(net, store, decisions, objective):
     rows = decisions.rows
     judge = functools.partial(_judge, net, store, objective, rows)
     scores = schedule.over_tasks(store, judge, -jnp.inf, rows)  # [D m, K]
     scores = scores.reshape(*decisions.x.shape[:2], store.capacity).mean(axis=1)
-    return belief(store, decisions.mean(scores))
+    return belief(store, decisions.over_devices(scores))
 
 
-@schedule.rule(num_options=2)
+@schedule.compiled(num_options=2)
 def _rerank(net, store, decisions, objective, best, judge):
     slots = store.slot_of(_shortlist(net, store, decisions, objective, best))  # [D, best]
     judge, rows = functools.partial(_judge, net, store, judge), decisions.rows
@@ -278,20 +284,18 @@ def _rerank(net, store, decisions, objective, best, judge):
     # Each device has judged its own, and puts them where its own are.
     scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
     put = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))
-    return belief(store, put(scores, slots, decisions.mean(judged)))
+    return belief(store, put(scores, slots, decisions.over_devices(judged)))
 
 
 def _shortlist(net, store, decisions, objective, best):
     """Ids [D, best] of the best of one_shot; beyond the tasks there are, of empty slots."""
-    mixture = store.mixture()
-    uncertainty = Uncertainty.among(net, objective, mixture, decisions.everything)
 
     def few(scores):
         # Where argmax, and so one_shot, sees no difference between 0 and -0, top_k does.
         scores = live(store, jnp.where(scores == 0, 0, scores))
         return store.devices.few_here(scores, best)
 
-    found = schedule.map_decisions(uncertainty, store, mixture, decisions, finish=few)
+    found = scores_of(net, store, decisions, objective, finish=few)
     return store.devices.best_few(*found, best)
 
 

@@ -57,11 +57,7 @@ def contract(
     planes: 2 to 24, of "popcount"; fewer are faster and less accurate.
     Raises ValueError for another name or number.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}, which run on "
-            f"every device, got {implementation!r}"
-        )
+    check_implementation(implementation)
     if not fixed_point.MIN_PLANES <= planes <= fixed_point.MAX_PLANES:
         raise ValueError(
             f"planes must lie in [{fixed_point.MIN_PLANES}, {fixed_point.MAX_PLANES}], got {planes}"
@@ -69,6 +65,16 @@ def contract(
     if v.shape[-1] != WORD_BITS * words.shape[1]:
         raise ValueError(f"v must end in {WORD_BITS * words.shape[1]}, got shape {v.shape}")
     return _contract(implementation, planes, words, v.astype(jnp.float32), num_tasks)
+
+
+def check_implementation(implementation: str | None, *others: str) -> None:
+    """Raises ValueError unless it is None, a form of `contract`, or among `others`."""
+    names = sorted((*IMPLEMENTATIONS, *others))
+    if implementation not in (None, *names):
+        raise ValueError(
+            f"implementation must be None or one of {names}, which run on every device, "
+            f"got {implementation!r}"
+        )
 
 
 def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.Array:

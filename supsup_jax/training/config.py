@@ -49,22 +49,17 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            check_int(name, value, least)
+            check_int(name, getattr(self, name), least)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        for name, most in (
-            ("momentum", 1),
-            ("decay", 1),
-            ("eps", math.inf),
-            ("weight_decay", math.inf),
-        ):
+        limits = {"momentum": 1, "decay": 1, "eps": math.inf, "weight_decay": math.inf}
+        for name, most in limits.items():
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"{name} must lie in [0, {most}), got {getattr(self, name)!r}")
         if self.momentum and self.optimizer == "adam":
             raise ValueError("adam has a momentum of its own: momentum must be 0")
-        if self.augment is not None and not (
-            callable(self.augment) and isinstance(self.augment, Hashable)
+        if not (self.augment is None or callable(self.augment)) or not isinstance(
+            self.augment, Hashable
         ):
             raise TypeError(f"augment must be a hashable function, got {self.augment!r}")
         if self.rule == "topk" and self.density is None:

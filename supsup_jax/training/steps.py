@@ -178,8 +178,13 @@ def split_rows(loss: Loss, mesh: Mesh) -> Loss:
 
 def learned(net: Network, after: TrainState, loss: jax.Array, config: TrainConfig) -> TrainResult:
     """What was learned, where training arrived."""
+    return TrainResult(task_of(net, after, config), after.scores, loss)
+
+
+def task_of(net: Network, after: TrainState, config: TrainConfig) -> Task:
+    """The task that these scores and statistics make."""
     mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, after.scores))
-    return TrainResult(Task(mask, after.state), after.scores, loss)
+    return Task(mask, after.state)
 
 
 @jax.jit

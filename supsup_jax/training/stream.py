@@ -33,10 +33,12 @@ from supsup_jax.training.steps import (
     all_finite,
     batch_indices,
     data_step,
+    diverged,
     init_train_state,
     mask_loss,
+    task_of,
 )
-from supsup_jax.types import Objective, Task, TaskData
+from supsup_jax.types import Objective, TaskData
 
 BEYOND = ("reuse", "skip")
 # Room of a store without a budget, before it doubles.
@@ -63,10 +65,8 @@ class StreamConfig:
 
     def __post_init__(self):
         for name, least in (("window", 1), ("floor", 2), ("budget", 1)):
-            value = getattr(self, name)
-            if name == "budget" and value is None:
-                continue
-            check_int(name, value, least)
+            if (value := getattr(self, name)) is not None or name != "budget":
+                check_int(name, value, least)
         if not 0 < self.eps < self.floor - 1:
             raise ValueError(
                 f"eps must lie in (0, floor - 1) = (0, {self.floor - 1}), for no nu exceeds 1 and "
@@ -249,10 +249,7 @@ def observe(
     )
     after, loss, finite = jax.device_get((after, loss, finite))
     if not finite:
-        raise ValueError(
-            f"training diverged at window {state.windows - 1}: scores or losses are not finite; "
-            f"lower learning_rate ({config.train.learning_rate:g}) or check the images for NaN"
-        )
+        raise diverged(config.train, f" at window {state.windows - 1}")
     # From here on nothing fails, so that an error leaves a donated store as it was.
     if winner != slot:
         store = store.replace(winner, _task(net, slots[winner], config=config.train), donate=donate)
@@ -278,24 +275,15 @@ def _choose(state, net, data, index, config):
     allocated = state.allocated
     if allocated == 0:
         return 0, 0, None
-    best, best_allocated, max_nu, new = jax.device_get(
-        _ask(
-            net,
-            state.store,
-            data,
-            index,
-            np.int32(allocated),
-            config.eps,
-            objective=config.objective,
-        )
-    )
-    max_nu = float(max_nu)
+    asked = net, state.store, data, index, np.int32(allocated), config.eps
+    found = jax.device_get(_ask(*asked, objective=config.objective))
+    best, best_allocated, max_nu, new = (each.item() for each in found)
     if not new and best < allocated:
-        return int(best), int(best), max_nu
+        return best, best, max_nu
     if allocated < (config.budget or math.inf):
-        return allocated, allocated if new else int(best), max_nu
+        return allocated, allocated if new else best, max_nu
     if config.beyond == "reuse":
-        return int(best_allocated), int(best_allocated), max_nu
+        return best_allocated, best_allocated, max_nu
     return None, None, max_nu
 
 
@@ -324,12 +312,7 @@ def _fresh(key, i, net, *, config):
     return init_train_state(config, scores, net.state)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _task(net, slot, *, config):
-    mask = jax.tree.map(lambda leaf: leaf != 0, config.mask(net.layout, slot.scores))
-    return Task(mask, slot.state)
-
-
+_task = functools.partial(jax.jit, static_argnames="config")(task_of)
 _draw = functools.partial(jax.jit, static_argnums=(1, 2))(batch_indices)
 
 

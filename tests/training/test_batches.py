@@ -117,7 +117,9 @@ def test_a_start_at_the_end_only_finishes(conv_net):
 
 def test_init_scores_are_where_it_starts_and_stay(conv_net):
     data, shapes = photographs(), conv_net.layout.shapes
-    scores = conv_net.layout.tree([jnp.full(shape, 0.01) for shape in shapes.values()])
+    scores = conv_net.layout.tree(
+        [jnp.asarray(np.full(shape, 0.01, np.float32)) for shape in shapes.values()]
+    )
     want = ss.train_task(KEY, conv_net, data, CONFIG, init_scores=scores)
     for init in (scores, ss.ScoreMean.create(conv_net).include(scores)):
         got = ss.train_on_batches(KEY, conv_net, batches_of(KEY, data, CONFIG), CONFIG, init)

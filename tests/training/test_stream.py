@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -22,6 +23,8 @@ from supsup_jax.training.stream import (
     restore_stream,
 )
 from tests.conftest import golden, relu_net
+from tests.test_search import plain_gradient
+from tests.training.test_train import recorder
 
 CONFIG = ss.stream.StreamConfig(
     window=3, train=ss.TrainConfig(steps=6, batch_size=8, learning_rate=1e-2)
@@ -64,23 +67,12 @@ def mask_of(slot):
 
 
 def rule_by_hand(net, state, data, index, config):
-    """nu over all slots in NumPy: H's gradient by the chain rule, met by each mask unpacked."""
-    x = np.asarray(data.batch(jnp.asarray(index[0]))[0], np.float64)
-    weights = {name: np.asarray(leaf, np.float64) for name, leaf in net.params.items()}
-    masks = [mask_of(slot) for slot in state.slots]
-    assert len(masks) == max(state.allocated, config.floor)
-    mixed = {name: weights[name] * np.mean([m[name] for m in masks], axis=0) for name in weights}
-    before = x @ mixed["kernel0"]
-    hidden = np.maximum(before, 0)
-    p = np.exp(hidden @ mixed["kernel1"])
-    p /= p.sum(axis=1, keepdims=True)
-    entropy = -np.sum(p * np.log(p), axis=1, keepdims=True)
-    down = p * (np.log(p) + entropy) / len(x)  # minus dH/dlogits
-    slope = {
-        "kernel0": x.T @ (down @ mixed["kernel1"].T * (before > 0)),
-        "kernel1": hidden.T @ down,
-    }
-    scores = [sum(np.sum(slope[n] * weights[n] * m[n]) for n in weights) for m in masks]
+    """nu over all slots in NumPy."""
+    x = np.asarray(data.images, np.float64)[index[0]] / 255
+    weights = [np.asarray(leaf, np.float64) for leaf in net.params.values()]
+    masks = jax.tree.map(lambda *leaves: np.stack(leaves), *map(mask_of, state.slots)).values()
+    everyone = np.ones(max(state.allocated, config.floor), bool)
+    scores = -plain_gradient(weights, masks, x, everyone, ss.entropy)
     return np.exp(scores) / np.exp(scores).sum()
 
 
@@ -133,10 +125,7 @@ def test_decisions_equal_the_rule_by_hand(small_net, eps):
 
 def test_the_first_window_is_mask_0_unasked(seen):
     decision = seen[1][0]
-    assert decision.mask == 0
-    assert decision.allocated
-    assert decision.max_nu is None
-    assert decision.threshold == 1.125 / 5
+    assert decision == ss.stream.Decision(0, True, None, 1.125 / 5, decision.loss)
 
 
 def with_scores(state, net, config, changes):
@@ -149,16 +138,14 @@ def with_scores(state, net, config, changes):
     )
 
 
-def ones(net, value=1.0):
-    return {n: np.full(s, value, np.float32) for n, s in net.layout.shapes.items()}
-
-
 def test_a_decoy_that_wins_is_exchanged_and_allocated(small_net):
     config = dataclasses.replace(CONFIG, eps=1e-4)
     states, _ = stream_of(small_net, config, 1)
     before = states[-1]
     # Every other mask drops all weights, and so has no say; decoy 3 stands out.
-    silent = {i: ones(small_net, -1.0) for i in (0, 1, 2, 4)}
+    shapes = small_net.layout.shapes
+    drops = {name: np.full(shape, -1, np.float32) for name, shape in shapes.items()}
+    silent = dict.fromkeys((0, 1, 2, 4), drops)
     before = with_scores(before, small_net, config, silent)
     after, decision = ss.stream.observe(before, small_net, toy_data(), toy_window(), config)
     nu = rule_by_hand(small_net, before, toy_data(), toy_window(), config)
@@ -191,18 +178,18 @@ def test_a_donated_store_learns_the_same(small_net, windows):
 # Training.
 
 
+# The network is an argument, as in the library: as a constant it would round otherwise.
+@functools.partial(jax.jit, static_argnames="config")
+def one_step(net, state, data, batch, config):
+    return train_step(mask_loss(net, config), config, state, *data.batch(batch))
+
+
 def by_hand(net, slot, config, data=None, index=None):
     """The slot after a window: train_step looped."""
     data, index = data or toy_data(), toy_window(config=config) if index is None else index
-
-    # The network is an argument, as in the library: as a constant it would round otherwise.
-    @jax.jit
-    def step(net, state, x, y):
-        return train_step(mask_loss(net, config.train), config.train, state, x, y)
-
     state = slot
     for batch in index:
-        state, _ = step(net, state, *data.batch(jnp.asarray(batch)))
+        state, _ = one_step(net, state, data, batch, config.train)
     return jax.device_get(state)
 
 
@@ -213,11 +200,11 @@ def test_a_window_trains_as_train_step_looped(small_net, change):
     state, decision = ss.stream.observe(start, small_net, toy_data(), toy_window(), config)
     want = by_hand(small_net, start.slots[0], config)
     chex.assert_trees_all_close(state.slots[0], want, rtol=1e-5, atol=1e-7)
-    mask = jax.tree.map(lambda m: m != 0, config.train.mask(small_net.layout, want.scores))
-    chex.assert_trees_all_equal(state.store.mask(0), mask)
-    x, y = toy_data().batch(jnp.asarray(toy_window()[0]))
-    logits = small_net(config.train.mask(small_net.layout, start.slots[0].scores), x)
-    first = -jax.nn.log_softmax(logits)[jnp.arange(8), y].mean()
+    mask = jax.jit(functools.partial(config.train.mask, small_net.layout))(want.scores)
+    chex.assert_trees_all_equal(
+        state.store.mask(0), jax.tree.map(lambda m: np.asarray(m) > 0, mask)
+    )
+    _, first = one_step(small_net, start.slots[0], toy_data(), toy_window()[0], config=config.train)
     one = dataclasses.replace(config, window=1)
     _, decision = ss.stream.observe(start, small_net, toy_data(), toy_window()[:1], one)
     assert decision.loss == pytest.approx(float(first), rel=1e-5)
@@ -259,12 +246,7 @@ def test_statistics_belong_to_the_mask(norm_net):
 
 
 def test_augmentation_draws_anew_each_step_of_each_window(small_net):
-    seen = []
-
-    def augment(key, x):
-        jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
-        return x
-
+    augment, seen = recorder()
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, augment=augment))
     jax.block_until_ready(stream_of(small_net, config, 2)[0])
     jax.effects_barrier()

@@ -52,12 +52,14 @@ def test_rmsprop_matches_the_reference():
 def stepped(config, gradients):
     """Where the optimizer takes 1.0 by these gradients, step by step."""
     transformation, value = config.transformation(), jnp.float32(1)
-    state, found = transformation.init(value), []
-    for gradient in gradients:
-        update, state = transformation.update(jnp.float32(gradient), state, value)
-        value = value + update
-        found.append(float(value))
-    return found
+
+    def step(before, gradient):
+        state, value = before
+        update, state = transformation.update(gradient, state, value)
+        return (state, value + update), value + update
+
+    before = transformation.init(value), value
+    return jax.jit(lambda *args: jax.lax.scan(step, *args))(before, jnp.float32(gradients))[1]
 
 
 def by_hand(config, gradients):
@@ -182,30 +184,37 @@ def test_one_step_equals_the_formula(small_net):
     data = toy_data(num=8)
     config = dataclasses.replace(FAST, steps=1, learning_rate=0.1, shuffle=False)
     start = {
-        name: jnp.linspace(-1, 1, s[0] * s[1]).reshape(s)
+        name: np.linspace(-1, 1, s[0] * s[1], dtype=np.float32).reshape(s)
         for name, s in small_net.layout.shapes.items()
     }
     result = ss.train_task(jax.random.key(0), small_net, data, config, init_scores=start)
-    x, y = data.batch(jnp.arange(8))
+    x, y = np.asarray(data.images), np.asarray(data.labels)
 
     def loss(mask):
         log_p = jax.nn.log_softmax(small_net(mask, x))
         return -log_p[jnp.arange(8), y].mean()
 
-    grads = jax.grad(loss)({name: (s >= 0).astype(jnp.float32) for name, s in start.items()})
+    mask = {name: (s >= 0).astype(np.float32) for name, s in start.items()}
+    grads = jax.jit(jax.grad(loss))(mask)
     for name, scores in start.items():
         np.testing.assert_allclose(
             result.scores[name], scores - 0.1 * grads[name], rtol=1e-5, atol=1e-7
         )
 
 
-def test_augmentation_draws_anew_each_step(small_net):
+def recorder():
+    """An augmentation that changes nothing, and the list of what its keys draw."""
     seen = []
 
     def augment(key, x):
         jax.debug.callback(lambda bits: seen.append(int(bits)), jax.random.bits(key))
         return x
 
+    return augment, seen
+
+
+def test_augmentation_draws_anew_each_step(small_net):
+    augment, seen = recorder()
     config = dataclasses.replace(FAST, steps=4, augment=augment)
     jax.block_until_ready(ss.train_task(jax.random.key(0), small_net, toy_data(), config))
     jax.effects_barrier()
@@ -239,12 +248,13 @@ def test_the_mean_of_all_scores_so_far(small_net):
     rng = np.random.default_rng(0)
     shapes = small_net.layout.shapes
     scores = [
-        {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         for _ in range(4)
     ]
     mean = ss.ScoreMean.create(small_net)
+    include = jax.jit(ss.ScoreMean.include)
     for each in scores:
-        mean = mean.include(each)
+        mean = include(mean, each)
     assert int(mean.num_tasks) == 4
     for name in shapes:
         want = np.mean([each[name] for each in scores], axis=0)
@@ -325,12 +335,12 @@ def test_bad_input(small_net):
         ss.TaskData(good.images, good.labels.astype(jnp.float32))
     with pytest.raises(TypeError, match="images must be an array"):
         ss.TaskData([[1, 2]], good.labels)
-    scores = {name: jnp.ones(shape) for name, shape in small_net.layout.shapes.items()}
-    bad = {**scores, "kernel0": scores["kernel0"].at[0, 0].set(jnp.nan)}
+    scores = {name: np.ones(shape, np.float32) for name, shape in small_net.layout.shapes.items()}
+    bad = {**scores, "kernel0": scores["kernel0"] * np.nan}
     refuses(ValueError, "finite, got NaN or infinity at 'kernel0'", init_scores=bad)
-    bad = {**scores, "kernel0": scores["kernel0"].astype(jnp.int32)}
+    bad = {**scores, "kernel0": scores["kernel0"].astype(np.int32)}
     refuses(TypeError, "init_scores must be floats", init_scores=bad)
     only = {"kernel0": scores["kernel0"]}
     refuses(ValueError, "lacks the masked leaf 'kernel1'", init_scores=only)
-    nan = dataclasses.replace(good, images=jnp.full((40, 6), jnp.nan))
+    nan = dataclasses.replace(good, images=np.full((40, 6), np.nan, np.float32))
     refuses(ValueError, "training diverged", data=nan)
