@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-scripts lint format clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.permuted --out $(DEMO) --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-scripts: $(READY)
+	$(BIN)/python -m pytest -m scripts
 
 lint: $(READY)
 	$(BIN)/ruff check .

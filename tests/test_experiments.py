@@ -11,6 +11,8 @@ from experiments import nns, permuted, rotated, split_cifar, split_imagenet, spl
 from experiments.frame import run
 from tests.runs import MATRICES, EveryRun, error_of
 
+pytestmark = pytest.mark.scripts
+
 MODULES = {
     "permuted": permuted,
     "rotated": rotated,

@@ -15,6 +15,8 @@ from experiments.frame.run import UsageError
 from tests import on_hosts
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.scripts
+
 
 def free_port():
     with socket.socket() as listener:

@@ -16,6 +16,8 @@ from supsup_jax import data
 from tests.conftest import ConvNet
 from tests.runs import MATRICES, EveryRun, interrupt, main
 
+pytestmark = pytest.mark.scripts
+
 
 @pytest.mark.parametrize("method", ["psp", "abatche"])
 def test_an_interrupted_baseline_resumes_to_the_same_result(tmp_path, monkeypatch, method):

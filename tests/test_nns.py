@@ -13,6 +13,8 @@ from tests.conftest import filled_store, random_masks
 from tests.runs import EveryRun, assert_same_files, error_of, interrupt, main
 from tests.training.test_stream import toy_data
 
+pytestmark = pytest.mark.scripts
+
 
 class TestNns(EveryRun):
     module = nns

@@ -152,6 +152,7 @@ def test_auroc_by_counting_pairs():
     assert none_of_these.auroc(known, unknown) == pytest.approx(np.mean(pairs))
 
 
+@pytest.mark.scripts
 def test_the_script_runs_without_data(tmp_path, capsys):
     """What it finds is up to a training of seconds: not whether the tasks stand out."""
     result = none_of_these.main(none_of_these.Args(tiny=True, images=60, out=tmp_path))

@@ -14,6 +14,8 @@ from experiments.split_cifar import Args
 from supsup_jax import data
 from tests.runs import interrupt
 
+pytestmark = pytest.mark.scripts
+
 
 class SmallNet(nnx.Module):
     """Stands for a ResNet, which compiles for half a minute."""

@@ -12,6 +12,8 @@ from experiments.split_imagenet import Args
 from supsup_jax import data
 from tests.runs import MATRICES, EveryRun, assert_same_files, main
 
+pytestmark = pytest.mark.scripts
+
 
 def config_of(**args):
     return split_imagenet.EXPERIMENT.config(Args(**args))

@@ -1,11 +1,14 @@
 from typing import ClassVar
 
 import numpy as np
+import pytest
 
 import supsup_jax as ss
 from experiments import split_mnist
 from supsup_jax.stores.records import read_alone
 from tests.runs import EveryRun
+
+pytestmark = pytest.mark.scripts
 
 
 class TestSplitMnist(EveryRun):
