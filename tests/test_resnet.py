@@ -13,7 +13,7 @@ import supsup_jax as ss
 from supsup_jax import models
 from supsup_jax.models import convolution
 from tests.conftest import GOLDEN
-from tests.test_density import as_ours, layout_of
+from tests.test_masks import as_ours, layout_of
 
 REFERENCE = json.loads((GOLDEN / "er_density.json").read_text())
 
