@@ -64,7 +64,11 @@ class TestNns(EveryRun):
             "old files": (nns.Path, "unlink"),
         }[place]
 
-        def die(*_, **__):
+        unlink = nns.Path.unlink
+
+        def die(*args, **options):
+            if place == "old files" and args[0].parent.name != "masks":
+                return unlink(*args, **options)  # what a store wrote beside its file
             raise KeyboardInterrupt
 
         def second_save_dies(learner):
