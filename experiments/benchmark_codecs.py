@@ -19,9 +19,9 @@ Expected, MB (10**6 bytes) of 100 tasks:
 
           s   indices   csc16   enumerative   bitpack   xor-delta   bound   paper
           4      40.9    51.6          19.4     293.4         5.1    19.2    65.5
-          8      80.6    91.2          33.4     293.4         9.0    33.3   101.0
-         16     159.1   169.8          56.5     293.4        15.9    56.2   195.2
-         32     313.4   324.0          91.9     293.4        27.6    91.4       -
+          8      80.6    91.2          33.5     293.4         9.1    33.3   101.0
+         16     159.1   169.8          56.6     293.4        16.0    56.2   195.2
+         32     313.4   324.0          92.2     293.4        27.8    91.4       -
 
 Writes benchmark_codecs.json and .md to --out, and ends with the tables. A minute on one CPU core.
 Seconds are medians of side-by-side rounds.
