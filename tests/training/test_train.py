@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
+from supsup_jax import prng
 from supsup_jax.training import steps, train
 from tests.conftest import golden, relu_apply, relu_net
 
@@ -132,6 +133,19 @@ def test_same_key_same_task_other_key_other_task(small_net):
     chex.assert_trees_all_equal(one, ss.train_task(jax.random.key(0), small_net, data, FAST))
     other = ss.train_task(jax.random.key(1), small_net, data, FAST)
     assert not np.array_equal(one.scores["kernel0"], other.scores["kernel0"])
+
+
+def test_every_draw_has_a_key_of_its_own(small_net, monkeypatch):
+    purposes, purpose_key = [], prng.purpose_key
+
+    def recorded(key, purpose):
+        purposes.append(purpose)
+        return purpose_key(key, purpose)
+
+    monkeypatch.setattr(prng, "purpose_key", recorded)
+    train._train.clear_cache()
+    ss.train_task(jax.random.key(0), small_net, toy_data(), FAST)
+    assert len(purposes) == len(set(purposes)) == 3  # scores, batches, augmentation
 
 
 def test_a_view_is_the_images_gathered_by_hand(small_net):
