@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ def test_topk_equals_a_stable_sort(shape):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_topk_settles_ties_by_the_lower_index_and_keeps_exactly_k(dtype):
+    if dtype == jnp.float16 and "SSE4_2" in os.environ.get("XLA_FLAGS", ""):
+        pytest.skip("XLA has no conversion of float16 in code for SSE4_2")
     scores = np.asarray([1, -2, 2, 0, -1, 2, 0, -0.0]).astype(dtype)
     want = {
         1: [0, 1, 0, 0, 0, 0, 0, 0],
