@@ -107,7 +107,7 @@ def test_from_nnx_keeps_the_module_and_its_weights():
     module = models.lenet_300_100(7, num_inputs=9, rngs=nnx.Rngs(1))
     net = ss.Network.from_nnx(module)
     x = normal(4, 9)
-    np.testing.assert_allclose(forward(net, ones_mask(net), x), module(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(forward(net, ones_mask(net), x), module(x), rtol=1e-6, atol=1e-6)
     assert net.layout.shapes == {
         "layer0/kernel": (9, 300),
         "layer1/kernel": (300, 100),
@@ -123,7 +123,7 @@ def test_from_nnx_works_in_train_and_eval_mode():
     logits, state = train_logits(net, ones_mask(net), net.state, x)
     module.train()
     np.testing.assert_allclose(logits, module(x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state["norm"]["mean"], module.norm.mean[...], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state["norm"]["mean"], module.norm.mean[...], rtol=1e-6, atol=1e-6)
     module.eval()
     np.testing.assert_allclose(
         forward(net, ones_mask(net), x, state), module(x), rtol=1e-5, atol=1e-6
@@ -171,7 +171,7 @@ def test_from_linen_with_statistics():
     net = ss.Network.from_linen(module, variables)
     logits, state = train_logits(net, ones_mask(net), net.state, x)
     want, moved = module.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits, want, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
         jax.tree.leaves(state), jax.tree.leaves(moved["batch_stats"]), rtol=1e-6
     )
@@ -218,7 +218,7 @@ def test_a_linen_module_with_a_mode_but_no_state_runs_in_eval_mode():
     variables = Dropped().init(jax.random.key(0), x, train=False)
     net = ss.Network.from_linen(Dropped(), variables)
     want = Dropped().apply(variables, x, train=False)
-    np.testing.assert_allclose(forward(net, ones_mask(net), x), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(forward(net, ones_mask(net), x), want, rtol=1e-6, atol=1e-6)
 
 
 def test_bad_input(small_net):
