@@ -23,7 +23,7 @@ from supsup_jax.stores.records import (
 from tests.conftest import filled_store, random_masks, relu_net
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     database=None,
     derandomize=True,  # the same examples in every run: what fails here fails again
