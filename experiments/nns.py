@@ -129,9 +129,9 @@ def load(config: Config, args: Args) -> data.Dataset:
         return dataset
 
     def enlarged(split):
-        images = np.asarray(split.images).reshape(-1, 8, 8)
+        images = np.asarray(split.inputs).reshape(-1, 8, 8)
         images = images.repeat(config.enlarge, axis=1).repeat(config.enlarge, axis=2)
-        return dataclasses.replace(split, images=jnp.asarray(images))
+        return dataclasses.replace(split, inputs=jnp.asarray(images))
 
     return dataset._replace(train=enlarged(dataset.train), test=enlarged(dataset.test))
 

@@ -138,9 +138,9 @@ def measure(net, store, stream, dataset, key, images) -> list[dict]:
     images = min(images, dataset.test.num_examples)
     half = images // 2
     x = [stream.test[i].batch(jnp.arange(images))[0] for i in range(tasks + UNLEARNED)]
-    top = int(dataset.test.images.max()) + 1
-    shape = (UNLEARNED * half, *dataset.test.images.shape[1:])
-    noise = jax.random.randint(key, shape, 0, top).astype(dataset.test.images.dtype)
+    top = int(dataset.test.inputs.max()) + 1
+    shape = (UNLEARNED * half, *dataset.test.inputs.shape[1:])
+    noise = jax.random.randint(key, shape, 0, top).astype(dataset.test.inputs.dtype)
     inputs = {
         "calibration": [part[:half] for part in x[:tasks]],
         "known": [part[half:] for part in x[:tasks]],

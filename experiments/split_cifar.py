@@ -183,7 +183,7 @@ def load(config: Config, args: Args) -> data.Dataset:
         key = jax.random.key(config.seed)
         return data.synthetic(key, (32, 32, 3), labels, images, labels * 16)
     dataset = frame.load(config, args)
-    shape = dataset.train.images.shape[1:]
+    shape = dataset.train.inputs.shape[1:]
     if shape != (32, 32, 3):
         raise UsageError(f"{args.preset} takes images of 32x32x3, {dataset.name} has {shape}")
     return dataset

@@ -5,7 +5,7 @@ Names listed in `__all__` are the public interface; what few call is reached by 
 `ss.rejection.calibrate`. Other modules may change.
 """
 
-from supsup_jax import hopfield
+from supsup_jax import hopfield, losses, objectives
 from supsup_jax.inference import rejection
 from supsup_jax.inference.evaluation import evaluate, parse_scenario
 from supsup_jax.inference.one_shot import alpha_gradient, one_shot, one_shot_streamed
@@ -26,7 +26,7 @@ from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard
 from supsup_jax.training import stream
 from supsup_jax.training.batches import start_training, train_on_batches
-from supsup_jax.training.config import TrainConfig
+from supsup_jax.training.config import Made, TrainConfig
 from supsup_jax.training.steps import ScoreMean
 from supsup_jax.training.train import train_task, train_tasks
 from supsup_jax.types import (
@@ -36,6 +36,7 @@ from supsup_jax.types import (
     Task,
     TaskBelief,
     TaskData,
+    TaskIdError,
     TrainResult,
 )
 from supsup_jax.version import __version__
@@ -45,6 +46,7 @@ __all__ = [
     "CapacityError",
     "DiskStore",
     "ErdosRenyi",
+    "Made",
     "MaskStore",
     "Network",
     "Normalize",
@@ -56,6 +58,7 @@ __all__ = [
     "Task",
     "TaskBelief",
     "TaskData",
+    "TaskIdError",
     "TrainConfig",
     "TrainResult",
     "alpha_gradient",
@@ -66,8 +69,10 @@ __all__ = [
     "hopfield",
     "kept_count",
     "kept_counts",
+    "losses",
     "max_confidence",
     "max_logit",
+    "objectives",
     "one_shot",
     "one_shot_streamed",
     "oracle",

@@ -6,21 +6,62 @@ definition share one compiled program.
 
 import dataclasses
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from supsup_jax import roles
 from supsup_jax.types import PyTree
 
-# How Linen modules spell "training", and what each is set to.
-_LINEN_MODES = {
+# How modules spell "training", and what each is set to.
+_MODES = {
     "train": lambda train: train,
     "training": lambda train: train,
     "deterministic": lambda train: not train,
     "use_running_average": lambda train: not train,
 }
+# Where the state keeps the key of a module that is handed its random numbers call by call.
+_CALLS = "supsup_jax_calls"
+
+_NORMS = nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """How a module is called: the arguments of its __call__, and how it spells "training"."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: Any) -> "_Call":
+        return cls(tuple(inspect.signature(type(module).__call__).parameters)[1:])
+
+    @property
+    def mode(self) -> str | None:
+        """The argument that tells training from prediction."""
+        return next((mode for mode in _MODES if mode in self.names), None)
+
+    def __call__(self, function: Any, x: PyTree, train: bool, **named: Any) -> Any:
+        if self.mode:
+            named[self.mode] = _MODES[self.mode](train)
+        if isinstance(x, Mapping) and set(x) <= set(self.names):
+            return function(**x, **named)
+        return function(x, **named)
+
+
+def _logits(outputs):
+    """Logits of a module that may return further outputs behind them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _next_key(state):
+    """A key for this call, and the state of the next."""
+    key = _wrap_keys(state[_CALLS])
+    return key, {**state, _CALLS: _unwrap_keys(jax.random.fold_in(key, 1))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +69,10 @@ class NnxStateless:
     """apply(params, x) of an NNX module whose variables are all Params."""
 
     graphdef: nnx.GraphDef
+    call: _Call
 
     def __call__(self, params, x):
-        return nnx.merge(self.graphdef, params)(x)
+        return _logits(self.call(nnx.merge(self.graphdef, params), x, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +81,34 @@ class NnxStateful:
 
     train_graphdef: nnx.GraphDef
     eval_graphdef: nnx.GraphDef
+    call: _Call
 
     def __call__(self, params, state, x, train):
+        named, moved = {}, {}
+        if _CALLS in state:
+            key, moved = _next_key(state)
+            named["rngs"] = nnx.Rngs(key)
+            state = {name: leaf for name, leaf in state.items() if name != _CALLS}
+            moved = {_CALLS: moved[_CALLS]}
         graphdef = self.train_graphdef if train else self.eval_graphdef
         module = nnx.merge(graphdef, params, _wrap_keys(state))
-        logits = module(x)
+        logits = _logits(self.call(module, x, train, **named))
         _, _, state = nnx.split(module, nnx.Param, ...)
-        return logits, _unwrap_keys(nnx.to_pure_dict(state))
+        return logits, {**_unwrap_keys(nnx.to_pure_dict(state)), **moved}
 
 
 @dataclasses.dataclass(frozen=True)
 class LinenStateless:
-    """apply(params, x) of a Linen module without other collections, always in eval mode."""
+    """apply(params, x) of a Linen module that is the same in training and has no state."""
 
     module: linen.Module
-    mode: str | None
+    call: _Call
 
     def __call__(self, params, x):
-        arguments = {self.mode: _LINEN_MODES[self.mode](False)} if self.mode else {}
-        return self.module.apply({"params": params}, x, **arguments)
+        def function(*args, **named):
+            return self.module.apply({"params": params}, *args, **named)
+
+        return _logits(self.call(function, x, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +116,27 @@ class LinenStateful:
     """apply(params, state, x, train) of a Linen module; state maps collections to variables."""
 
     module: linen.Module
-    mode: str
+    call: _Call
 
     def __call__(self, params, state, x, train):
-        logits, moved = self.module.apply(
-            {"params": params, **state},
-            x,
-            mutable=list(state),
-            **{self.mode: _LINEN_MODES[self.mode](train)},
-        )
-        return logits, {**state, **moved}
+        key, after = _next_key(state)
+        collections = {name: tree for name, tree in state.items() if name != _CALLS}
+
+        def function(*args, **named):
+            return self.module.apply(
+                {"params": params, **collections},
+                *args,
+                **named,
+                rngs={"params": key, "dropout": key} if train else None,
+                mutable=list(collections),
+            )
+
+        outputs, moved = self.call(function, x, train)
+        return _logits(outputs), {**(after if train else state), **moved}
 
 
-def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree]:
+def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
+    """(apply, params, state, roles of the leaves that the layers tell)."""
     if not isinstance(module, nnx.Module):
         raise TypeError(
             f"from_nnx wants a flax.nnx.Module, got {type(module).__name__}; "
@@ -85,34 +144,76 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree]:
         )
     # Setting the mode writes to the module, and this one is the caller's.
     module = nnx.clone(module)
+    call, found = _Call.of(module), _nnx_roles(module)
     module.eval()
     eval_graphdef, params, state = nnx.split(module, nnx.Param, ...)
     module.train()
     train_graphdef = nnx.graphdef(module)
     params, state = nnx.to_pure_dict(params), _unwrap_keys(nnx.to_pure_dict(state))
-    if not jax.tree.leaves(state):
-        return NnxStateless(eval_graphdef), params, None
-    return NnxStateful(train_graphdef, eval_graphdef), params, state
+    if "rngs" in call.names:
+        state = {**state, _CALLS: _unwrap_keys(jax.random.key(0))}
+    if not jax.tree.leaves(state):  # and so nothing random in it
+        return NnxStateless(eval_graphdef, call), params, None, found
+    return NnxStateful(train_graphdef, eval_graphdef, call), params, state, found
 
 
-def split_linen(module: Any, variables: PyTree) -> tuple[Any, PyTree, PyTree]:
+def _nnx_roles(module):
+    """What the layers of a module say of their kernels, embeddings, scales and biases."""
+    found = {}
+    for path, layer in nnx.iter_graph(module):
+        if not isinstance(layer, nnx.Module):
+            continue
+        own = {"/".join(map(str, (*path, name))): name for name in vars(layer)}
+        for leaf, name in own.items():
+            if name == "bias" or isinstance(layer, _NORMS):
+                found[leaf] = roles.NONE
+            elif name == "kernel" and (fan_in := _nnx_fan_in(layer)):
+                found[leaf] = roles.Role(True, fan_in)
+            elif name == "embedding" and isinstance(layer, nnx.Embed):
+                table = roles.is_table(leaf.rpartition("/")[0])
+                found[leaf] = roles.Role(not table, 1)
+    return found
+
+
+def _nnx_fan_in(layer):
+    """Inputs that one output of a layer's kernel sums over; stacked layers are counted once."""
+    if isinstance(layer, nnx.LinearGeneral):
+        return math.prod(layer.in_features)
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features
+    if isinstance(layer, nnx.Conv):
+        return math.prod(layer.kernel_shape[:-1])
+    if isinstance(layer, nnx.ConvTranspose):
+        return math.prod(layer.kernel_shape) // layer.out_features
+    if isinstance(layer, nnx.Einsum):
+        operands, outputs = layer.einsum_str.replace(" ", "").split("->")
+        axes = zip(operands.split(",")[1].replace(".", ""), layer.kernel_shape, strict=True)
+        return math.prod(size for axis, size in axes if axis not in outputs)
+    return None
+
+
+def split_linen(
+    module: Any, variables: PyTree
+) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
+    """(apply, params, state, roles: what names say is all there is)."""
     if not isinstance(module, linen.Module):
         raise TypeError(f"from_linen wants a flax.linen.Module, got {type(module).__name__}")
     if "params" not in variables:
         raise ValueError(
             f"variables must hold 'params', as module.init returns it; got {sorted(variables)}"
         )
+    params, call = variables["params"], _Call.of(module)
     state = {name: tree for name, tree in variables.items() if name != "params"}
-    arguments = inspect.signature(type(module).__call__).parameters
-    modes = [mode for mode in _LINEN_MODES if mode in arguments]
-    if not state:
-        return LinenStateless(module, modes[0] if modes else None), variables["params"], None
-    if not modes:
+    if not state and not call.mode:
+        return LinenStateless(module, call), params, None, {}
+    if not call.mode:
         raise ValueError(
             f"{type(module).__name__} has state {sorted(state)}, so its __call__ must take one of "
-            f"{sorted(_LINEN_MODES)}; it takes {sorted(arguments)}"
+            f"{sorted(_MODES)}; it takes {sorted(call.names)}"
         )
-    return LinenStateful(module, modes[0]), variables["params"], state
+    # Whether it draws in training nobody knows before it is called: it has a key to draw from.
+    state = {**state, _CALLS: _unwrap_keys(jax.random.key(0))}
+    return LinenStateful(module, call), params, state, {}
 
 
 @jax.tree_util.register_dataclass

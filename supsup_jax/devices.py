@@ -87,7 +87,7 @@ class OneDevice:
         """The mean over the axis `data`: of means over the rows here, that over all rows."""
         return value
 
-    def all_rows(self, x: jax.Array) -> jax.Array:
+    def all_rows(self, x: PyTree) -> PyTree:
         """The rows of all devices, [b, ...] -> [B, ...]."""
         return x
 
@@ -176,8 +176,8 @@ def auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
-def varying_like(value: PyTree, like: jax.Array) -> PyTree:
-    """`value`, made to depend on `like` (of at least one element) and otherwise unchanged.
+def varying_like(value: PyTree, like: PyTree) -> PyTree:
+    """`value`, made to depend on `like` (whose first leaf has elements) and otherwise unchanged.
 
     Inside shard_map the gradient in what all devices share is summed over them. And a loop's carry
     must enter with the type it leaves with, and a constant that meets sharded data on the way does
@@ -186,7 +186,7 @@ def varying_like(value: PyTree, like: jax.Array) -> PyTree:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return value  # not inside shard_map
-    here = jnp.ravel(like)[0] > 0
+    here = jnp.ravel(jax.tree.leaves(like)[0])[0] > 0
     return jax.tree.map(lambda leaf: leaf + here.astype(leaf.dtype) * 0, value)
 
 

@@ -46,15 +46,23 @@ class Layout:
 
     treedef: structure of the params with None where a leaf is not masked.
     named_shapes: (name, shape) of each masked leaf, in order; `shapes` is the same as a dict.
+    fan_ins: of each, how many inputs an output of it sums over; None where that has no meaning.
     """
 
     treedef: Any
     named_shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    fan_ins: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, params: PyTree, masked: Callable[[str, jax.Array], bool]) -> "Layout":
+    def of(
+        cls,
+        params: PyTree,
+        masked: Callable[[str, jax.Array], bool],
+        fan_in: Callable[[str, jax.Array], int | None] | None = None,
+    ) -> "Layout":
         """The layout that masks the leaves for which `masked(name, leaf)` holds.
 
+        fan_in: what gives a leaf's; None: all axes but the last are inputs.
         Raises TypeError when it picks a leaf that is not of floats, ValueError when it picks none.
         """
 
@@ -67,12 +75,15 @@ class Layout:
             return leaf
 
         kept = jax.tree_util.tree_map_with_path(pick, params)
-        shapes = tuple((name, tuple(leaf.shape)) for name, leaf in named_leaves(kept).items())
+        leaves = named_leaves(kept)
+        shapes = tuple((name, tuple(leaf.shape)) for name, leaf in leaves.items())
         if not shapes:
             raise ValueError(
                 f"masked selects no leaf of params, which has {sorted(named_leaves(params))}"
             )
-        return cls(jax.tree.structure(kept), shapes)
+        fan_in = fan_in or (lambda name, leaf: math.prod(leaf.shape[:-1]))
+        fan_ins = tuple(fan_in(name, leaf) for name, leaf in leaves.items())
+        return cls(jax.tree.structure(kept), shapes, fan_ins)
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

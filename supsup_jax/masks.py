@@ -19,6 +19,7 @@ from jax import lax
 from supsup_jax import prng
 from supsup_jax.devices import varying_like
 from supsup_jax.layout import Layout
+from supsup_jax.types import PyTree
 
 # One number for every layer, or what gives a layer's density by its kernel's shape [..., in, out].
 Density = float | Callable[[tuple[int, ...]], float]
@@ -65,30 +66,36 @@ class ErdosRenyi:
 def kept_counts(layout: Layout, density: Density) -> dict[str, int]:
     """Weights kept of each masked leaf, by name, in the layout's order.
 
+    A density that is a function sees the shape [window..., in, out], or [in, out] of a leaf whose
+    axes lie otherwise.
+
     Raises ValueError, naming the layer, where a density is outside (0, 1] or keeps nothing.
     """
     counts = {}
-    for name, shape in layout.named_shapes:
+    for (name, shape), fan_in in zip(layout.named_shapes, layout.fan_ins, strict=True):
         try:
-            share = density(shape) if callable(density) else density
+            inputs_first = shape
+            if fan_in not in (None, 1, math.prod(shape[:-1])):  # outputs of several axes, or first
+                inputs_first = (fan_in, math.prod(shape) // fan_in)
+            share = density(inputs_first) if callable(density) else density
             counts[name] = kept_count(share, math.prod(shape))
         except ValueError as error:
             raise ValueError(f"layer {name!r} of shape {shape}: {error}") from error
     return counts
 
 
-def draw_scores(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> list[jax.Array]:
-    """Fresh float32 scores for the masked leaves `shapes` (by path), in their order.
+def draw_scores(key: jax.Array, layout: Layout) -> PyTree:
+    """Fresh float32 scores for the masked leaves, a pytree like a mask.
 
-    Uniform in +-1/sqrt(fan_in), fan_in = prod(shape[:-1]): Kaiming's with a = sqrt(5), as the
+    Uniform in +-1/sqrt(fan_in), 1 where that has no meaning: Kaiming's with a = sqrt(5), as the
     reference starts them.
     """
-    keys = jax.random.split(prng.purpose_key(key, "scores"), len(shapes))
-    bounds = [1 / math.sqrt(math.prod(shape[:-1])) for shape in shapes.values()]
-    return [
-        jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        for key, shape, bound in zip(keys, shapes.values(), bounds, strict=True)
-    ]
+    keys = jax.random.split(prng.purpose_key(key, "scores"), len(layout.named_shapes))
+    drawn = []
+    for key, (_, shape), fan_in in zip(keys, layout.named_shapes, layout.fan_ins, strict=True):
+        bound = 1 / math.sqrt(fan_in or 1)
+        drawn.append(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
+    return layout.tree(drawn)
 
 
 def threshold_mask(scores: jax.Array) -> jax.Array:

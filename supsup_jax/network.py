@@ -12,19 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import prng
+from supsup_jax import prng, roles
+from supsup_jax.checks import check_int
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.types import PyTree, TaskData
+from supsup_jax.types import PyTree, TaskData, num_rows, shapes_of
 
 SIGNED_CONSTANT = "signed_constant"
 # A power of two, so that multiplying by it is exact, halfway to overflow.
 _HUGE = 2.0**64
-
-
-def is_kernel(name: str, leaf: jax.Array) -> bool:
-    """The default choice of masked leaves: floats with two or more axes."""
-    del name
-    return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -32,15 +27,20 @@ class Network:
     """A network whose weights never change, as a pytree: params, state and seed are leaves.
 
     apply: stateless `apply(params, x) -> logits`; stateful, when state is given,
-      `apply(params, state, x, train) -> (logits, state)`. x is [B, ...], logits [B, C]. Static,
+      `apply(params, state, x, train) -> (logits, state)`. x is [B, ...], an array or a pytree of
+      arrays; logits [B, C]. Static,
       so it must hash by value where networks are made anew for one compiled program.
     params: pytree of the weights.
-    masked: `masked(name, leaf) -> bool` with names like "layer0/kernel"; by default every float
-      leaf with two or more axes. Resolved here, once.
+    masked: `masked(name, leaf) -> bool` with names like "layer0/kernel"; by default the kernels and
+      embeddings, as `roles` tells them: never a bias of any rank, a norm's scale or offset, a
+      token, a table of positions. Resolved here, once.
     state: normalisation statistics and the like, where a task's training starts.
+    fan_in: `fan_in(name, leaf) -> int`, how many inputs one output of a masked leaf sums over, or
+      None for what the leaf's module or name says. It sets the scale of weights and scores.
 
-    layout: which leaves are masked, and their order. initializer, seed: how the masked weights
-    were drawn, None where they were given (see `signed_constant`).
+    layout: which leaves are masked, their order and fan-ins; print the network for the whole table.
+    initializer, seed: how the masked weights were drawn, None where they were given (see
+    `signed_constant`).
     Raises TypeError or ValueError for an apply that is not callable, params without arrays, and
     what `Layout.of` refuses.
     """
@@ -51,49 +51,72 @@ class Network:
         params: PyTree,
         masked: Callable[[str, jax.Array], bool] | None = None,
         state: PyTree = None,
+        fan_in: roles.FanIn | None = None,
+        *,
+        found: dict[str, roles.Role] | None = None,
     ):
         if not callable(apply):
             raise TypeError(f"apply must be a function of (params, x), got {type(apply).__name__}")
-        if masked is not None and not callable(masked):
-            raise TypeError(f"masked must be a function of (name, leaf), got {masked!r}")
+        for what, rule in (("masked", masked), ("fan_in", fan_in)):
+            if rule is not None and not callable(rule):
+                raise TypeError(f"{what} must be a function of (name, leaf), got {rule!r}")
         self.apply = apply
         self.params = jax.tree.map(jnp.asarray, params)
         self.state = jax.tree.map(jnp.asarray, state) if jax.tree.leaves(state) else None
         self.seed = None
         self.initializer = None
-        self.layout = Layout.of(self.params, masked or is_kernel)
+        # What modules say of their leaves (`found`, of the adapters) goes before what names say.
+        found = roles.of_names(self.params) | (found or {})
+        self.layout = Layout.of(
+            self.params,
+            masked or (lambda name, leaf: found[name].connects),
+            functools.partial(_fan_in, fan_in, found),
+        )
         self._fingerprint = None
 
     @classmethod
-    def from_nnx(cls, module: Any, masked: Callable | None = None) -> "Network":
+    def from_nnx(
+        cls, module: Any, masked: Callable | None = None, fan_in: roles.FanIn | None = None
+    ) -> "Network":
         """The network of a Flax NNX module, with the module's weights.
 
         Its Params become params; everything else (batch statistics, dropout's keys and counters)
-        becomes state. Training runs it as `module.train()`, prediction as `module.eval()`.
+        becomes state. Training runs it as `module.train()`, prediction as `module.eval()`, and
+        where its __call__ takes them it gets train, training, deterministic or
+        use_running_average, and rngs. A batch that is a dict with the names of arguments of
+        __call__ goes to these; of a tuple that it returns the first are the logits.
+        masked, fan_in: as of `Network`; the layers say which axes of their kernels are inputs.
         Raises TypeError when `module` is not an nnx.Module.
         """
         from supsup_jax import adapters  # the core knows no model library until one is used
 
-        apply, params, state = adapters.split_nnx(module)
-        return cls(apply, params, masked, state)
+        apply, params, state, found = adapters.split_nnx(module)
+        return cls(apply, params, masked, state, fan_in, found=found)
 
     @classmethod
     def from_linen(
-        cls, module: Any, variables: PyTree, masked: Callable | None = None
+        cls,
+        module: Any,
+        variables: PyTree,
+        masked: Callable | None = None,
+        fan_in: roles.FanIn | None = None,
     ) -> "Network":
         """The network of a Flax Linen module and the variables its `init` returned.
 
-        `variables["params"]` becomes params, every other collection state. A module with state
-        must take one of the arguments train, training, deterministic or use_running_average.
-        Linen's rngs are not passed: for dropout use NNX, where the module carries its keys.
+        `variables["params"]` becomes params, every other collection state. A module that differs
+        in training takes one of the arguments train, training, deterministic or
+        use_running_average, as one with state must; its dropout draws from a key that is kept in
+        the state. Inputs and outputs as of `from_nnx`.
+        masked, fan_in: as of `Network`; which axes are inputs follows from the names that Linen
+        gives, and where a kernel has no bias to tell its outputs, the last axis is taken for them.
         Raises TypeError or ValueError when it does not, or when there are no params.
         """
         from supsup_jax import adapters
 
-        apply, params, state = adapters.split_linen(module, variables)
-        return cls(apply, params, masked, state)
+        apply, params, state, found = adapters.split_linen(module, variables)
+        return cls(apply, params, masked, state, fan_in, found=found)
 
-    def __call__(self, mask: PyTree, x: jax.Array, state: PyTree = None) -> jax.Array:
+    def __call__(self, mask: PyTree, x: PyTree, state: PyTree = None) -> jax.Array:
         """Logits [B, C] of x [B, ...] under a mask, or under a mixture of masks.
 
         Masked weights are multiplied by the mask (None where a leaf is not masked). A stateful
@@ -106,12 +129,12 @@ class Network:
             state = self.batch_state(weights, x)
         return self.forward(weights, state, x, train=False)[0]
 
-    def train_logits(self, mask: PyTree, state: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
+    def train_logits(self, mask: PyTree, state: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
         """Logits [B, C] in train mode, and the state behind this batch."""
         return self.forward(self.superpose(mask), state, x, train=True)
 
     def forward(
-        self, weights: PyTree, state: PyTree, x: jax.Array, train: bool
+        self, weights: PyTree, state: PyTree, x: PyTree, train: bool
     ) -> tuple[jax.Array, PyTree]:
         """Logits [B, C] under `weights`, a pytree like params, and the state behind x.
 
@@ -130,7 +153,7 @@ class Network:
             self.params, lambda name, weight: weight * factors[name].astype(weight.dtype), factors
         )
 
-    def batch_state(self, weights: PyTree, x: jax.Array) -> PyTree:
+    def batch_state(self, weights: PyTree, x: PyTree) -> PyTree:
         """State that makes eval mode use the statistics of `x` [B, ...] itself, held constant.
 
         Running statistics move as new = m old + (1 - m) batch in train mode, with a momentum m of
@@ -138,6 +161,8 @@ class Network:
         m old. The passes differ in these few numbers only, and XLA computes the rest once.
         Leaves that train mode returns untouched stay as they are; it must not read those it moves.
         """
+        if not self.has_statistics:
+            return self.state
         moves = self._moving_state(weights, x)
 
         def arrive(start):
@@ -203,34 +228,69 @@ class Network:
         self._fingerprint = None
         return self
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether an example's logits may depend on others: through state that is of floats."""
+        return any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(self.state))
+
     def __repr__(self) -> str:
         origin = f"{self.initializer}, seed {self.seed}" if self.initializer else "given weights"
+        fan_ins = dict(zip(self.layout.shapes, self.layout.fan_ins, strict=True))
+        rows = [("leaf", "masked", "shape", "fan-in", "magnitude")]
+        for name, leaf in named_leaves(self.params).items():
+            fan_in = fan_ins.get(name)
+            magnitude = "as given"
+            if self.initializer and fan_in:
+                magnitude = f"{math.sqrt(2 / fan_in):.3g}"
+            masked = "yes" if name in fan_ins else "no"
+            rows.append((name, masked, str(leaf.shape), str(fan_in or "-"), magnitude))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = "".join("\n  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return (
             f"Network({self.layout.num_weights:,} maskable weights in "
-            f"{len(self.layout.shapes)} leaves, {origin})"
+            f"{len(self.layout.shapes)} leaves, {origin}){table}"
         )
+
+
+def _fan_in(rule, found, name, leaf):
+    fan_in = rule(name, leaf) if rule else None
+    if fan_in is None:
+        return found[name].fan_in
+    check_int(f"fan_in of {name!r}", fan_in, 1)
+    return int(fan_in)
 
 
 def signed_constant(net: Network, seed: int) -> Network:
     """`net` with every masked weight redrawn as +-sqrt(2 / fan_in), the sign uniform.
 
-    The signed Kaiming constant of the paper; fan_in = prod(shape[:-1]). Leaves that are not
-    masked stay. The weights follow from `seed` alone (a host int or an integer array), which the
-    returned network remembers.
-    Raises ValueError for a host seed outside [0, 2**32).
+    The signed Kaiming constant of the paper. Leaves that are not masked stay, and so do those
+    masked by name in which a fan-in has no meaning, such as biases and scales of norms. The weights
+    follow from `seed` alone (a host int or an integer array), which the returned network remembers,
+    by a generator of this library's own choice: JAX's flags have no part in them.
+    Raises ValueError for a host seed outside [0, 2**32), or where no leaf would be drawn.
     """
     if isinstance(seed, bool) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {int(seed)}")
+    if not any(net.layout.fan_ins):
+        raise ValueError(
+            f"no masked leaf has a fan-in, of {list(net.layout.shapes)}: keep the weights as they "
+            "are given, or say fan_in= to the Network"
+        )
     drawn = copy.copy(net)
     drawn.seed = jnp.asarray(seed, jnp.uint32)
     drawn.initializer = SIGNED_CONSTANT
     drawn._fingerprint = None
-    weights = dict(zip(net.layout.shapes, _signed(drawn.seed, net.layout), strict=True))
-    drawn.params = _with_masked(
-        net.params, lambda name, leaf: weights[name].astype(leaf.dtype), weights
-    )
+    signs = dict(zip(net.layout.shapes, _signs(drawn.seed, net.layout), strict=True))
+    fan_ins = dict(zip(net.layout.shapes, net.layout.fan_ins, strict=True))
+
+    def redraw(name, leaf):
+        if fan_ins[name] is None:
+            return leaf
+        return (signs[name] * np.float32(math.sqrt(2 / fan_ins[name]))).astype(leaf.dtype)
+
+    drawn.params = _with_masked(net.params, redraw, fan_ins)
     return drawn
 
 
@@ -244,25 +304,19 @@ def _with_masked(params, function, names):
 
 
 @functools.partial(jax.jit, static_argnames="layout", inline=True)
-def _signed(seed, layout):
-    """The weights of each masked leaf, float32."""
-    key = prng.purpose_key(jax.random.key(seed), "weights")
-    keys = jax.random.split(key, len(layout.shapes))
-    return [
-        jax.random.rademacher(key, shape, jnp.float32)
-        * np.float32(math.sqrt(2 / math.prod(shape[:-1])))
-        for key, (_, shape) in zip(keys, layout.named_shapes, strict=True)
-    ]
+def _signs(seed, layout):
+    """The sign of each masked weight, float32, leaf by leaf."""
+    return prng.pinned_signs(seed, "weights", list(layout.shapes.values()))
 
 
-def check_logits(logits: jax.Array, x: jax.Array) -> jax.Array:
+def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
     """`logits`, once they are seen to be [B, C] for x [B, ...]; runs while tracing only."""
     shape = getattr(logits, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != x.shape[0]:
+    if shape is None or len(shape) != 2 or shape[0] != num_rows(x):
         got = f"a {type(logits).__name__}" if shape is None else f"shape {shape}"
         raise ValueError(
-            f"apply must return logits [B, C] with B = {x.shape[0]} for x of shape {x.shape}, "
-            f"got {got}"
+            f"apply must return logits [B, C] with B = {num_rows(x)} for x of shape "
+            f"{shapes_of(x)}, got {got}"
         )
     return logits
 
@@ -275,4 +329,14 @@ def num_outputs(net: Network, data: TaskData) -> int:
         ones = [jnp.ones(shape) for shape in net.layout.shapes.values()]
         return net.train_logits(net.layout.tree(ones), net.state, x)[0]
 
-    return jax.eval_shape(logits, net, data).shape[1]
+    try:
+        return jax.eval_shape(logits, net, data).shape[1]
+    except Exception as error:
+        shape = getattr(data.inputs, "shape", ())
+        if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4):
+            raise ValueError(
+                f"the network does not take inputs of shape {shape}, which look like [N, channels, "
+                "height, width]: Flax wants [N, height, width, channels], which is "
+                "numpy.transpose(inputs, (0, 2, 3, 1))"
+            ) from error
+        raise

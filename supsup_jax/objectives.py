@@ -15,7 +15,13 @@ def entropy(logits: jax.Array) -> jax.Array:
     """H = -sum_c p_c log p_c of softmax(logits), in nats (paper section 3.3).
 
     0 log 0 = 0 in the value and in every derivative, so both stay finite at extreme logits.
+    Raises ValueError for a single output, of which it is 0 whatever the output.
     """
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            "entropy tells nothing of a single output: for regression learn a mean and a log "
+            "variance by losses.gaussian and pass objective=objectives.log_variance"
+        )
     log_p = jax.nn.log_softmax(_as_float32(logits))
     p = jnp.exp(log_p)
     return -jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)
@@ -48,6 +54,18 @@ class Superfluous:
         labels = lax.stop_gradient(logits[..., : self.num_labels])
         everything = jnp.concatenate([labels, logits[..., self.num_labels :]], axis=-1)
         return jax.nn.logsumexp(everything, axis=-1) - jax.nn.logsumexp(labels, axis=-1)
+
+
+def sigmoid_entropy(logits: jax.Array) -> jax.Array:
+    """The entropy of C independent labels, yes or no each, in nats: for several labels an input."""
+    logits = _as_float32(logits)
+    # -p log p - q log q with q = 1 - p, of which -log q = softplus(logit) and log p = logit - it.
+    return jnp.sum(jax.nn.softplus(logits) - jax.nn.sigmoid(logits) * logits, axis=-1)
+
+
+def log_variance(logits: jax.Array) -> jax.Array:
+    """Mean of the second half of the outputs: of nets learned by the loss `losses.gaussian`."""
+    return jnp.mean(_as_float32(logits[..., logits.shape[-1] // 2 :]), axis=-1)
 
 
 def max_logit(logits: jax.Array) -> jax.Array:

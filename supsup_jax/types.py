@@ -5,8 +5,9 @@ C  outputs of the network   n  maskable weights                  N  examples of 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -66,11 +67,26 @@ class TrainResult(NamedTuple):
     loss: jax.Array
 
 
-def unit_range(images: jax.Array) -> jax.Array:
-    """Bytes to float32 in [0, 1]; floats pass unchanged."""
-    if jnp.issubdtype(images.dtype, jnp.integer):
-        return images.astype(jnp.float32) / 255
-    return images
+def unit_range(inputs: PyTree) -> PyTree:
+    """Bytes to float32 in [0, 1]; floats and bools pass unchanged. The default transform.
+
+    Raises TypeError for other integers, whose range nobody can know: tokens, or pixels of 16 bits.
+    """
+
+    def scaled(leaf):
+        return leaf.astype(jnp.float32) / 255 if _is_bytes(leaf) else leaf
+
+    return jax.tree.map(scaled, inputs)
+
+
+def _is_bytes(leaf):
+    if leaf.dtype != jnp.uint8 and jnp.issubdtype(leaf.dtype, jnp.integer):
+        raise TypeError(
+            f"inputs of dtype {leaf.dtype} need a rule: transform=None where the network takes "
+            "them as they are, such as tokens, Normalize(mean, std, scale) for pixels, or a "
+            "function of your own"
+        )
+    return leaf.dtype == jnp.uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +94,20 @@ class Normalize:
     """Pixels to (pixels / scale - mean) / std, as float32; equal by value, so it never retraces.
 
     mean, std: one number, or a tuple with one for each channel of images [..., channels].
+    scale: what white is. None: 255 of bytes, 1 of floats; other integers need one.
     """
 
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
-    scale: float = 255.0
+    scale: float | None = None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         def broad(numbers):  # to the rank of the images, which NumPy would do unasked
             numbers = jnp.asarray(numbers, jnp.float32)
             return numbers.reshape((1,) * (images.ndim - numbers.ndim) + numbers.shape)
 
-        return (images.astype(jnp.float32) / self.scale - broad(self.mean)) / broad(self.std)
+        scale = self.scale or (255 if _is_bytes(images) else 1)
+        return (images.astype(jnp.float32) / scale - broad(self.mean)) / broad(self.std)
 
     @property
     def black(self) -> jax.Array:
@@ -100,82 +118,165 @@ class Normalize:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's labelled images, kept on the device as they are stored and read inside jit.
+    """A task's labelled examples, kept on the device as they are stored and read inside jit.
 
-    images: [N, ...], uint8 (floats are taken as normalised already).
-    labels: integer [N].
+    inputs: [N, ...], bytes, floats or tokens, or a pytree of such arrays. Whatever NumPy takes for
+      an array, such as a torch tensor, is taken.
+    labels: [N], integers, or [N, ...] as the loss takes them.
     view: integer gather index over an image's pixels (of any shape, which becomes the image's
       shape), -1 reads black: a permutation and a rotation are the same thing. Tasks that
       differ in their view only share one copy of the images.
-    transform: images [B, ...] of `images.dtype` -> float network input, traced inside jit;
-      must hash by value (a frozen dataclass or a module-level function).
+    transform: inputs [B, ...] as stored -> what the network takes, traced inside jit; must hash by
+      value (a frozen dataclass or a module-level function). None: they pass as they are.
 
-    Raises TypeError on construction for the wrong type or dtype.
+    Raises TypeError on construction for the wrong type or dtype, and ValueError for integers that
+    do not fit into 32 bits where JAX has no more.
     """
 
-    images: jax.Array
+    inputs: PyTree
     labels: jax.Array
     view: jax.Array | None = None
-    transform: Callable[[jax.Array], jax.Array] = dataclasses.field(
+    transform: Callable[[PyTree], PyTree] | None = dataclasses.field(
         default=unit_range, metadata={"static": True}
     )
 
     def __post_init__(self):
         # Transformations rebuild the record around placeholders of their own, which have no dtype;
         # lengths are checked by `check`, since a vmapped record carries an extra axis.
-        for name in ("images", "labels", "view"):
+        for name in ("inputs", "labels", "view"):
             field = getattr(self, name)
-            if isinstance(field, list | tuple | str):
+            if isinstance(field, list | tuple | str) and not _holds_arrays(field):
                 raise TypeError(f"{name} must be an array, got a {type(field).__name__}")
-            if isinstance(field, np.ndarray):  # to the device now, not again at each call
-                object.__setattr__(self, name, jnp.asarray(field))
-        for name in ("labels", "view"):
-            dtype = getattr(getattr(self, name), "dtype", None)
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
-                raise TypeError(f"{name} must hold integers, got dtype {dtype}")
+            put = jax.tree.map(functools.partial(_on_device, name), field)
+            object.__setattr__(self, name, put)
+        dtype = getattr(self.view, "dtype", None)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(f"view must hold integers, got dtype {dtype}")
         if not isinstance(self.transform, Hashable):
             raise TypeError(f"transform must hash by value, got {self.transform!r}")
 
     @property
     def num_examples(self) -> int:
-        return self.images.shape[0]
+        return num_rows(self.inputs)
 
     def check(self) -> None:
         """Raises ValueError unless lengths agree and the view, if concrete, is in range."""
-        if self.images.ndim < 2 or self.labels.shape != self.images.shape[:1]:
+        inputs, bare = jax.tree.leaves(self.inputs), isinstance(self.inputs, jax.Array)
+        shapes = [jnp.shape(leaf) for leaf in (*inputs, self.labels)]
+        if not (inputs and all(shapes) and len({shape[0] for shape in shapes}) == 1) or (
+            bare and self.inputs.ndim < 2
+        ):
             raise ValueError(
-                "images must be [N, ...] and labels [N], got "
-                f"{self.images.shape} and {self.labels.shape}"
+                "inputs must be [N, ...] and labels [N] or [N, ...], got "
+                f"{shapes_of(self.inputs)} and {jnp.shape(self.labels)}"
             )
         if not self.num_examples:
             raise ValueError("a task needs at least one example, got 0")
-        if self.view is not None and not isinstance(self.view, jax.core.Tracer):
-            num_pixels = math.prod(self.images.shape[1:])
+        if self.view is None:
+            return
+        if not bare:
+            raise ValueError(
+                f"a view is of the pixels of one array of images, got {shapes_of(self.inputs)}"
+            )
+        if not isinstance(self.view, jax.core.Tracer):
+            num_pixels = math.prod(self.inputs.shape[1:])
             low, high = _host_range(self.view)
             if low < -1 or high >= num_pixels:
                 raise ValueError(
                     f"view must index {num_pixels} pixels (-1 reads black), got {low} to {high}"
                 )
 
-    def check_labels(self, num_outputs: int) -> None:
-        """Raises ValueError unless the labels, if concrete, are among the network's outputs."""
+    def check_classes(self, num_outputs: int, where: str = "") -> None:
+        """Raises TypeError or ValueError unless the labels are classes: integers [N], if concrete
+        among the network's outputs.
+        """
+        where = where and f" in {where}"
+        if self.labels.ndim != 1 or not jnp.issubdtype(self.labels.dtype, jnp.integer):
+            raise TypeError(
+                f"labels must hold integers [N], a class each, got {self.labels.dtype} "
+                f"{self.labels.shape}{where}: pass a loss (TrainConfig) or metric (evaluate) that "
+                "takes them"
+            )
         if not isinstance(self.labels, jax.core.Tracer):
             low, high = _host_range(self.labels)
             if low < 0 or high >= num_outputs:
                 raise ValueError(
                     f"labels must lie in [0, {num_outputs}), the network's outputs, "
-                    f"got {low} to {high}"
+                    f"got {low} to {high}{where}"
                 )
 
-    def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def batch(self, index: jax.Array) -> tuple[PyTree, jax.Array]:
         """Network input and labels of the examples `index` [B]; call it inside jit."""
-        images = self.images[index]
+        inputs = jax.tree.map(lambda leaf: leaf[index], self.inputs)
         if self.view is not None:
-            pixels = images.reshape(images.shape[0], -1)
+            pixels = inputs.reshape(inputs.shape[0], -1)
             seen = pixels[:, self.view.reshape(-1)]
             seen = jnp.where((self.view.reshape(-1) >= 0)[None], seen, 0)
-            images = seen.reshape(images.shape[0], *self.view.shape)
-        return self.transform(images), self.labels[index]
+            inputs = seen.reshape(inputs.shape[0], *self.view.shape)
+        x = inputs if self.transform is None else self.transform(inputs)
+        return x, self.labels[index]
+
+
+# What people call the labels of a batch that is a dict.
+_LABELS = "labels", "label", "targets", "target", "y"
+
+
+def as_data(batch: Any, what: str) -> TaskData:
+    """A batch as a TaskData: one as it is, a pair (inputs, labels), or a dict with labels in it.
+
+    A dict, such as datasets of Hugging Face or TFDS give, has one entry of `_LABELS`; the others
+    are the inputs, as a dict where they are several. Bytes are scaled to [0, 1].
+    Raises TypeError for what is none of these.
+    """
+    if isinstance(batch, TaskData):
+        return batch
+    arrays = all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(batch))
+    if isinstance(batch, tuple | list) and len(batch) == 2 and arrays:
+        return TaskData(*batch)
+    if (
+        isinstance(batch, Mapping)
+        and len(names := [name for name in _LABELS if name in batch]) == 1
+    ):
+        inputs = {name: value for name, value in batch.items() if name != names[0]}
+        inputs = next(iter(inputs.values())) if len(inputs) == 1 else inputs
+        return TaskData(inputs, batch[names[0]])
+    got = f"a dict of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(
+        f"{what} must be a TaskData, a pair (inputs, labels), or a dict with one of {_LABELS}, "
+        f"got {got}"
+    )
+
+
+def num_rows(tree: PyTree) -> int:
+    """The length of the leading axis that all leaves share."""
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def shapes_of(tree: PyTree) -> PyTree:
+    """The shapes of the arrays in a tree, for messages."""
+    shapes = jax.tree.map(lambda leaf: tuple(getattr(leaf, "shape", ())), tree)
+    return shapes if jax.tree.leaves(tree) else "no array"
+
+
+def _holds_arrays(field):
+    return not any(isinstance(leaf, str | int | float) for leaf in jax.tree.leaves(field))
+
+
+def _on_device(name, leaf):
+    """An array to the device now, not again at each call; placeholders as they are."""
+    if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
+        return leaf
+    array = np.asarray(leaf)
+    if not (
+        np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"
+    ):
+        raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}")
+    put = jnp.asarray(array)
+    if put.dtype != array.dtype and array.size and jnp.issubdtype(put.dtype, jnp.integer):
+        info, (low, high) = jnp.iinfo(put.dtype), _host_range(array)
+        if low < info.min or high > info.max:
+            raise ValueError(f"{name} must fit into {put.dtype}, got {low} to {high}")
+    return put
 
 
 def _host_range(array: jax.Array) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def test_a_step_is_gradient_descent_on_what_is_trained(small_net, data, shared, 
     baseline, key = METHODS[name](small_net), jax.random.key(2)
     own = baselines.own_weights(baseline, key)
     learned = baselines.learn(key, baseline, shared, data, SGD, first=first)
-    loss, (by_shared, by_own) = slope(name)((shared, own), data.images, data.labels)
+    loss, (by_shared, by_own) = slope(name)((shared, own), data.inputs, data.labels)
     np.testing.assert_allclose(learned.loss, [loss], rtol=1e-5)
     trains = name in ("lower_bound", "psp") or (first and name in ("separate_heads", "batche"))
     for trained, got, start, gradient in (
@@ -110,7 +110,7 @@ def test_labels_are_judged_piece_by_piece(small_net, data, shared, name):
     baseline = METHODS[name](small_net)
     own = baselines.own_weights(baseline, jax.random.key(2))
     right = baselines.is_right(baseline, shared, own, data, batch_size=10)
-    logits = np.asarray(relu_apply(written_out(name, shared, own), data.images))
+    logits = np.asarray(relu_apply(written_out(name, shared, own), data.inputs))
     second, best = np.sort(logits)[:, -2:].T
     sure = best - second > 1e-3  # rounding decides nothing
     assert right.shape == (32,) and sure.sum() > 16

@@ -102,7 +102,7 @@ def test_batche_with_norms_is_learned_as_a_plain_loop_learns_it(net, shared, tas
         running = {n: MOMENTUM * running[n] + (1 - MOMENTUM) * found[n] for n in running}
         return jax.tree.map(lambda w, g: w - 0.1 * g, trained, gradient), running, value
 
-    images, labels = (np.asarray(each) for each in (tasks[0].images, tasks[0].labels))
+    images, labels = (np.asarray(each) for each in (tasks[0].inputs, tasks[0].labels))
     for i in range(0, 24, 8):
         trained, running, value = step(trained, running, images[i : i + 8], labels[i : i + 8])
         losses.append(value)
@@ -116,7 +116,7 @@ def test_a_task_keeps_what_it_computed_when_another_is_learned(net, shared, task
     baseline = MAKERS[name](net)
     one = learn(baseline, shared, tasks[0], first=True)
     two = learn(baseline, one.shared, tasks[1], first=False, state=one.state, seed=2)
-    x, y = tasks[0].images, np.asarray(tasks[0].labels)
+    x, y = tasks[0].inputs, np.asarray(tasks[0].labels)
     before = baseline.logits(one.shared, one.own, x, one.state)
     np.testing.assert_array_equal(baseline.logits(two.shared, one.own, x, one.state), before)
     # The statistics are the first task's alone: the second's are others, begun at the network's.
@@ -142,7 +142,7 @@ def test_statistics_of_the_lower_bound_go_on(net, shared, tasks):
     left = jax.tree.map(lambda leaf: MOMENTUM**3 * leaf, apart(one.state, net.state))
     assert_close(apart(two.state, anew.state), left, atol=1e-6)
     assert all(differ(one.state, net.state))
-    x = tasks[0].images
+    x = tasks[0].inputs
     before = bound.logits(one.shared, one.own, x, one.state)
     assert all(differ(before, bound.logits(two.shared, two.own, x, two.state)))
 
@@ -159,7 +159,7 @@ def test_factors_with_statistics_stand_where_masks_do(net, tasks):
         states.append(jax.tree.map(lambda leaf, more=more: np.asarray(leaf) + more, net.state))
         store = store.append(owns[i], states[i])
     kernels = named_leaves(net.params)
-    x, y = tasks[0].images, np.asarray(tasks[0].labels)
+    x, y = tasks[0].inputs, np.asarray(tasks[0].labels)
 
     @jax.jit
     @jax.grad

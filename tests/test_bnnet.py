@@ -90,9 +90,9 @@ def test_a_task_goes_all_the_way_from_scores_at_zero(net):
 
 
 def test_drawn_scores_and_signed_constants_of_one_axis(net):
-    """fan_in of a one-axis leaf is the empty product, 1."""
-    drawn = ss.signed_constant(net, 3)
-    np.testing.assert_allclose(np.abs(drawn.params["norm0"]["scale"]), np.sqrt(2), rtol=1e-6)
+    """A norm's scale sums over no inputs: its scores start in +-1, its weights stay as given."""
+    with pytest.raises(ValueError, match=r"no masked leaf has a fan-in, of \['norm0/scale'"):
+        ss.signed_constant(net, 3)
     data = ss.TaskData(np.ones((8, 12)) * np.arange(8.0)[:, None], np.zeros(8, int))
     result = ss.train_task(jax.random.key(0), net, data, ss.TrainConfig(steps=1, batch_size=4))
     for leaf in jax.tree.leaves(result.scores):

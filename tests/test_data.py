@@ -59,8 +59,8 @@ def test_rotated_streams_of_drawn_images_and_those_that_cannot_be(digits):
         data.RotatedStream(digits, 4)
     dataset = data.synthetic(jax.random.key(0), (4, 4), 3, 6, 3)
     again = data.synthetic(jax.random.key(0), (4, 4), 3, 6, 3)
-    np.testing.assert_array_equal(dataset.train.images, again.train.images)
-    assert dataset.train.images.shape == (6, 4, 4)
+    np.testing.assert_array_equal(dataset.train.inputs, again.train.inputs)
+    assert dataset.train.inputs.shape == (6, 4, 4)
     np.testing.assert_array_equal(dataset.test.labels, [0, 1, 2])
     with pytest.raises(ValueError, match="where the first comes again"):
         data.RotatedStream(dataset, 37)
@@ -70,26 +70,26 @@ def test_rotated_streams_of_drawn_images_and_those_that_cannot_be(digits):
 
 
 def test_digits_are_the_real_ones_split_once(digits):
-    assert digits.train.images.shape == (1438, 64)
-    assert digits.test.images.shape == (359, 64)
+    assert digits.train.inputs.shape == (1438, 64)
+    assert digits.test.inputs.shape == (359, 64)
     assert digits.num_labels == 10
-    assert digits.train.images.dtype == jnp.uint8
-    assert int(digits.train.images.max()) == 16
+    assert digits.train.inputs.dtype == jnp.uint8
+    assert int(digits.train.inputs.max()) == 16
     from sklearn.datasets import load_digits
 
     def in_order(images):
         return images[np.lexsort(images.T)]
 
-    everything = np.concatenate([digits.train.images, digits.test.images])
+    everything = np.concatenate([digits.train.inputs, digits.test.inputs])
     np.testing.assert_array_equal(in_order(everything), in_order(load_digits().data))
     other = data.load_dataset("digits", seed=1)
-    assert not np.array_equal(other.test.images, digits.test.images)
+    assert not np.array_equal(other.test.inputs, digits.test.inputs)
 
 
 def test_a_stream_shares_its_images_and_permutes_them(digits):
     stream = data.PermutedStream(digits, num_tasks=3, seed=5)
     assert len(stream) == len(stream.train) == 3
-    assert stream.train[2].images is digits.train.images
+    assert stream.train[2].inputs is digits.train.inputs
     batch = jax.jit(ss.TaskData.batch)
     x, y = batch(stream.test[2], np.arange(4))
     order = np.random.RandomState(7).permutation(64)
@@ -107,10 +107,10 @@ def test_a_split_stream_deals_every_image_to_the_task_of_its_class(digits):
     assert len(stream) == len(stream.test) == 5
     assert stream.classes == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     for split, whole in ((stream.train, digits.train), (stream.test, digits.test)):
-        images, labels = np.asarray(whole.images), np.asarray(whole.labels)
+        images, labels = np.asarray(whole.inputs), np.asarray(whole.labels)
         for i, task in enumerate(split):
             own = [j for j in range(len(labels)) if labels[j] in (2 * i, 2 * i + 1)]
-            np.testing.assert_array_equal(task.images, images[own])
+            np.testing.assert_array_equal(task.inputs, images[own])
             np.testing.assert_array_equal(task.labels, labels[own])
             assert task.labels.dtype == whole.labels.dtype
             assert task.transform == whole.transform
@@ -122,11 +122,11 @@ def test_a_split_stream_in_an_order_of_its_own_relabelled(digits):
     assert stream.classes == [(9, 0, 4), (7, 1, 8)]
     plain = data.SplitStream(digits, 3, order=[9, 0, 4, 7, 1, 8])
     for i, names in enumerate(stream.classes):
-        np.testing.assert_array_equal(stream.test[i].images, plain.test[i].images)
+        np.testing.assert_array_equal(stream.test[i].inputs, plain.test[i].inputs)
         want = [names.index(label) for label in np.asarray(plain.test[i].labels)]
         np.testing.assert_array_equal(stream.test[i].labels, want)
     few = stream.first_test(7)[1]
-    np.testing.assert_array_equal(few.images, stream.test[1].images[:7])
+    np.testing.assert_array_equal(few.inputs, stream.test[1].inputs[:7])
     np.testing.assert_array_equal(few.labels, stream.test[1].labels[:7])
 
 
@@ -189,14 +189,14 @@ def test_prepared_data_is_read_without_tensorflow_and_cached(tmp_path, monkeypat
         builder.download_and_prepare()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         first = data.load_dataset("tiny_digits", tmp_path / "tfds")
-    assert first.train.images.shape == (12, 4, 3)
+    assert first.train.inputs.shape == (12, 4, 3)
     assert first.num_labels == 3
-    found = {np.asarray(i).tobytes() for i in first.train.images}
+    found = {np.asarray(i).tobytes() for i in first.train.inputs}
     assert found == {image("train", i).tobytes() for i in range(12)}
     # The second time nothing is decoded.
     monkeypatch.setattr(data.sources, "_decode", None)
     second = data.load_dataset("tiny_digits", tmp_path / "tfds")
-    np.testing.assert_array_equal(second.test.images, first.test.images)
+    np.testing.assert_array_equal(second.test.inputs, first.test.inputs)
 
 
 def test_importing_the_package_imports_neither_tfds_nor_matplotlib():

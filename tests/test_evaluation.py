@@ -190,7 +190,7 @@ def test_a_task_may_come_in_batches(problem):
     def batches(data):
         for start in range(0, 23, 9):
             yield dataclasses.replace(
-                data, images=data.images[start : start + 9], labels=data.labels[start : start + 9]
+                data, inputs=data.inputs[start : start + 9], labels=data.labels[start : start + 9]
             )
 
     want = evaluate(net, store, stream)
@@ -198,9 +198,13 @@ def test_a_task_may_come_in_batches(problem):
     assert [row._replace(inferred=None) for row in got] == [
         row._replace(inferred=None) for row in want
     ]
-    with pytest.raises(TypeError, match=r"stream\[0\] must be a TaskData unless ids are given"):
-        evaluate(net, store, [[stream[0]]] * 3, "paper")
-    with pytest.raises(TypeError, match=r"batch 1 of stream\[0\] must be a TaskData, got int"):
+    for protocol in ("paper", "per_example", "batch-4"):
+        want = evaluate(net, store, stream, protocol, batch_size=8)
+        got = evaluate(net, store, [batches(data) for data in stream], protocol, batch_size=8)
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_array_equal(one.inferred, other.inferred)
+            assert one[:5] == other[:5]
+    with pytest.raises(TypeError, match=r"batch 1 of stream\[0\] must be a TaskData, .* got int"):
         evaluate(net, store, [[stream[0], 1]] * 3)
     with pytest.raises(ValueError, match=r"stream\[1\] must hold at least one batch, got none"):
         evaluate(net, store, [stream[0], [], stream[2]])
@@ -274,7 +278,7 @@ def test_statistics_shared_between_tasks_lose_all_but_the_last():
     images = jax.nn.one_hot(labels, 4)
     tasks = [ss.TaskData(images, labels), ss.TaskData(images + 3, labels)]
     mask = jax.tree.map(jnp.ones_like, net.params)
-    states = [net.batch_state(net.params, data.images) for data in tasks]
+    states = [net.batch_state(net.params, data.inputs) for data in tasks]
     own = filled_store(net, [ss.Task(mask, state) for state in states], capacity=2)
     shared = filled_store(net, [ss.Task(mask, states[-1])] * 2, capacity=2)
     assert [row.accuracy for row in ss.evaluate(net, own, tasks)] == [1, 1]

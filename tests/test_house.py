@@ -8,9 +8,10 @@ from tests.conftest import ROOT
 
 # From the ground up: a module imports from its own floor or a lower one, never from a higher one.
 FLOORS = (
-    ("types", "version", "prng", "objectives", "metrics"),
+    ("types", "version", "prng", "objectives", "losses", "metrics"),
     ("checks",),
     ("layout", "devices"),
+    ("roles",),
     ("masks", "network", "adapters"),
     ("kernels",),
     ("stores",),

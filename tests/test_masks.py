@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import masks, models, network
+from supsup_jax import masks, models
 from supsup_jax.layout import Layout
 from tests.conftest import GOLDEN, golden
 
@@ -134,8 +134,9 @@ def test_bad_arguments():
 
 
 def test_scores_start_uniform_within_the_bound():
-    shapes = {"a": (400, 50), "b": (3, 3, 16, 64)}
-    first, second = masks.draw_scores(jax.random.key(0), shapes)
+    params = {"a": np.zeros((400, 50), np.float32), "b": np.zeros((3, 3, 16, 64), np.float32)}
+    layout = Layout.of(params, lambda name, leaf: True)
+    first, second = masks.draw_scores(jax.random.key(0), layout).values()
     for scores, fan_in in ((np.asarray(first), 400), (np.asarray(second), 144)):
         bound = fan_in**-0.5
         assert np.abs(scores).max() <= bound
@@ -180,7 +181,7 @@ def layout_of(model, num_outputs):
         return nnx.to_pure_dict(nnx.state(model(num_outputs, rngs=nnx.Rngs(0)), nnx.Param))
 
     shapes = jax.eval_shape(params)
-    return Layout.of(shapes, network.is_kernel)
+    return Layout.of(shapes, lambda name, leaf: leaf.ndim >= 2)
 
 
 def test_uniform_density_is_each_layers_own():

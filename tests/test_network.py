@@ -46,8 +46,8 @@ def test_one_seed_for_everything_leaves_scores_and_weights_uncorrelated():
     """The bug that once cost 86 points of task accuracy: one key for weights and scores."""
     net = relu_net((400, 300, 200), seed=0)
     for seed in range(3):
-        scores = masks.draw_scores(jax.random.key(seed), net.layout.shapes)
-        for weights, score in zip(net.params.values(), scores, strict=True):
+        scores = masks.draw_scores(jax.random.key(seed), net.layout)
+        for weights, score in zip(net.params.values(), scores.values(), strict=True):
             correlation = np.corrcoef(np.ravel(weights), np.ravel(score))[0, 1]
             assert abs(correlation) < 5 / np.sqrt(weights.size)
 
@@ -172,8 +172,9 @@ def test_from_linen_with_statistics():
     logits, state = train_logits(net, ones_mask(net), net.state, x)
     want, moved = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(logits, want, rtol=1e-6, atol=1e-6)
+    got = state["batch_stats"]
     np.testing.assert_allclose(
-        jax.tree.leaves(state), jax.tree.leaves(moved["batch_stats"]), rtol=1e-6
+        jax.tree.leaves(got), jax.tree.leaves(moved["batch_stats"]), rtol=1e-6
     )
 
 

@@ -120,8 +120,8 @@ def test_the_presets_follow_the_reference_rule():
 
 def test_digits_are_enlarged():
     config = nns.EXPERIMENT.config(Args(tiny=True))
-    images = np.asarray(nns.load(config, Args()).test.images)
-    small = np.asarray(load(config, Args()).test.images).reshape(-1, 8, 8)
+    images = np.asarray(nns.load(config, Args()).test.inputs)
+    small = np.asarray(load(config, Args()).test.inputs).reshape(-1, 8, 8)
     assert images.shape == (len(small), 24, 24)
     for row, column in ((0, 0), (5, 2), (23, 23)):
         np.testing.assert_array_equal(images[:, row, column], small[:, row // 3, column // 3])

@@ -40,11 +40,11 @@ def copied(prepared, tmp_path):
 
 def assert_same(got, want):
     for one, other in zip(got, want, strict=True):
-        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.labels, other.labels)
 
 
-def joined(batches, what="images"):
+def joined(batches, what="inputs"):
     return np.concatenate([np.asarray(getattr(batch, what)) for batch in batches])
 
 
@@ -81,7 +81,7 @@ def test_every_epoch_shows_each_of_a_task_s_images_once_in_a_new_order(prepared,
     assert stream.num_train == [12, 12]
     numbered(monkeypatch, stream, "training")
     batches = list(stream.train(1, steps=5))
-    assert [batch.images.shape for batch in batches] == [(5, SIZE, SIZE, 3)] * 5
+    assert [batch.inputs.shape for batch in batches] == [(5, SIZE, SIZE, 3)] * 5
     shown = joined(batches)[:, 0, 0, 0]
     true = np.asarray(stream._records["training"].labels)
     own = [i for i in range(24) if true[i] in (2, 1)]

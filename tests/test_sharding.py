@@ -202,7 +202,7 @@ def learning(batch_size=8):
 def test_tasks_learned_on_many_devices(net):
     data, config = learning()
     views = np.stack([np.random.default_rng(i).permutation(6) for i in range(5)])
-    data = ss.TaskData(data.images, data.labels, views)
+    data = ss.TaskData(data.inputs, data.labels, views)
     keys = jax.random.split(jax.random.key(1), 5)
     # Two each on four devices: the last task is learned again where there is none.
     got = ss.train_tasks(keys, net, data, config, mesh=mesh_of(task=2, data=2))

@@ -86,9 +86,9 @@ def test_tasks_deal_the_classes_in_the_seeds_order(small):
     assert [c for task in stream.classes for c in task] == data.class_order(4, 1).tolist()
     assert set(np.asarray(stream.train[0].labels).tolist()) == {0, 1}
     few = stream.first_test(3)[1]
-    np.testing.assert_array_equal(few.images, stream.test[1].images[:3])
+    np.testing.assert_array_equal(few.inputs, stream.test[1].inputs[:3])
     many = stream.together(range(2))
-    np.testing.assert_array_equal(many.images[1], stream.train[1].images)
+    np.testing.assert_array_equal(many.inputs[1], stream.train[1].inputs)
     np.testing.assert_array_equal(many.labels[1], stream.train[1].labels)
 
 

@@ -21,7 +21,7 @@ from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.training.config import TrainConfig
-from supsup_jax.training.steps import all_finite, cross_entropy, diverged, fit
+from supsup_jax.training.steps import all_finite, diverged, fit, mean_loss
 from supsup_jax.types import PyTree, TaskData
 
 WHEN = ("never", "first", "always")
@@ -200,7 +200,7 @@ def learn(
     check_type("data", data, TaskData)
     check_type("config", config, TrainConfig)
     data.check()
-    data.check_labels(num_outputs(baseline.net, data))
+    data.check_classes(num_outputs(baseline.net, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")
@@ -224,7 +224,7 @@ def _learn(key, baseline, shared, state, data, config, trains_shared):
 
     def loss(trained, state, x, y):
         logits, state = baseline.forward(*parts(trained), state, x, train=True)
-        return cross_entropy(logits, y), state
+        return mean_loss(config, logits, y), state
 
     after, losses = fit(key, loss, start, state, data, config)
     return Learned(*parts(after.scores), after.state, losses)

@@ -31,6 +31,10 @@ NORMALIZATION = {
 }
 
 
+# Of a split, as they are cached.
+_ARRAYS = "images", "labels"
+
+
 class MissingDataError(FileNotFoundError):
     """A dataset that is not where it was looked for; the message holds the command to make it."""
 
@@ -45,7 +49,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_pixels(self) -> int:
-        return math.prod(self.train.images.shape[1:])
+        return math.prod(self.train.inputs.shape[1:])
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
@@ -93,7 +97,7 @@ def _cut(name, images, labels, num_train, transform):
 
 
 def _dataset(name, train, test, transform):
-    put = [TaskData(**split, transform=transform) for split in (train, test)]
+    put = [TaskData(*map(split.get, _ARRAYS), transform=transform) for split in (train, test)]
     return Dataset(name, *put, int(train["labels"].max()) + 1)
 
 

@@ -55,7 +55,7 @@ class Stream:
 
         def few(task):
             data = self.test[task]
-            return dataclasses.replace(data, images=data.images[:count], labels=data.labels[:count])
+            return dataclasses.replace(data, inputs=data.inputs[:count], labels=data.labels[:count])
 
         return Split(len(self), few)
 
@@ -103,7 +103,7 @@ class RotatedStream(ViewStream):
 
     def __init__(self, dataset: Dataset, num_tasks: int = 36, degrees: float = 10):
         super().__init__(dataset, num_tasks)
-        shape = dataset.train.images.shape[1:]
+        shape = dataset.train.inputs.shape[1:]
         if len(shape) != 2:
             raise ValueError(f"rotation needs images [N, H, W], {dataset.name} has [N, *{shape}]")
         if not 0 < degrees * (num_tasks - 1) < 360 and num_tasks > 1:
@@ -114,7 +114,7 @@ class RotatedStream(ViewStream):
         self._degrees = degrees
 
     def view(self, task: int) -> jax.Array:
-        shape = self.dataset.train.images.shape[1:]
+        shape = self.dataset.train.inputs.shape[1:]
         return jnp.asarray(rotation(task * self._degrees, shape))
 
 
@@ -162,7 +162,7 @@ class SplitStream(Stream):
     def _data_of(self, split, task):
         # Picked on the host, where an index of any length costs no compilation; JAX keeps its copy.
         own, labels = examples_of(self.classes[task], np.asarray(split.labels), self._relabel)
-        return dataclasses.replace(split, images=np.asarray(split.images)[own], labels=labels)
+        return dataclasses.replace(split, inputs=np.asarray(split.inputs)[own], labels=labels)
 
 
 def deal_classes(

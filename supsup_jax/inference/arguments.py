@@ -1,27 +1,34 @@
 """What the rules of inference are called with, checked before anything is compiled."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective
+from supsup_jax.types import Objective, PyTree, num_rows, shapes_of
 
 # An implementation that is no form of contraction: see `kernels.certify`.
 CERTIFIED = "certified"
 
 
 def check_call(
-    net: Network, store: TaskStore, x: Any, objective: Objective, implementation: str | None = None
-) -> None:
-    """Raises TypeError or ValueError for arguments that do not fit, and for an empty store."""
+    net: Network,
+    store: TaskStore,
+    x: PyTree,
+    objective: Objective,
+    implementation: str | None = None,
+) -> PyTree:
+    """x of `check_input`. Raises TypeError or ValueError for arguments that do not fit, and for an
+    empty store.
+    """
     check_pair(net, store)
     check_objective(objective)
     contraction.check_implementation(implementation, CERTIFIED)
-    check_input(x)
+    return check_input(x)
 
 
 def check_pair(net: Network, store: TaskStore) -> None:
@@ -37,11 +44,28 @@ def check_objective(objective: Objective, name: str = "objective") -> None:
         raise TypeError(f"{name} must be a hashable function of logits, got {objective!r}")
 
 
-def check_input(x: Any) -> None:
-    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            "x must be a float array as the network takes it (a TaskData's batch(index)[0] applies "
-            f"its view and transform), got {getattr(x, 'dtype', type(x).__name__)}"
-        )
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"x must be [B, ...] with B >= 1, got shape {x.shape}")
+def check_input(x: PyTree) -> PyTree:
+    """x [B, ...], arrays whose values the network takes as they are.
+
+    Raises TypeError for what holds no arrays, or bytes, which no network takes unscaled, and
+    ValueError unless its leaves are [B, ...] of one B >= 1.
+    """
+    leaves = jax.tree.leaves(x)
+    wanted = (
+        "x must be a float array, or tokens, or a pytree of such, as the network takes it (a "
+        "TaskData's batch(index)[0] applies its view and transform), got "
+    )
+    if not leaves or not all(hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves):
+        raise TypeError(wanted + type(x).__name__)
+    x = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "aval") else np.asarray(leaf), x)
+    leaves = jax.tree.leaves(x)
+    for dtype in (leaf.dtype for leaf in leaves):
+        number = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+        if not number or dtype in (np.uint8, np.int8):
+            raise TypeError(f"{wanted}{dtype}")
+    least = 2 if len(leaves) == 1 else 1
+    if any(leaf.ndim < least or leaf.shape[:1] != leaves[0].shape[:1] for leaf in leaves):
+        raise ValueError(f"x must be [B, ...] with one B, got shape {shapes_of(x)}")
+    if not num_rows(x):
+        raise ValueError(f"x must be [B, ...] with B >= 1, got shape {shapes_of(x)}")
+    return x

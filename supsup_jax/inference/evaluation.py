@@ -1,5 +1,6 @@
 """Accuracy over a stream of tasks, with the task id given or inferred."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax.checks import check_int, check_type
+from supsup_jax.checks import check_int
 from supsup_jax.devices import in_pieces
 from supsup_jax.inference.arguments import check_objective, check_pair
 from supsup_jax.inference.one_shot import Uncertainty, task_ids
@@ -19,7 +20,15 @@ from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, TaskBelief, TaskData, TaskIdError
+from supsup_jax.types import (
+    Objective,
+    TaskBelief,
+    TaskData,
+    TaskIdError,
+    as_data,
+    num_rows,
+    shapes_of,
+)
 
 # The paper's names (is the id given in training, in testing; are labels shared) and the field's.
 SCENARIOS = {"GG": "task-il", "GNs": "domain-il", "GNu": "class-il", "NNs": "task-free"}
@@ -63,7 +72,7 @@ class Row(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    right: jax.Array  # bool [N], the label
+    value: jax.Array  # [N], the metric: whether the label is right
     task: jax.Array  # int32 [N], under which the image was judged
     inferred: jax.Array  # int32 [D]
 
@@ -122,11 +131,12 @@ def parse_rule(rule: Rule | Callable | str | None) -> Callable | None:
 def evaluate(
     net: Network,
     store: TaskStore,
-    stream: Sequence[TaskData],
+    stream: Sequence[TaskData | Iterable],
     protocol: str = "given",
     *,
     objective: Objective = entropy,
     rule: Rule | Callable | str | None = None,
+    metric: Callable | None = None,
     batch_size: int = 128,
     tasks: Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
@@ -135,7 +145,8 @@ def evaluate(
     """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.
 
     stream: where memory does not hold a task's images, `stream[i]` may also be an iterable of
-      batches, each a TaskData, if ids are given.
+      batches, each a TaskData or what `as_data` takes for one. Those who decide together, and the
+      contexts of statistics, are then filled up across batches.
     protocol: "given" (GG); or inferred, "paper" (the first image of each batch names the task for
       the batch), "per_example" (every image its own), "batch-m" (m images decide together).
     objective: what the inference minimises.
@@ -144,6 +155,8 @@ def evaluate(
       and returns a TaskBelief, traced inside jit, equal by value: with per_example where each
       decision is one image's, and without for m images that decide together. What it names -1
       (see `reject`) counts as wrong.
+    metric: (logits [B, C], labels [B, ...]) -> [B], what rows give the mean of as accuracy, where
+      it is not whether the largest logit is the label's: traced, equal by value.
     tasks: which of the learned tasks; None for all.
     ids: the store's id of each task of the stream, where masks were found rather than told, and
       may be more or fewer than tasks; -1 where no mask belongs to it. None: task i has id i.
@@ -168,17 +181,20 @@ def evaluate(
 
     def judge(data, i):
         if decide is None:
-            return _given(net, store, data, i, batch_size=batch_size)
-        return _inferred(net, store, data, protocol=decide, objective=objective, rule=rule)
+            return _given(net, store, data, i, batch_size=batch_size, metric=metric or is_right)
+        how = How(decide, objective, rule, metric or is_right)
+        return _inferred(net, store, data, how=how)
 
     outcomes, counts, outputs = [], [], None
     for i in progress(tasks):
         counts.append(0)
         for name, data in _parts(stream[i], f"stream[{i}]", decide):
             data.check()
-            outputs = outputs or num_outputs(net, data)
-            data.check_labels(outputs)
-            if decide is not None and data.num_examples < decide.deciders:
+            if metric is None:
+                outputs = outputs or num_outputs(net, data)
+                data.check_classes(outputs, name)
+            first = not counts[-1]  # the last may be what is left over
+            if first and decide is not None and data.num_examples < decide.deciders:
                 raise ValueError(
                     f"protocol {protocol!r} needs at least {decide.deciders} test images of each "
                     f"task, {name} holds {data.num_examples}"
@@ -224,14 +240,30 @@ def _parts(task, name, decide):
         return
     if not isinstance(task, Iterable):
         raise TypeError(f"{name} must be a TaskData, or batches of them, got {type(task).__name__}")
-    if decide is not None:
-        raise TypeError(
-            f"{name} must be a TaskData unless ids are given: batches of one are judged, but not "
-            f"named; got {type(task).__name__}"
-        )
+    whole, rest = decide.context if decide else 1, None
     for number, batch in enumerate(task):
-        check_type(f"batch {number} of {name}", batch, TaskData)
-        yield f"batch {number} of {name}", batch
+        what = f"batch {number} of {name}"
+        data = as_data(batch, what)
+        data.check()
+        data = data if rest is None else _behind(rest, data)
+        end = data.num_examples - data.num_examples % whole
+        rest = _part(data, slice(end, None)) if end < data.num_examples else None
+        if end:
+            yield what, _part(data, slice(end))
+    if rest is not None:
+        yield f"the last of {name}", rest
+
+
+def _part(data, rows):
+    own = jax.tree.map(lambda leaf: leaf[rows], (data.inputs, data.labels))
+    return dataclasses.replace(data, inputs=own[0], labels=own[1])
+
+
+def _behind(first, second):
+    """The examples of one batch and then of another, of the same task."""
+    pair = [(data.inputs, data.labels) for data in (first, second)]
+    inputs, labels = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pair)
+    return dataclasses.replace(second, inputs=inputs, labels=labels)
 
 
 def _row(i, mask, outcome, decide):
@@ -240,106 +272,119 @@ def _row(i, mask, outcome, decide):
     under = (outcome.task == mask) & (outcome.task >= 0)
     return Row(
         task=i,
-        accuracy=float(np.mean(outcome.right & under)),
-        shared_accuracy=float(np.mean(outcome.right)),
+        accuracy=float(np.mean(np.where(under, outcome.value, 0))),
+        shared_accuracy=float(np.mean(outcome.value)),
         task_accuracy=None if decide is None else float(np.sum(named) / len(outcome.inferred)),
         decisions=len(outcome.inferred),
         inferred=outcome.inferred,
     )
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
-def _given(net, store, data, i, *, batch_size):
+@functools.partial(jax.jit, static_argnames=("batch_size", "metric"))
+def _given(net, store, data, i, *, batch_size, metric):
     task = store.task(i)
 
     def judge(index):
         x, y = data.batch(index)
-        return _is_right(net(task.mask, x, task.state), y)
+        return _measured(metric, net(task.mask, x, task.state), y)
 
     right = in_pieces(judge, jnp.arange(data.num_examples), batch_size)
     return _Outcome(right, jnp.full(len(right), i, jnp.int32), jnp.zeros(0, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("protocol", "objective", "rule"))
-def _inferred(net, store, data, *, protocol, objective, rule):
-    test = _Test(net, store, data, protocol, objective, rule)
-    num, size = data.num_examples, protocol.context
+class How(NamedTuple):
+    """Who decides, by which rule and objective, and how outputs are judged."""
+
+    protocol: Protocol
+    objective: Objective
+    rule: Callable | None
+    metric: Callable
+
+
+class _Test(NamedTuple):
+    """A network asked about data."""
+
+    net: Network
+    store: TaskStore
+    data: TaskData
+    how: How
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _inferred(net, store, data, *, how):
+    test = _Test(net, store, data, how)
+    num, size = data.num_examples, how.protocol.context
     rest = num % size
     ends = [end for end in ((0, num - rest, size), (num - rest, num, rest)) if end[0] < end[1]]
     return _joined([_outcome(test, *end) for end in ends], jnp)
 
 
-class _Test(NamedTuple):
-    """What tasks are named for, and by which rule."""
-
-    net: Network
-    store: TaskStore
-    data: TaskData
-    protocol: Protocol
-    objective: Objective
-    rule: Callable | None
-
-
 def _outcome(test, start, stop, width):
     """Of the examples `start` to `stop` in contexts of `width`."""
     index = jnp.arange(start, stop).reshape(-1, width)
-    group = min(test.protocol.group, width)
-    deciders = index.reshape(len(index), -1, group)[:, :, : test.protocol.deciders]
+    group = min(test.how.protocol.group, width)
+    deciders = index.reshape(len(index), -1, group)[:, :, : test.how.protocol.deciders]
     ids = _ids(test, index, deciders)  # [contexts, groups]
-    right = lax.map(functools.partial(_judged, test), (index, ids)).reshape(-1)
+    value = lax.map(functools.partial(_judged, test), (index, ids)).reshape(-1)
     each = jnp.repeat(ids.reshape(-1), group)
     # Without a task, -1 of a rule that may refuse, an image has no right label either.
-    return _Outcome(right & (each >= 0), each, ids.reshape(-1))
+    return _Outcome(jnp.where(each >= 0, value, jnp.zeros_like(value)), each, ids.reshape(-1))
 
 
 def _judged(test, each):
-    """Whether each image of one context has the right label under the task named for it."""
+    """The metric of each image of one context under the task named for it."""
     index, ids = each  # [images], [groups]
     x, y = test.data.batch(index)
     task = ids[0] if len(ids) == 1 else jnp.repeat(ids, len(index) // len(ids))
-    return _is_right(predict(test.net, test.store, x, task), y)
+    return _measured(test.how.metric, predict(test.net, test.store, x, task), y)
 
 
 def _ids(test, index, deciders):
     """Ids [contexts, groups] named for the examples index [contexts, images]."""
     shape = deciders.shape
-    alike = test.net.state is None  # no statistics: decisions are alike, whatever their context
-    if test.rule is None:
+    alike = (
+        not test.net.has_statistics
+    )  # no statistics: decisions are alike, whatever their context
+    if test.how.rule is None:
         name = functools.partial(_ids_by_one_shot, test, test.store.mixture())
         if alike:
             return name((index.reshape(-1), deciders.reshape(-1, shape[2]))).reshape(shape[:2])
         return lax.map(name, (index, deciders))
-    if alike and test.protocol.deciders == 1:
+    if alike and test.how.protocol.deciders == 1:
         x, _ = test.data.batch(deciders.reshape(-1))
         name = functools.partial(_named, test, True)
-        return in_pieces(name, x, test.protocol.context).reshape(shape[:2])
+        return in_pieces(name, x, test.how.protocol.context).reshape(shape[:2])
     return lax.map(functools.partial(_ids_by_rule, test), (index, deciders))
 
 
 def _ids_by_one_shot(test, mixture, context):
     index, deciders = context  # [images], [groups, m]
-    uncertainty = Uncertainty.among(test.net, test.objective, mixture, test.data.batch(index)[0])
+    uncertainty = Uncertainty.among(
+        test.net, test.how.objective, mixture, test.data.batch(index)[0]
+    )
     x, _ = test.data.batch(deciders.reshape(-1))
-    x = x.reshape(*deciders.shape, *x.shape[1:])
+    x = jax.tree.map(lambda leaf: leaf.reshape(*deciders.shape, *leaf.shape[1:]), x)
     return task_ids(uncertainty, test.store, mixture, x)
 
 
 def _ids_by_rule(test, context):
     index, deciders = context  # all go in: their statistics count, or they are one group
     x, _ = test.data.batch(index)
-    if test.protocol.deciders > 1:
+    if test.how.protocol.deciders > 1:
         return _named(test, False, x)[None]
     return _named(test, True, x)[:: len(index) // len(deciders)]
 
 
 def _named(test, per_example, x):
     """Ids [B], or [], by a rule that may be the user's."""
-    found = test.rule(test.net, test.store, x, objective=test.objective, per_example=per_example)
-    want = x.shape[:1] if per_example else ()
+    found = test.how.rule(
+        test.net, test.store, x, objective=test.how.objective, per_example=per_example
+    )
+    want = (num_rows(x),) if per_example else ()
     if not isinstance(found, TaskBelief) or jnp.shape(found.task) != want:
         raise TypeError(
-            f"rule must return a TaskBelief whose task has shape {want} for x of shape {x.shape} "
-            f"and per_example={per_example}, got {found!r}"
+            f"rule must return a TaskBelief whose task has shape {want} for x of shape "
+            f"{shapes_of(x)} and per_example={per_example}, got {found!r}"
         )
     return found.task
 
@@ -349,5 +394,15 @@ def _joined(outcomes, numpy=np):
     return jax.tree.map(lambda *part: numpy.concatenate(part), *outcomes)
 
 
-def _is_right(logits, labels):
+def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the largest logit is the label's, bool [B]."""
     return jnp.argmax(logits, axis=-1) == labels
+
+
+def _measured(metric, logits, labels):
+    value = metric(logits, labels)
+    if jnp.shape(value) != logits.shape[:1]:
+        raise ValueError(
+            f"metric must return [B] = [{len(logits)}] for logits [B, C], got {jnp.shape(value)}"
+        )
+    return value

@@ -20,18 +20,18 @@ import numpy as np
 
 from supsup_jax.devices import varying_like
 from supsup_jax.inference import arguments, schedule
-from supsup_jax.inference.schedule import Decisions
+from supsup_jax.inference.schedule import Decisions, single
 from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, PyTree, StoreError, TaskBelief
+from supsup_jax.types import Objective, PyTree, StoreError, TaskBelief, num_rows
 
 
 def task_scores(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective,
     state: PyTree = None,
     mixture: PyTree | None = None,
@@ -50,7 +50,7 @@ def task_scores(
 def one_shot(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
     implementation: str | None = None,
@@ -64,7 +64,7 @@ def one_shot(
       coarse scores with a proven bound on their error (see `certify`), which come back coarse but
       for those in doubt. Any name of `contraction.contract` forces that form.
     """
-    arguments.check_call(net, store, x, objective, implementation)
+    x = arguments.check_call(net, store, x, objective, implementation)
     return _one_shot(net, store, x, objective, per_example, implementation)
 
 
@@ -76,7 +76,7 @@ def _one_shot(net, store, decisions, objective, implementation):
 def alpha_gradient(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     alphas: jax.Array | None = None,
     per_example: bool = True,
@@ -88,7 +88,7 @@ def alpha_gradient(
     A stateful network uses the statistics of the whole x under the mixture, held constant.
     Raises TypeError or ValueError for arguments that do not fit, and for an empty store.
     """
-    arguments.check_call(net, store, x, objective)
+    x = arguments.check_call(net, store, x, objective)
     if alphas is not None:
         alphas = store.per_slot(alphas)
         if alphas.ndim != 1:
@@ -146,25 +146,23 @@ class Uncertainty:
     state: PyTree = None
 
     @classmethod
-    def among(
-        cls, net: Network, objective: Objective, mixture: PyTree, x: jax.Array
-    ) -> "Uncertainty":
+    def among(cls, net: Network, objective: Objective, mixture: PyTree, x: PyTree) -> "Uncertainty":
         """F where no id is known: under the statistics of x [B, ...] in the mixture."""
-        if net.state is None:
-            return cls(net, objective)
+        if not net.has_statistics:
+            return cls(net, objective, net.state)
         return cls(net, objective, net.batch_state(net.superpose(mixture), x))
 
-    def values(self, mask: PyTree, x: jax.Array) -> jax.Array:
+    def values(self, mask: PyTree, x: PyTree) -> jax.Array:
         """The objective of each row of x [B, ...] under a mask or a mixture, float32 [B]."""
         values = self.objective(self.net(mask, x, self.state))
-        if values.shape != x.shape[:1]:
+        if values.shape != (num_rows(x),):
             raise ValueError(
-                f"objective must map logits [B, C] to [B], here [{x.shape[0]}], "
+                f"objective must map logits [B, C] to [B], here [{num_rows(x)}], "
                 f"got shape {values.shape}"
             )
         return values.astype(jnp.float32)
 
-    def gradient(self, mixture: PyTree, x: jax.Array) -> jax.Array:
+    def gradient(self, mixture: PyTree, x: PyTree) -> jax.Array:
         """dF/dW_eff * W as one vector [n], F the mean over x [m, ...].
 
         As W_eff = W * mixture, that is the gradient in the mixture.
@@ -173,9 +171,7 @@ class Uncertainty:
         return self.net.layout.ravel(gradient, "the mixture")
 
 
-def task_ids(
-    uncertainty: Uncertainty, store: TaskStore, mixture: PyTree, x: jax.Array
-) -> jax.Array:
+def task_ids(uncertainty: Uncertainty, store: TaskStore, mixture: PyTree, x: PyTree) -> jax.Array:
     """Ids int32 [D] of D one-shot decisions, x [D, m, ...], by the fastest form for the device.
 
     Never holds the scores of more than a piece of the decisions.
@@ -198,7 +194,7 @@ def _task_ids(store, x, uncertainty, mixture):
 def one_shot_streamed(
     net: Network,
     parts: Iterable[TaskStore],
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
     implementation: str | None = None,
@@ -219,7 +215,7 @@ def one_shot_streamed(
             "tasks of one part says nothing of the others"
         )
     contraction.check_implementation(implementation)
-    arguments.check_input(x)
+    x = arguments.check_input(x)
     if iter(parts) is parts:
         raise TypeError(
             "parts are gone through twice: pass a list, or an object whose __iter__ starts anew, "
@@ -246,7 +242,7 @@ def _gradients(net, mean, x, *, objective, per_example):
     mixture = net.layout.unravel(mean)
     uncertainty = Uncertainty.among(net, objective, mixture, x)
     gradient = functools.partial(uncertainty.gradient, varying_like(mixture, x))
-    return jax.lax.map(gradient, x[:, None]) if per_example else gradient(x)
+    return jax.lax.map(gradient, single(x)) if per_example else gradient(x)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

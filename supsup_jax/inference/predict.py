@@ -13,13 +13,13 @@ from supsup_jax.devices import varying_like
 from supsup_jax.inference import arguments, schedule
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import TaskIdError
+from supsup_jax.types import PyTree, TaskIdError, num_rows
 
 # Rows of one task that go through the network together.
 SEGMENT = 32
 
 
-def predict(net: Network, store: TaskStore, x: jax.Array, task: jax.Array | int) -> jax.Array:
+def predict(net: Network, store: TaskStore, x: PyTree, task: jax.Array | int) -> jax.Array:
     """Logits [B, C] of x [B, ...] under its task's mask and statistics, in eval mode.
 
     task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each
@@ -28,13 +28,13 @@ def predict(net: Network, store: TaskStore, x: jax.Array, task: jax.Array | int)
     range, where values are known; inside jit an id is clipped to the tasks held.
     """
     arguments.check_pair(net, store)
-    arguments.check_input(x)
+    x = arguments.check_input(x)
     task = jnp.asarray(task)
     if not jnp.issubdtype(task.dtype, jnp.integer):
         raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
     task = task.astype(jnp.int32)
-    if task.shape not in ((), (x.shape[0],)):
-        raise ValueError(f"task must be one id or [{x.shape[0]}], got shape {task.shape}")
+    if task.shape not in ((), (num_rows(x),)):
+        raise ValueError(f"task must be one id or [{num_rows(x)}], got shape {task.shape}")
     num_tasks = store.num_tasks
     if not is_traced((task, num_tasks)):
         ids = np.asarray(task)
@@ -69,8 +69,8 @@ def _logits_under(net, store, x, slot):
 
 
 def grouped(
-    function: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
+    function: Callable[[PyTree, jax.Array], jax.Array],
+    x: PyTree,
     rows: jax.Array,
     ids: jax.Array,
 ) -> jax.Array:
@@ -79,28 +79,29 @@ def grouped(
     function: (part of x [r, ...], one id) -> [r, ...], row for row. Rows of one id go through it
     together, and no more than a segment of x is copied at a time.
     """
-    num_rows = len(rows)
-    segment = min(SEGMENT, num_rows)
+    count = len(rows)
+    segment = min(SEGMENT, count)
     order = jnp.argsort(ids)
     ids, rows = ids[order], rows[order]
     # A segment starts where the id changes, and every `segment` rows within a run of one id.
-    place = jnp.arange(num_rows, dtype=jnp.int32)
+    place = jnp.arange(count, dtype=jnp.int32)
     changes = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
     run_start = lax.cummax(jnp.where(changes, place, 0))
     starts_segment = (place - run_start) % segment == 0
-    starts = jnp.nonzero(starts_segment, size=num_rows, fill_value=num_rows)[0].astype(jnp.int32)
+    starts = jnp.nonzero(starts_segment, size=count, fill_value=count)[0].astype(jnp.int32)
     padded = jnp.concatenate([rows, jnp.zeros(segment, rows.dtype)])
-    like = jax.eval_shape(function, x[:1], ids[0])
+    like = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[:1], x), ids[0])
 
     # Rows beyond a segment's own come out under the wrong id, and the next segment, which
     # starts there, overwrites them. A scan over cond, not a while loop: it can be differentiated.
     def send(out, start):
         def forward(out):
-            part = function(x[lax.dynamic_slice_in_dim(padded, start, segment)], ids[start])
+            index = lax.dynamic_slice_in_dim(padded, start, segment)
+            part = function(jax.tree.map(lambda leaf: leaf[index], x), ids[start])
             return lax.dynamic_update_slice_in_dim(out, part, start, 0)
 
-        return lax.cond(start < num_rows, forward, lambda out: out, out), None
+        return lax.cond(start < count, forward, lambda out: out, out), None
 
-    out = jnp.zeros((num_rows + segment, *like.shape[1:]), like.dtype)
+    out = jnp.zeros((count + segment, *like.shape[1:]), like.dtype)
     out, _ = lax.scan(send, varying_like(varying_like(out, x), ids), starts)
     return out[jnp.argsort(order)]

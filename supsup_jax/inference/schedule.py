@@ -17,7 +17,7 @@ from jax import lax
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import CERTIFIED
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import PyTree, TaskBelief
+from supsup_jax.types import PyTree, TaskBelief, num_rows
 
 # Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
 # stays in the cache.
@@ -44,14 +44,29 @@ class Decisions(NamedTuple):
       with these.
     """
 
-    x: jax.Array
-    everything: jax.Array | None = None
+    x: PyTree
+    everything: PyTree = None
     over_devices: Callable[[jax.Array], jax.Array] = unchanged
 
     @property
-    def rows(self) -> jax.Array:
+    def num(self) -> int:
+        """D."""
+        return jax.tree.leaves(self.x)[0].shape[0]
+
+    @property
+    def deciders(self) -> int:
+        """m."""
+        return jax.tree.leaves(self.x)[0].shape[1]
+
+    @property
+    def rows(self) -> PyTree:
         """[D m, ...]."""
-        return self.x.reshape(-1, *self.x.shape[2:])
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.x)
+
+
+def single(x: PyTree) -> PyTree:
+    """x [B, ...] as decisions of one example each, [B, 1, ...]."""
+    return jax.tree.map(lambda leaf: leaf[:, None], x)
 
 
 def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
@@ -82,8 +97,9 @@ def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
 def _decided(decide, per_example, options, store, net, x, *arrays):
     everything = store.devices.all_rows(x)
     if per_example:
-        return decide(net, store, Decisions(x[:, None], everything), *options, *arrays)
-    decisions = Decisions(x[None], everything, store.devices.mean)
+        return decide(net, store, Decisions(single(x), everything), *options, *arrays)
+    x = jax.tree.map(lambda leaf: leaf[None], x)
+    decisions = Decisions(x, everything, store.devices.mean)
     return jax.tree.map(lambda leaf: leaf[0], decide(net, store, decisions, *options, *arrays))
 
 
@@ -125,23 +141,24 @@ def map_decisions(
     def many(x):
         return finish(-contract(jax.vmap(uncertainty.gradient, (None, 0))(own, x)))
 
-    if len(x) == 1:
-        return jax.tree.map(lambda row: row[None], one(x[0]))
+    if decisions.num == 1:
+        first = jax.tree.map(lambda leaf: leaf[0], x)
+        return jax.tree.map(lambda row: row[None], one(first))
     on_cpu = functools.partial(lax.map, one)
-    if implementation is None and _few_tasks(store, x) and _is_dense(store):
+    if implementation is None and _few_tasks(store, decisions) and _is_dense(store):
         values = functools.partial(_mean_values, uncertainty)
         if _has_tangents(values, mixture, x):
             tangents = functools.partial(_tangent_scores, values, store, mixture, finish)
-            size = max(1, TANGENT_EXAMPLES // x.shape[1])
+            size = max(1, TANGENT_EXAMPLES // decisions.deciders)
             on_cpu = functools.partial(in_pieces, tangents, size=size)
     elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
 
-def fastest(function: Callable, store: TaskStore, x: jax.Array) -> PyTree:
+def fastest(function: Callable, store: TaskStore, x: PyTree) -> PyTree:
     """function(x [D, m, ...], implementation) by what soonest tells the best task."""
     exact = functools.partial(function, implementation=None)
-    if _few_tasks(store, x):
+    if _few_tasks(store, Decisions(x)):
         return exact(x)
     certified = functools.partial(function, implementation=CERTIFIED)
     return lax.platform_dependent(x, cpu=certified, default=exact)
@@ -166,16 +183,17 @@ def _product(store, implementation):
     return functools.partial(store.contract, implementation=implementation)
 
 
-def _few_tasks(store, x):
+def _few_tasks(store, decisions):
     """Whether probing mask by mask is cheaper on CPU than a gradient a decision."""
-    num_decisions, num_deciders = x.shape[:2]
-    return num_decisions >= TANGENTS_FROM and store.capacity * num_deciders <= TANGENTS_UPTO
+    few = store.capacity * decisions.deciders <= TANGENTS_UPTO
+    return few and decisions.num >= TANGENTS_FROM
 
 
 def _mean_values(uncertainty, mixture, x):
     """F [D] of x [D, m, ...]."""
-    flat = x.reshape(-1, *x.shape[2:])
-    return uncertainty.values(mixture, flat).reshape(x.shape[:2]).mean(axis=1)
+    decisions = Decisions(x)
+    values = uncertainty.values(mixture, decisions.rows)
+    return values.reshape(decisions.num, decisions.deciders).mean(axis=1)
 
 
 def _tangent_scores(values, store, mixture, finish, x):
@@ -188,14 +206,14 @@ def _tangent_scores(values, store, mixture, finish, x):
 
 
 def over_tasks(
-    store: TaskStore, function: Callable[[jax.Array], jax.Array], empty: float, x: jax.Array
+    store: TaskStore, function: Callable[[jax.Array], jax.Array], empty: float, x: PyTree
 ) -> jax.Array:
-    """function(i) [len(x)] of each task as columns, [len(x), K]; `empty` where there is no task.
+    """function(i) [B] of each task as columns, [B, K], for x [B, ...]; `empty` for no task.
 
     A scan over cond rather than a loop of T rounds: empty slots cost next to nothing, and the
     result can be differentiated.
     """
-    nothing = varying_like(jnp.full(len(x), empty, jnp.float32), x)
+    nothing = varying_like(jnp.full(num_rows(x), empty, jnp.float32), x)
 
     def one(i):
         return lax.cond(i < store.num_tasks, function, lambda _: nothing, i)

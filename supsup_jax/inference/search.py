@@ -34,7 +34,7 @@ from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, TaskBelief
+from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
 
 # On CPU the survivors of a binary search are copied together whenever they are a fourth of the
 # masks that every round reads, down to stores so small that the network takes as long as they do.
@@ -45,7 +45,7 @@ SMALL = 256
 def descend(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     *,
     optimizer: optax.GradientTransformation,
@@ -61,7 +61,7 @@ def descend(
     per_example needs a mixture per row: [B, n] floats.
     Raises as `one_shot`, and ValueError unless steps is a positive int.
     """
-    check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must come from optax, got {type(optimizer).__name__}")
     check_int("steps", steps, 1)
@@ -71,7 +71,7 @@ def descend(
 def binary_search(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
     *,
@@ -89,7 +89,7 @@ def binary_search(
     Raises as `one_shot`, TypeError or ValueError unless base is an int of at least 2, and
     ValueError where base > T is known, but for T = 1, in which there is nothing to search.
     """
-    check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective)
     check_int("base", base, 2)
     num_tasks = store.num_tasks
     if not isinstance(num_tasks, jax.core.Tracer):
@@ -100,7 +100,7 @@ def binary_search(
 def oracle(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
 ) -> TaskBelief:
@@ -109,14 +109,14 @@ def oracle(
     An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
     per_example False judges the batch's mean. Raises as `one_shot`.
     """
-    check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective)
     return _oracle(net, store, x, objective, per_example)
 
 
 def rerank(
     net: Network,
     store: TaskStore,
-    x: jax.Array,
+    x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
     *,
@@ -131,7 +131,7 @@ def rerank(
     judge: what the masks on the list are judged by; None is `objective`.
     Raises as `one_shot`, and TypeError or ValueError unless best is an int of at least 1.
     """
-    check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective)
     check_int("best", best, 1)
     judge = objective if judge is None else judge
     check_objective(judge, "judge")
@@ -154,7 +154,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
     held = store.devices.all_slots(store.slots)
     start = held / store.all_tasks.astype(jnp.float32)
-    start = jnp.broadcast_to(start[None], (len(x), len(held)))
+    start = jnp.broadcast_to(start[None], (decisions.num, len(held)))
 
     def gradient(alphas):
         # One mixture a decision: alphas are batched, so the masks are read once for all.
@@ -215,7 +215,7 @@ def _binary_search(net, store, decisions, objective, base):
     sizes = _sizes(store.capacity) if alone else [1]
     one_by_one = functools.partial(lax.map, functools.partial(_search, store, play, base, sizes))
     search = functools.partial(_search, store, play, base, [1])
-    if net.state is None:
+    if not net.has_statistics:
         many = functools.partial(in_pieces, jax.vmap(search), size=schedule.piece_size(store))
     else:  # each has the whole x to itself
         many = functools.partial(lax.map, search)
@@ -268,7 +268,7 @@ def _oracle(net, store, decisions, objective):
     rows = decisions.rows
     judge = functools.partial(_judge, net, store, objective, rows)
     scores = schedule.over_tasks(store, judge, -jnp.inf, rows)  # [D m, K]
-    scores = scores.reshape(*decisions.x.shape[:2], store.capacity).mean(axis=1)
+    scores = scores.reshape(decisions.num, decisions.deciders, store.capacity).mean(axis=1)
     return belief(store, decisions.over_devices(scores))
 
 
@@ -276,8 +276,8 @@ def _oracle(net, store, decisions, objective):
 def _rerank(net, store, decisions, objective, best, judge):
     slots = store.slot_of(_shortlist(net, store, decisions, objective, best))  # [D, best]
     judge, rows = functools.partial(_judge, net, store, judge), decisions.rows
-    if len(rows) == len(slots):  # each row has a list of its own
-        each = jnp.repeat(jnp.arange(len(rows), dtype=jnp.int32), best)
+    if num_rows(rows) == len(slots):  # each row has a list of its own
+        each = jnp.repeat(jnp.arange(len(slots), dtype=jnp.int32), best)
         judged = grouped(judge, rows, each, slots.reshape(-1)).reshape(slots.shape)
     else:
         judged = lax.map(lambda slot: judge(rows, slot).mean(), slots[0])[None]

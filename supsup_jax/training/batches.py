@@ -6,12 +6,12 @@ comes from the host, and between two steps all that training needs to go on is o
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from supsup_jax import network, prng
+from supsup_jax import prng
 from supsup_jax.checks import check_type
 from supsup_jax.network import Network
 from supsup_jax.training.config import TrainConfig
@@ -19,6 +19,7 @@ from supsup_jax.training.steps import (
     ScoreMean,
     TrainState,
     check_finite,
+    check_labels,
     check_start,
     data_step,
     init_train_state,
@@ -26,14 +27,14 @@ from supsup_jax.training.steps import (
     mask_loss,
     start_scores,
 )
-from supsup_jax.types import PyTree, TaskData, TrainResult
+from supsup_jax.types import PyTree, TaskData, TrainResult, as_data
 
 
 class TrainProgress(NamedTuple):
     """Training of one task between two steps: arrays only, to be saved and restored.
 
     step: int32 [], steps taken.
-    loss: float32 [steps], NaN for those to come.
+    loss: float32 [steps], 0 for those to come.
     state: scores, optimizer and network behind the last step.
     """
 
@@ -52,14 +53,14 @@ def start_training(
 
     Arguments and errors as in `train_task`, whose scores it draws.
     """
-    check_start(key, net, config, init_scores)
+    init_scores = check_start(key, net, config, init_scores)
     return _start(key, net, init_scores, config)
 
 
 def train_on_batches(
     key: jax.Array,
     net: Network,
-    batches: Iterable[TaskData],
+    batches: Iterable[Any],
     config: TrainConfig,
     init_scores: PyTree | ScoreMean | None = None,
     *,
@@ -68,9 +69,11 @@ def train_on_batches(
 ) -> TrainResult:
     """Learns one task as `train_task` does, one of `batches` a step.
 
-    batches: each a TaskData of config.batch_size examples, seen as a whole and in its order; of
-      one shape, view and transform, so that one program serves all. As many are taken as there
-      are steps to go.
+    batches: each of config.batch_size examples, seen as a whole and in its order: a TaskData, a
+      pair (inputs, labels), or a dict of them (`as_data`), of one shape and transform, so that one
+      program serves all. Later ones may be shorter, as the last of a loader's pass is; each new
+      length compiles anew. As many are taken as there are steps to go; a loader, which can be gone
+      through again, is, and what is a list or a generator must not end early.
     key, init_scores: as in `train_task`.
     start: progress to go on from, with the same key, and `batches` from that step on: then the
       result is what it would have been without the interruption, to the last bit. Not consumed.
@@ -79,8 +82,8 @@ def train_on_batches(
       Reading it waits for the device; the number does not.
     While the device is at a step the host gets the next batch and sends it, and no further: two
     batches are on the device at most.
-    Raises as `train_task` does, and ValueError for batches that end early or differ in size.
-    Labels are checked in the first batch. A loop of the host, so not for use inside jit.
+    Raises as `train_task` does, and ValueError for batches that end early or hold too many. Labels
+    are checked in every batch. A loop of the host, so not for use inside jit.
     """
     if start is None:
         start = start_training(key, net, config, init_scores)
@@ -104,26 +107,36 @@ def train_on_batches(
 
 
 def _checked(batches, net, config, done) -> Iterator[TaskData]:
-    """The batches of the steps after `done`."""
-    batches = iter(batches)
-    for i in range(done, config.steps):
-        try:
-            batch = next(batches)
-        except StopIteration:
+    """The batches of the steps after `done`, each a TaskData."""
+    outputs = None
+    for i, batch in zip(range(done, config.steps), _endless(batches, config, done), strict=False):
+        what = f"batch {i}"
+        batch = as_data(batch, what)
+        batch.check()
+        size = batch.num_examples
+        if size > config.batch_size or (i == done == 0 and size < config.batch_size):
+            raise ValueError(
+                f"{what} must hold config.batch_size = {config.batch_size} examples, got {size}"
+            )
+        outputs = check_labels(net, batch, config, outputs, what)
+        yield batch
+
+
+def _endless(batches, config, done):
+    """The batches, again and again where they can be gone through anew."""
+    count, source = 0, iter(batches)
+    once = source is batches or isinstance(batches, list | tuple)
+    while True:
+        before = count
+        for batch in source:
+            yield batch
+            count += 1
+        if once or count == before:
             raise ValueError(
                 f"batches must hold one for each of the {config.steps - done} steps to go, they "
-                f"ended after {i - done}"
-            ) from None
-        check_type(f"batch {i}", batch, TaskData)
-        batch.check()
-        if batch.num_examples != config.batch_size:
-            raise ValueError(
-                f"batch {i} must hold config.batch_size = {config.batch_size} examples, "
-                f"got {batch.num_examples}"
+                f"ended after {count}"
             )
-        if i == done:
-            batch.check_labels(network.num_outputs(net, batch))
-        yield batch
+        source = iter(batches)
 
 
 def _check_progress(start, key, net, config):
@@ -146,7 +159,7 @@ def _check_progress(start, key, net, config):
 def _start(key, net, init_scores, config):
     scores = start_scores(key, net, init_scores)
     state = init_train_state(config, scores, net.state)
-    return TrainProgress(jnp.int32(0), jnp.full(config.steps, jnp.nan), state)
+    return TrainProgress(jnp.int32(0), jnp.zeros(config.steps), state)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="before")

@@ -14,11 +14,15 @@ from jax import lax
 from jax.sharding import Mesh
 
 from supsup_jax import devices, masks, prng
-from supsup_jax.checks import check_key, check_type
+from supsup_jax.checks import check_key, check_type, is_traced
+from supsup_jax.layout import named_leaves
 from supsup_jax.masks import kept_counts
-from supsup_jax.network import Network
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.types import PyTree, Task, TaskData, TrainResult
+
+# Where scores start that keep the whole network.
+ALL = "all"
 
 
 class ScoreMean(NamedTuple):
@@ -80,7 +84,7 @@ def start_scores(key: jax.Array, net: Network, init_scores: PyTree | ScoreMean |
     """Where scores start, as `train_task` says."""
     if init_scores is not None and not isinstance(init_scores, ScoreMean):
         return init_scores
-    drawn = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+    drawn = masks.draw_scores(key, net.layout)
     return drawn if init_scores is None else init_scores.start(drawn)
 
 
@@ -90,19 +94,18 @@ def init_train_state(config: TrainConfig, start: PyTree, state: PyTree) -> Train
 
 
 def mask_loss(net: Network, config: TrainConfig) -> Loss:
-    """The loss of scores: cross-entropy under their mask, the weights fixed."""
+    """The loss of scores: config's under their mask, the weights fixed."""
 
     def loss(scores, state, x, y):
         logits, state = net.train_logits(config.mask(net.layout, scores), state, x)
-        return cross_entropy(logits, y), state
+        return mean_loss(config, logits, y), state
 
     return loss
 
 
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean over the batch, in nats, in float32."""
-    logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+def mean_loss(config: TrainConfig, logits: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean of config's loss over the batch, and over what else it returns, float32 []."""
+    return config.loss(logits, y).astype(jnp.float32).mean()
 
 
 def fit(
@@ -113,25 +116,45 @@ def fit(
     For use inside jit. Returns where it arrived, and the losses [steps], each before its update.
     """
     augment_key = prng.purpose_key(key, "augment")
-    batches = batch_indices(key, data.num_examples, config)
+    batches = batch_indices(key, data.num_examples, config, data.labels)
     step = functools.partial(data_step, augment_key, loss, data, config)
     before = init_train_state(config, start, state)
     return lax.scan(step, before, (jnp.arange(config.steps), batches))
 
 
-def batch_indices(key: jax.Array, num_examples: int, config: TrainConfig) -> jax.Array:
+def batch_indices(
+    key: jax.Array, num_examples: int, config: TrainConfig, labels: jax.Array | None = None
+) -> jax.Array:
     """Examples of each step, int32 [steps, batch_size].
 
     One epoch after another, each a new order of all examples, cut into batches; a batch may
-    straddle two epochs, so no example is ever left out.
+    straddle two epochs, so no example is ever left out. Balanced, each is drawn by itself: first a
+    class of `labels`, all alike, then one of its examples.
     """
     total = config.steps * config.batch_size
+    if config.balanced:
+        return _balanced(prng.purpose_key(key, "batches"), labels, total).reshape(
+            config.steps, config.batch_size
+        )
     if not config.shuffle:
         return (jnp.arange(total) % num_examples).reshape(config.steps, config.batch_size)
     epochs = -(-total // num_examples)
     keys = jax.random.split(prng.purpose_key(key, "batches"), epochs)
     orders = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(keys)
     return orders.reshape(-1)[:total].reshape(config.steps, config.batch_size)
+
+
+def _balanced(key, labels, total):
+    """Indices [total] into labels [N] of classes, each class as likely as another."""
+    order = jnp.argsort(labels)
+    ordered = labels[order]
+    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    # Where the i-th class that there is starts; behind the last of them, the end.
+    starts = jnp.nonzero(first, size=len(labels) + 1, fill_value=len(labels))[0]
+    class_key, example_key = jax.random.split(key)
+    which = jax.random.randint(class_key, (total,), 0, first.sum())
+    place = jax.random.randint(example_key, (total,), starts[which], starts[which + 1])
+    return order[place].astype(jnp.int32)
 
 
 def data_step(
@@ -153,7 +176,7 @@ def data_step(
 def train_step(
     loss: Loss, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
 ) -> tuple[TrainState, jax.Array]:
-    """One step on network inputs x [B, ...] and labels y [B]; and the loss before it."""
+    """One step on network inputs x [B, ...] and labels y [B, ...]; and the loss before it."""
     (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
         before.scores, before.state, x, y
     )
@@ -197,18 +220,55 @@ def diverged(config: TrainConfig, where: str = "") -> ValueError:
     """The error of a training that ended without numbers."""
     return ValueError(
         f"training diverged{where}: scores or losses are not finite; "
-        f"lower learning_rate ({config.learning_rate:g}) or check the images for NaN"
+        f"lower the learning rate ({config.told_rate}) or check the inputs for NaN"
     )
 
 
 def check_start(key, net, config, init_scores):
-    """Raises TypeError or ValueError unless a task's training can start from these."""
+    """init_scores, written out where they are "all".
+
+    Raises TypeError or ValueError unless a task's training can start from these.
+    """
     check_key(key)
     check_types(net, config)
+    if isinstance(init_scores, str):
+        init_scores = whole_network(net, init_scores)
     if isinstance(init_scores, ScoreMean):
         check_scores(net.layout, init_scores.mean)
     elif init_scores is not None:
         check_scores(net.layout, init_scores)
+    return init_scores
+
+
+def whole_network(net: Network, name: str = ALL) -> PyTree:
+    """The scores that `train_task` starts from by init_scores="all": each weight's magnitude.
+
+    None is negative, so by the threshold all weights are kept; by top-k the largest are.
+    """
+    if name != ALL:
+        raise ValueError(f"init_scores must be {ALL!r}, scores or a ScoreMean, got {name!r}")
+    leaves = named_leaves(net.params)
+    return net.layout.tree(
+        [jnp.abs(leaves[each].astype(jnp.float32)) for each in net.layout.shapes]
+    )
+
+
+def check_labels(net, data, config, outputs=None, where=""):
+    """Raises TypeError or ValueError unless the labels are what config's loss takes; returns C."""
+    outputs = outputs or num_outputs(net, data)
+    if config.takes_classes:
+        data.check_classes(outputs, where)
+        if (weights := config.loss.weights) is not None and len(weights) < outputs:
+            high = int(np.max(data.labels)) if not is_traced(data.labels) else 0
+            if high >= len(weights):
+                raise ValueError(
+                    f"the loss has weights of {len(weights)} classes, got a label of {high}"
+                )
+    elif config.balanced and (
+        data.labels.ndim != 1 or not jnp.issubdtype(data.labels.dtype, jnp.integer)
+    ):
+        raise TypeError(f"balanced wants integer labels [N], got {data.labels.dtype}")
+    return outputs
 
 
 def check_types(net, config):

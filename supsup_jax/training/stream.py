@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from supsup_jax import masks, network, prng
+from supsup_jax import masks, prng
 from supsup_jax.checks import check_int, check_key, check_type
 from supsup_jax.inference.arguments import check_objective, check_pair
 from supsup_jax.inference.one_shot import one_shot
@@ -32,6 +32,7 @@ from supsup_jax.training.steps import (
     TrainState,
     all_finite,
     batch_indices,
+    check_labels,
     data_step,
     diverged,
     init_train_state,
@@ -308,7 +309,7 @@ def _learn(key, net, data, index, before, window, *, config):
 @functools.partial(jax.jit, static_argnames="config")
 def _fresh(key, i, net, *, config):
     key = jax.random.fold_in(prng.purpose_key(key, "slots"), i)
-    scores = net.layout.tree(masks.draw_scores(key, net.layout.shapes))
+    scores = masks.draw_scores(key, net.layout)
     return init_train_state(config, scores, net.state)
 
 
@@ -340,8 +341,7 @@ def _check_window(state, net, data, index, config):
     check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()
-    num_outputs = state.num_outputs or network.num_outputs(net, data)
-    data.check_labels(num_outputs)
+    num_outputs = check_labels(net, data, config.train, state.num_outputs)
     want = (config.window, config.train.batch_size)
     if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):
         got = getattr(index, "dtype", type(index).__name__)

@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 
 from supsup_jax import devices
 from supsup_jax.checks import check_type
-from supsup_jax.network import Network, num_outputs
+from supsup_jax.network import Network
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.training.steps import (
     ScoreMean,
     all_finite,
     check_finite,
+    check_labels,
     check_scores,
     check_start,
     check_types,
@@ -28,8 +29,9 @@ from supsup_jax.training.steps import (
     mask_loss,
     split_rows,
     start_scores,
+    whole_network,
 )
-from supsup_jax.types import PyTree, TaskData, TrainResult
+from supsup_jax.types import PyTree, TaskData, TrainResult, shapes_of
 
 # Working memory of the tasks that `train_tasks` batches, as `working_bytes` estimates it: 88 tasks
 # of LeNet-300-100 with 100 outputs, or 13 of FC-1024-1024 with 500. Chosen by counting, to keep
@@ -46,11 +48,13 @@ def train_task(
     *,
     mesh: Mesh | None = None,
 ) -> TrainResult:
-    """Learns one task: cross-entropy over all C outputs, with the network's weights fixed.
+    """Learns one task: config's loss over all C outputs, with the network's weights fixed.
 
     key: draws the scores and the order of the examples, each from a key of its own.
     init_scores: where scores start, pytree like a mask; drawn when None. A ScoreMean starts them
-      at the mean of earlier tasks' scores (the paper's transfer). It is not consumed.
+      at the mean of earlier tasks' scores (the paper's transfer). It is not consumed. "all" starts
+      from the whole network, by the magnitudes of its weights (`whole_network`): what weights that
+      were trained want, half of which a drawn start would drop.
     mesh: splits each batch over the devices along its axis `data`, and the compiler sums their
       gradients: what one device learns, to rounding. The result lies on every device.
     Equal shapes and an equal config compile once, for any key, weights, data and view.
@@ -58,10 +62,10 @@ def train_task(
     that the devices do not divide, and ValueError when training ends with scores or losses that
     are not finite.
     """
-    check_start(key, net, config, init_scores)
+    init_scores = check_start(key, net, config, init_scores)
     check_type("data", data, TaskData)
     data.check()
-    data.check_labels(num_outputs(net, data))
+    check_labels(net, data, config)
     if mesh is None:
         result = _train(key, net, data, init_scores, config)
     else:
@@ -116,11 +120,14 @@ def train_tasks(
             "init_scores must be scores with a leading T: tasks learned at once have no earlier "
             "ones; call train_task on one after another to start from a ScoreMean"
         )
+    if isinstance(init_scores, str):
+        one = whole_network(net, init_scores)
+        init_scores = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), one)
     if init_scores is not None:
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
-    _check_many(data, num_tasks)
-    data.check_labels(num_outputs(net, _one_task(data)))
+    _check_many(data, num_tasks, config)
+    check_labels(net, _one_task(data, num_tasks, config), config)
     if mesh is None:
         result = _train_tasks(keys, net, data, init_scores, config)
     else:
@@ -155,10 +162,10 @@ def _train_tasks(keys, net, data, init_scores, config, together=None):
         key, own, scores = task
         return _train(key, net, dataclasses.replace(data, **own), scores, config)
 
-    tasks = (keys, _own_fields(data), init_scores)
+    tasks = (keys, _own_fields(data, keys.shape[0], config), init_scores)
     if together is not None:
         return _in_chunks(one, tasks, together)
-    size = max(1, CHUNK_BYTES // working_bytes(net, _one_task(data), config))
+    size = max(1, CHUNK_BYTES // working_bytes(net, _one_task(data, keys.shape[0], config), config))
     return lax.platform_dependent(
         tasks,
         cpu=lambda tasks: lax.map(one, tasks),
@@ -169,7 +176,7 @@ def _train_tasks(keys, net, data, init_scores, config, together=None):
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _train_tasks_over(keys, net, data, init_scores, config, mesh):
     """`_train_tasks`, each device of an auto mesh learning its share."""
-    own = (keys, _own_fields(data), init_scores)
+    own = (keys, _own_fields(data, keys.shape[0], config), init_scores)
     shared = dataclasses.replace(data, **dict.fromkeys(own[1]))
     num_tasks = keys.shape[0]
     padded = mesh.size * -(-num_tasks // mesh.size)
@@ -235,39 +242,46 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
     return order + sum(value.size * value.dtype.itemsize for value in values)
 
 
-def _own_fields(data):
+def _own_fields(data, num_tasks, config):
     """Of many tasks' data, by name, what each has of its own, [T, ...]."""
-    if data.labels.ndim == 2:
-        return {"images": data.images, "labels": data.labels}
+    own = data.labels.ndim > 1
+    if not config.takes_classes:  # labels of several axes may be shared, too
+        leading = {leaf.shape[:2] for leaf in jax.tree.leaves((data.inputs, data.labels))}
+        own = leading == {data.labels.shape[:2]} and len(data.labels) == num_tasks
+    if own:
+        return {"inputs": data.inputs, "labels": data.labels}
     return {} if data.view is None else {"view": data.view}
 
 
-def _one_task(data):
+def _one_task(data, num_tasks, config):
     """The data of one of many tasks."""
-    own = _own_fields(data)
-    return dataclasses.replace(data, **{name: leaf[0] for name, leaf in own.items()})
+    own = _own_fields(data, num_tasks, config)
+    return dataclasses.replace(data, **jax.tree.map(lambda leaf: leaf[0], own))
 
 
-def _check_many(data, num_tasks):
+def _check_many(data, num_tasks, config):
     """Raises ValueError unless data is of `num_tasks` tasks."""
-    if data.labels.ndim == 2 and data.view is not None:
+    own = _own_fields(data, num_tasks, config)
+    if "labels" in own and data.view is not None:
         raise ValueError(
-            "images must be [N, ...] and labels [N], which tasks share, beside a view; "
-            f"tasks with images of their own take none; got labels {data.labels.shape}"
+            "inputs must be [N, ...] and labels [N], which tasks share, beside a view; "
+            f"tasks with inputs of their own take none; got labels {data.labels.shape}"
         )
-    for name, leaf in _own_fields(data).items():
-        if leaf.ndim < 2 or leaf.shape[0] != num_tasks:
-            raise ValueError(
-                f"{name} must have a leading axis of {num_tasks} tasks, as many as keys has, "
-                f"got shape {leaf.shape}"
-            )
-    if data.labels.ndim == 2 and data.images.shape[:2] != data.labels.shape:
+    for name, field in own.items():
+        for leaf in jax.tree.leaves(field):
+            if leaf.ndim < 2 or leaf.shape[0] != num_tasks:
+                raise ValueError(
+                    f"{name} must have a leading axis of {num_tasks} tasks, as many as keys has, "
+                    f"got shape {leaf.shape}"
+                )
+    leaves = jax.tree.leaves(data.inputs)
+    if "labels" in own and any(leaf.shape[:2] != data.labels.shape[:2] for leaf in leaves):
         raise ValueError(
-            "images must be [T, N, ...] and labels [T, N], got "
-            f"{data.images.shape} and {data.labels.shape}"
+            "inputs must be [T, N, ...] and labels [T, N], got "
+            f"{shapes_of(data.inputs)} and {data.labels.shape}"
         )
     if data.view is None:
-        _one_task(data).check()
+        _one_task(data, num_tasks, config).check()
     else:
         data.check()
 

@@ -37,7 +37,7 @@ def own_images(num_tasks):
 def task_of(data, i):
     """Task i's own data of many tasks'."""
     if data.labels.ndim == 2:
-        return dataclasses.replace(data, images=data.images[i], labels=data.labels[i])
+        return dataclasses.replace(data, inputs=data.inputs[i], labels=data.labels[i])
     return data if data.view is None else dataclasses.replace(data, view=data.view[i])
 
 
@@ -130,7 +130,7 @@ def test_many_tasks_under_jit_and_by_raw_keys(small_net):
 def test_many_tasks_are_batched_where_there_is_no_cpu(small_net, monkeypatch):
     """On a GPU a chunk is one batch: the loops are those of one task and one over the chunks."""
     keys, data = many_data()
-    one = train._one_task(data)
+    one = train._one_task(data, 5, FAST)
     monkeypatch.setattr(train, "CHUNK_BYTES", 2 * train.working_bytes(small_net, one, FAST))
     train._train_tasks.clear_cache()  # traced before, with the other size of a chunk
 
@@ -164,7 +164,7 @@ def test_working_bytes_bound_what_a_task_takes():
         return program.compile().memory_analysis().temp_size_in_bytes
 
     each = (temporaries(8) - temporaries(2)) / 6
-    bound = train.working_bytes(net, train._one_task(data), config)
+    bound = train.working_bytes(net, train._one_task(data, 8, config), config)
     assert bound / 20 < each < bound
 
 
@@ -187,7 +187,7 @@ def test_bad_input_of_many_tasks(small_net):
     refuses(ValueError, r"labels must lie in \[0, 5\)", data=toy_data(labels=6, view=good.view))
     labels = jnp.broadcast_to(good.labels, (3, 40))
     refuses(ValueError, r"labels \[N\]", data=dataclasses.replace(good, labels=labels))
-    refuses(TypeError, "data must be a TaskData", data=good.images)
+    refuses(TypeError, "data must be a TaskData", data=good.inputs)
     shapes = small_net.layout.shapes
     scores = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     refuses(ValueError, r"shape \(3, 6, 6\) at 'kernel0', got \(6, 6\)", init_scores=scores)
@@ -195,12 +195,12 @@ def test_bad_input_of_many_tasks(small_net):
     refuses(ValueError, "finite, got NaN or infinity at 'kernel0'", init_scores=scores)
     _, own = own_images(3)
     fewer, cut = (
-        dataclasses.replace(own, images=images) for images in (own.images[:2], own.images[:, 1:])
+        dataclasses.replace(own, inputs=images) for images in (own.inputs[:2], own.inputs[:, 1:])
     )
     refuses(ValueError, "labels must have a leading axis of 2 tasks", keys=keys[:2], data=fewer)
-    refuses(ValueError, r"images must be \[T, N, ...\] and labels \[T, N\]", data=cut)
+    refuses(ValueError, r"inputs must be \[T, N, ...\] and labels \[T, N\]", data=cut)
     viewed = dataclasses.replace(own, view=jnp.zeros((3, 6), jnp.int32))
-    refuses(ValueError, "images of their own take none", data=viewed)
+    refuses(ValueError, "inputs of their own take none", data=viewed)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def mask_of(slot):
 
 def rule_by_hand(net, state, data, index, config):
     """nu over all slots in NumPy."""
-    x = np.asarray(data.images, np.float64)[index[0]] / 255
+    x = np.asarray(data.inputs, np.float64)[index[0]] / 255
     weights = [np.asarray(leaf, np.float64) for leaf in net.params.values()]
     masks = jax.tree.map(lambda *leaves: np.stack(leaves), *map(mask_of, state.slots)).values()
     everyone = np.ones(max(state.allocated, config.floor), bool)

@@ -42,7 +42,7 @@ def test_bad_windows(small_net):
 
     refuses(TypeError, "net must be a Network", net=small_net.params)
     refuses(TypeError, "config must be a StreamConfig", config=CONFIG.train)
-    refuses(TypeError, "data must be a TaskData", data=good.images)
+    refuses(TypeError, "data must be a TaskData", data=good.inputs)
     refuses(ValueError, "other weights", net=relu_net((6, 6, 5), 1))
     one_class = dataclasses.replace(good, labels=jnp.full(40, 3))
     refuses(ValueError, "at least two classes, got only class 3", data=one_class)

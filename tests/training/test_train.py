@@ -109,7 +109,7 @@ def test_a_task_that_can_be_told_apart_is_learned():
     labels = np.arange(40) % 2
     lit = np.asarray([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])[labels] * 3.0
     data = dataclasses.replace(toy_data(), labels=jnp.asarray(labels))
-    data = dataclasses.replace(data, images=jnp.asarray(lit, jnp.float32) + 0.1 * data.images)
+    data = dataclasses.replace(data, inputs=jnp.asarray(lit, jnp.float32) + 0.1 * data.inputs)
     config = dataclasses.replace(FAST, steps=100, learning_rate=0.3)
     loss = ss.train_task(jax.random.key(0), relu_net((6, 40, 5)), data, config).loss
     assert float(loss[-20:].mean()) < 0.5 * float(loss[:5].mean())
@@ -202,7 +202,7 @@ def test_one_step_equals_the_formula(small_net):
         for name, s in small_net.layout.shapes.items()
     }
     result = ss.train_task(jax.random.key(0), small_net, data, config, init_scores=start)
-    x, y = np.asarray(data.images), np.asarray(data.labels)
+    x, y = np.asarray(data.inputs), np.asarray(data.labels)
 
     def loss(mask):
         log_p = jax.nn.log_softmax(small_net(mask, x))
@@ -241,7 +241,7 @@ def test_statistics_are_trained_with_the_task(norm_net):
     data = toy_data()
     task = ss.train_task(jax.random.key(0), norm_net, data, config).task
     kernel = norm_net.params["layer0"]["kernel"]
-    hidden = np.asarray(data.images) @ np.where(task.mask["layer0"]["kernel"], kernel, 0)
+    hidden = np.asarray(data.inputs) @ np.where(task.mask["layer0"]["kernel"], kernel, 0)
     np.testing.assert_allclose(task.state["norm"]["mean"], hidden.mean(0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(task.state["norm"]["var"], hidden.var(0), rtol=1e-3, atol=1e-4)
 
@@ -340,14 +340,17 @@ def test_bad_input(small_net):
 
     refuses(ValueError, r"labels must lie in \[0, 5\), .* got 0 to 5", data=toy_data(labels=6))
     short = dataclasses.replace(good, labels=good.labels[:3])
-    refuses(ValueError, r"images must be \[N, ...\] and labels \[N\]", data=short)
+    refuses(ValueError, r"inputs must be \[N, ...\] and labels \[N\]", data=short)
     refuses(ValueError, "at least one example", data=toy_data(num=0))
     refuses(ValueError, "view must index 6 pixels", data=toy_data(view=jnp.arange(7)))
-    refuses(TypeError, "data must be a TaskData", data=good.images)
+    refuses(TypeError, "data must be a TaskData", data=good.inputs)
     refuses(TypeError, "net must be a Network", net=small_net.params)
-    with pytest.raises(TypeError, match="labels must hold integers"):
-        ss.TaskData(good.images, good.labels.astype(jnp.float32))
-    with pytest.raises(TypeError, match="images must be an array"):
+    refuses(
+        TypeError,
+        "labels must hold integers",
+        data=dataclasses.replace(good, labels=good.labels.astype(jnp.float32)),
+    )
+    with pytest.raises(TypeError, match="inputs must be an array"):
         ss.TaskData([[1, 2]], good.labels)
     scores = {name: np.ones(shape, np.float32) for name, shape in small_net.layout.shapes.items()}
     bad = {**scores, "kernel0": scores["kernel0"] * np.nan}
@@ -356,5 +359,5 @@ def test_bad_input(small_net):
     refuses(TypeError, "init_scores must be floats", init_scores=bad)
     only = {"kernel0": scores["kernel0"]}
     refuses(ValueError, "lacks the masked leaf 'kernel1'", init_scores=only)
-    nan = dataclasses.replace(good, images=np.full((40, 6), np.nan, np.float32))
+    nan = dataclasses.replace(good, inputs=np.full((40, 6), np.nan, np.float32))
     refuses(ValueError, "training diverged", data=nan)
