@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -319,6 +319,16 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
             f"{shapes_of(x)}, got {got}"
         )
     return logits
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """The names of a jaxpr's operations, also of those within others."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for param in jax.tree.leaves(equation.params):
+            inner = getattr(param, "jaxpr", param)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
 
 
 def num_outputs(net: Network, data: TaskData) -> int:

@@ -16,6 +16,7 @@ from jax import lax
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import CERTIFIED
+from supsup_jax.network import primitives
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import PyTree, TaskBelief, num_rows
 
@@ -223,15 +224,6 @@ def over_tasks(
 
 def _has_tangents(function, *args):
     """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
-
-    def primitives(jaxpr):
-        for equation in jaxpr.eqns:
-            yield equation.primitive.name
-            for param in jax.tree.leaves(equation.params):
-                inner = getattr(param, "jaxpr", param)
-                if hasattr(inner, "eqns"):
-                    yield from primitives(inner)
-
     names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
     return not any(name.startswith("custom_vjp") for name in names)
 

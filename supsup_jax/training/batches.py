@@ -101,7 +101,7 @@ def train_on_batches(
         behind = loss
         if on_step is not None:
             on_step(i, progress)
-    result = _finish(net, progress, config)
+    result = finish(net, progress, config)
     check_finite(result, config)
     return result
 
@@ -158,7 +158,11 @@ def _check_progress(start, key, net, config):
 @functools.partial(jax.jit, static_argnames="config")
 def _start(key, net, init_scores, config):
     scores = start_scores(key, net, init_scores)
-    state = init_train_state(config, scores, net.state)
+    return begin(init_train_state(config, scores, net.state), config)
+
+
+def begin(state: TrainState, config: TrainConfig) -> TrainProgress:
+    """Progress at this state, before the first step."""
     return TrainProgress(jnp.int32(0), jnp.zeros(config.steps), state)
 
 
@@ -171,5 +175,6 @@ def _step(augment_key, net, batch, before, *, config):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _finish(net, progress, config):
+def finish(net: Network, progress: TrainProgress, config: TrainConfig) -> TrainResult:
+    """What was learned, after the last step."""
     return learned(net, progress.state, progress.loss, config)

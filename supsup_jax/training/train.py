@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from supsup_jax import devices
-from supsup_jax.checks import check_type
-from supsup_jax.network import Network
+from supsup_jax import devices, prng
+from supsup_jax.checks import check_type, is_traced
+from supsup_jax.network import Network, primitives
+from supsup_jax.training.batches import TrainProgress, begin, finish
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.training.steps import (
     ScoreMean,
     all_finite,
+    batch_indices,
     check_finite,
     check_labels,
     check_scores,
@@ -33,6 +36,8 @@ from supsup_jax.training.steps import (
 )
 from supsup_jax.types import PyTree, TaskData, TrainResult, shapes_of
 
+# How often a task's training reports, at most twice as often.
+REPORTS = 20
 # Working memory of the tasks that `train_tasks` batches, as `working_bytes` estimates it: 88 tasks
 # of LeNet-300-100 with 100 outputs, or 13 of FC-1024-1024 with 500. Chosen by counting, to keep
 # launches few beside work and the whole within a small GPU; not tuned on one.
@@ -47,6 +52,7 @@ def train_task(
     init_scores: PyTree | ScoreMean | None = None,
     *,
     mesh: Mesh | None = None,
+    on_step: Callable[[int, TrainProgress], None] | None = None,
 ) -> TrainResult:
     """Learns one task: config's loss over all C outputs, with the network's weights fixed.
 
@@ -57,16 +63,26 @@ def train_task(
       were trained want, half of which a drawn start would drop.
     mesh: splits each batch over the devices along its axis `data`, and the compiler sums their
       gradients: what one device learns, to rounding. The result lies on every device.
-    Equal shapes and an equal config compile once, for any key, weights, data and view.
+    on_step: called some `REPORTS` times with the number of steps taken and the progress after them,
+      as by `train_on_batches`; the next steps consume that progress.
+    Equal shapes and an equal config compile once, for any key, weights, data and view. All steps
+    are one program, but where on_step is given, and for a convolution on a CPU, whose gradient XLA
+    computes many times slower in a loop: then the host calls them. Equal to rounding.
     Raises TypeError or ValueError before compiling for inputs that do not fit, such as a batch
-    that the devices do not divide, and ValueError when training ends with scores or losses that
-    are not finite.
+    that the devices do not divide, or on_step inside jit, and ValueError when training ends with
+    scores or losses that are not finite.
     """
     init_scores = check_start(key, net, config, init_scores)
     check_type("data", data, TaskData)
     data.check()
     check_labels(net, data, config)
-    if mesh is None:
+    traced = is_traced((key, net, data, init_scores))
+    if traced and on_step is not None:
+        raise ValueError("on_step is called by the host: it has no meaning inside jit")
+    single = not traced and mesh is None and slow_in_loops(net, data)
+    if mesh is None and (on_step is not None or single):
+        result = _from_host(key, net, data, init_scores, config, on_step, single)
+    elif mesh is None:
         result = _train(key, net, data, init_scores, config)
     else:
         devices.check_mesh(mesh, devices.DATA)
@@ -79,7 +95,10 @@ def train_task(
         inputs = (key, net, data, init_scores)
         if not mesh.is_multi_process:  # of several hosts each has them, and jit takes them so
             inputs = jax.device_put(inputs, devices.on_mesh(mesh, devices.WHOLE))
-        result = _train(*inputs, config, mesh)
+        if on_step is None:
+            result = _train(*inputs, config, mesh)
+        else:
+            result = _from_host(*inputs, config, on_step, mesh=mesh)
     check_finite(result, config)
     return result
 
@@ -92,6 +111,7 @@ def train_tasks(
     init_scores: PyTree | None = None,
     *,
     mesh: Mesh | None = None,
+    on_step: Callable[[int, TrainResult], None] | None = None,
 ) -> TrainResult:
     """Learns T tasks in one program: what `train_task` learns of each key and view, to rounding.
 
@@ -103,6 +123,8 @@ def train_tasks(
     mesh: deals the tasks out to all its devices, an even share of consecutive ones to each, which
       learn without a word to each other. T need not be a multiple of them: the last task is then
       learned more than once. The result lies where it was learned, or, in that case, everywhere.
+    on_step: called with the number of tasks learned and the result of the latest, [t, ...], each
+      time that some are; not with a mesh.
     Every leaf of the result has a leading T: scores and masks take 5 bytes a weight and task, so
     thousands of tasks are better learned in several calls (of equal T, which compile once).
 
@@ -128,7 +150,13 @@ def train_tasks(
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks, config)
     check_labels(net, _one_task(data, num_tasks, config), config)
-    if mesh is None:
+    traced = is_traced((keys, net, data, init_scores))
+    if on_step is not None and (traced or mesh is not None):
+        raise ValueError("on_step is called by the host: it has no meaning inside jit or on a mesh")
+    single = not traced and mesh is None and slow_in_loops(net, _one_task(data, num_tasks, config))
+    if on_step is not None or single:
+        result = _in_groups(keys, net, data, init_scores, config, on_step, single)
+    elif mesh is None:
         result = _train_tasks(keys, net, data, init_scores, config)
     else:
         devices.check_mesh(mesh, devices.TASK)
@@ -140,6 +168,93 @@ def train_tasks(
             some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise diverged(config, f" in {len(bad)} of {num_tasks} tasks ({some})")
     return result
+
+
+def slow_in_loops(net: Network, data: TaskData) -> bool:
+    """Whether this is a CPU and the network convolves, by `lax.conv_general_dilated`: the gradient
+    of its kernel is computed by several cores outside loops, and by one, naively, within.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+
+    def logits(net, data):
+        x, _ = data.batch(jnp.zeros(2, jnp.int32))
+        return net.forward(net.params, net.state, x, train=True)
+
+    return "conv_general_dilated" in primitives(jax.make_jaxpr(logits)(net, data).jaxpr)
+
+
+def _from_host(key, net, data, init_scores, config, on_step, single=False, mesh=None):
+    """`_train` in calls of some steps each, or of a single one, which then stands in no loop."""
+    progress, order = _begin(key, net, data, init_scores, config)
+    some = 1 if single else -(-config.steps // REPORTS)
+    done, behind = 0, None
+    while done < config.steps:
+        done = min(done + some, config.steps)
+        progress, loss = _advance(
+            key, net, data, order, progress, np.int32(done), config=config, single=single, mesh=mesh
+        )
+        if behind is not None:  # the host stays one call ahead of the device, and no further
+            behind.block_until_ready()
+        behind = loss
+        if on_step is not None and (
+            done % -(-config.steps // REPORTS) == 0 or done == config.steps
+        ):
+            on_step(done, progress)
+    return finish(net, progress, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _begin(key, net, data, init_scores, config):
+    state = init_train_state(config, start_scores(key, net, init_scores), net.state)
+    order = batch_indices(key, data.num_examples, config, data.labels)
+    # Copies, as the first call consumes them.
+    return jax.tree.map(jnp.copy, begin(state, config)), order
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "single", "mesh"), donate_argnames="progress"
+)
+def _advance(key, net, data, order, progress, until, *, config, single, mesh):
+    loss = mask_loss(net, config)
+    if mesh is not None:
+        loss = split_rows(loss, mesh)
+    step = functools.partial(data_step, prng.purpose_key(key, "augment"), loss, data, config)
+
+    def advance(i, carry):
+        progress, _ = carry
+        state, value = step(progress.state, (i, order[i]))
+        return TrainProgress(i + 1, progress.loss.at[i].set(value), state), value
+
+    if single:
+        return advance(progress.step, (progress, None))
+    start = progress, jnp.zeros((), progress.loss.dtype)
+    return lax.fori_loop(progress.step, until, advance, start)
+
+
+def _in_groups(keys, net, data, init_scores, config, on_step, single):
+    """`_train_tasks` of some tasks at a time, one on a CPU, between which the host reports."""
+    num_tasks, size = keys.shape[0], 1
+    if jax.default_backend() != "cpu":
+        one = _one_task(data, num_tasks, config)
+        size = max(1, CHUNK_BYTES // working_bytes(net, one, config))
+    own, parts = _own_fields(data, num_tasks, config), []
+    for start in range(0, num_tasks, size):
+        some = jax.tree.map(lambda leaf: leaf[start : start + size], (keys, own, init_scores))  # noqa: B023
+        if single:
+            key, fields, scores = jax.tree.map(lambda leaf: leaf[0], some)
+            result = _from_host(
+                key, net, dataclasses.replace(data, **fields), scores, config, None, single
+            )
+            result = jax.tree.map(lambda leaf: leaf[None], result)
+        else:
+            result = _train_tasks(
+                some[0], net, dataclasses.replace(data, **some[1]), some[2], config
+            )
+        parts.append(result)
+        if on_step is not None:
+            on_step(min(start + size, num_tasks), result)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
