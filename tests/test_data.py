@@ -130,12 +130,35 @@ def test_a_split_stream_in_an_order_of_its_own_relabelled(digits):
     np.testing.assert_array_equal(few.labels, stream.test[1].labels[:7])
 
 
+def test_tasks_of_unequal_numbers_of_classes(digits):
+    want = [(0, 1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    for counts in ((4, 3, 3), np.array([4, 3, 3])):
+        assert data.SplitStream(digits, counts).classes == want
+    assert data.SplitStream(digits, 4).classes == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert data.SplitStream(digits, 20).classes == [tuple(range(10))]
+    stream = data.SplitStream(digits, (1, 3), order=[7, 2, 9, 0], relabel=True)
+    assert stream.classes == [(7,), (2, 9, 0)]
+    seven, rest = stream.train
+    own = np.asarray(digits.train.labels) == 7
+    np.testing.assert_array_equal(seven.inputs, np.asarray(digits.train.inputs)[own])
+    assert not np.asarray(seven.labels).any()
+    np.testing.assert_array_equal(np.unique(rest.labels), [0, 1, 2])
+    with pytest.raises(ValueError, match="must hold equally many images"):
+        stream.together([0, 1])
+
+
 def test_classes_that_make_no_tasks(digits):
     for error, message, arguments in (
         (ValueError, "classes_per_task must be an int of at least 2, got 1", (1,)),
         (TypeError, "classes_per_task must be an int of at least 2, got 2.0", (2.0,)),
-        (ValueError, "10 classes do not divide into tasks of 3; pass an order that does", (3,)),
-        (ValueError, "0 classes do not divide", (2, [])),
+        (TypeError, "classes_per_task must be an int of at least 2, got '55'", ("55",)),
+        (ValueError, r"10 classes in tasks of 3 leave one class.*=\(4, 3, 3\)$", (3,)),
+        (ValueError, r"1 classes in tasks of 3 leave one class.*=\(1,\)$", (3, [4])),
+        (ValueError, r"must add up to the 10 classes, got \[4, 3\]", ((4, 3),)),
+        (ValueError, r"must add up to the 10 classes, got \[\]", ([],)),
+        (ValueError, r"classes_per_task\[1\] must be an int of at least 1, got 0", ((10, 0),)),
+        (TypeError, r"classes_per_task\[0\] must be an int of at least 1, got 5.0", ((5.0, 5),)),
+        (ValueError, "order must name at least one class, got none", (2, [])),
         (ValueError, r"name each class once, got \[1, 2, 1, 3\]", (2, [1, 2, 1, 3])),
         (ValueError, "digits has no training images of class 10", (2, [9, 10])),
         (TypeError, r"order must be a sequence of labels, got \[0.5, 1.0\]", (2, [0.5, 1.0])),

@@ -109,6 +109,13 @@ def test_tests_show_each_image_once_in_the_dataset_s_order(prepared, monkeypatch
     assert len(stream.test) == len(stream) == 2
 
 
+def test_tasks_of_unequal_numbers_of_classes(prepared):
+    stream = stream_of(prepared, (3, 1), order=[3, 0, 2, 1])
+    assert stream.classes == [(3, 0, 2), (1,)]
+    assert stream.num_train == [18, 6]
+    assert not joined(stream.test[1], "labels").any()
+
+
 def test_batches_are_the_same_from_any_start_and_by_any_number_of_workers(prepared):
     stream = stream_of(prepared)
     whole = list(stream.train(1, steps=8))
@@ -192,7 +199,8 @@ def test_a_record_that_cannot_be_decoded_is_named(prepared, tmp_path):
 def test_bad_input(prepared, tmp_path):
     for error, message, arguments, options in (
         (ValueError, "classes_per_task must be an int of at least 2, got 1", (1,), {}),
-        (ValueError, "4 classes do not divide into tasks of 3", (3,), {}),
+        (ValueError, r"4 classes in tasks of 3 leave one class.*=\(4,\)$", (3,), {}),
+        (ValueError, r"must add up to the 4 classes, got \[3\]", ([3],), {}),
         (ValueError, "tiny_imagenet has no training images of class 9", (2,), {"order": [0, 9]}),
         (ValueError, "size must be an int of at least 1, got 0", (2,), {"size": 0}),
         (ValueError, "batch_size must be an int of at least 1", (2,), {"batch_size": 1.5}),

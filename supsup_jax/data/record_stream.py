@@ -44,7 +44,7 @@ class RecordStream:
         self,
         name: str,
         data_dir: str | os.PathLike | None,
-        classes_per_task: int,
+        classes_per_task: int | Sequence[int],
         order: Sequence[int] | None = None,
         relabel: bool = False,
         *,

@@ -122,20 +122,22 @@ class SplitStream(Stream):
     """Classes dealt to tasks (SplitMNIST, SplitCIFAR): each task has the images of its own.
 
     `classes[i]` are task i's labels in the dataset: the next `classes_per_task` of `order`, by
-    default 0, 1, 2, ... Labels stay the dataset's, or with `relabel` are 0, 1, ... within each
-    task, in that order.
+    default 0, 1, 2, ..., the last task has what is left; or the next `classes_per_task[i]`, such as
+    (4, 3, 3). Labels stay the dataset's, or with `relabel` are 0, 1, ... within each task, in that
+    order. A task of one class, a count of 1, has nothing to tell apart (relabelled, its labels are
+    all 0): superfluous outputs alone give it something to learn, and to be known by.
 
     Tasks hold as many images as their classes have, so whatever is compiled for one is compiled
     anew for another: equal numbers would need images left out or shown twice. A TaskData is
     gathered from the dataset when asked for, in the dataset's order; no task holds another's.
-    Raises TypeError or ValueError for classes that do not divide into tasks of two or more, that
-    repeat, or that the dataset lacks.
+    Raises TypeError or ValueError for one class that is left over, counts that do not add up to the
+    classes, and classes that repeat or that the dataset lacks.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        classes_per_task: int,
+        classes_per_task: int | Sequence[int],
         order: Sequence[int] | None = None,
         relabel: bool = False,
     ):
@@ -166,21 +168,41 @@ class SplitStream(Stream):
 
 
 def deal_classes(
-    classes_per_task: int, num_labels: int, order: Sequence[int] | None
+    classes_per_task: int | Sequence[int], num_labels: int, order: Sequence[int] | None
 ) -> list[tuple[int, ...]]:
     """Each task's classes, as `SplitStream` says and refuses."""
-    check_int("classes_per_task", classes_per_task, 2)
     order = np.asarray(range(num_labels) if order is None else order)
     if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
         raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
-    if len(order) == 0 or len(order) % classes_per_task:
-        raise ValueError(
-            f"{len(order)} classes do not divide into tasks of {classes_per_task}; "
-            "pass an order that does"
-        )
     if len(set(order.tolist())) != len(order):
         raise ValueError(f"order must name each class once, got {order.tolist()}")
-    return [tuple(row) for row in order.reshape(-1, classes_per_task).tolist()]
+    ends = np.cumsum(_counts(classes_per_task, len(order)))
+    return [tuple(part.tolist()) for part in np.split(order, ends[:-1])]
+
+
+def _counts(wanted, total):
+    """How many of `total` classes each task has."""
+    if total == 0:
+        raise ValueError("order must name at least one class, got none")
+    if isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str):
+        for i, count in enumerate(wanted):
+            check_int(f"classes_per_task[{i}]", count, 1)
+        counts = [int(count) for count in wanted]
+        if sum(counts) != total:
+            raise ValueError(
+                f"classes_per_task must add up to the {total} classes, got {counts}: change the "
+                "counts, or pass an order of as many"
+            )
+        return counts
+    check_int("classes_per_task", wanted, 2)
+    whole, left = divmod(total, wanted)
+    if left == 1:
+        counts = (wanted + 1,) + (whole - 1) * (wanted,) if whole else (1,)
+        raise ValueError(
+            f"{total} classes in tasks of {wanted} leave one class, with nothing to tell apart, to "
+            f"the last task; pass the counts, such as classes_per_task={counts}"
+        )
+    return [wanted] * whole + [left] * (left > 0)
 
 
 def check_present(classes: list[tuple[int, ...]], labels: np.ndarray, absent: str) -> None:
