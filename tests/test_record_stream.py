@@ -206,6 +206,7 @@ def test_bad_input(prepared, tmp_path):
         (ValueError, "batch_size must be an int of at least 1", (2,), {"batch_size": 1.5}),
         (ValueError, "num_workers must be an int of at least 0", (2,), {"num_workers": -1}),
         (ValueError, "seed must be an int of at least 0", (2,), {"seed": -1}),
+        (ValueError, "must be .* file_name: Text", (2,), {"keys": ("image", "file_name")}),
     ):
         with pytest.raises(error, match=message):
             stream_of(prepared, *arguments, **options)
@@ -221,8 +222,3 @@ def test_bad_input(prepared, tmp_path):
     for split in (lambda i: stream.train(i, steps=1), stream.test.__getitem__):
         with pytest.raises(IndexError, match="task 2 is not in the stream of 2"):
             split(2)
-    folder = copied(prepared, tmp_path)
-    path = version(folder) / "features.json"
-    path.write_text(path.read_text().replace('"label": {', '"kind": {'))
-    with pytest.raises(ValueError, match="must have a feature 'label' of type ClassLabel"):
-        stream_of(folder)

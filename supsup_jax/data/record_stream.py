@@ -8,8 +8,9 @@ import numpy as np
 
 from supsup_jax.checks import check_int
 from supsup_jax.data import crops
+from supsup_jax.data.keys import check_keys
 from supsup_jax.data.records import ImageRecords
-from supsup_jax.data.sources import NORMALIZATION, prepared_folder
+from supsup_jax.data.sources import NORMALIZATION, prepared_folder, set_apart
 from supsup_jax.data.streams import Split, check_present, deal_classes, examples_of
 from supsup_jax.types import Normalize, TaskData
 
@@ -22,14 +23,16 @@ _ORDER, _CROPS = range(2)
 class RecordStream:
     """Classes dealt to tasks, as `SplitStream` does, over images that stay on disk (SplitImageNet).
 
-    name, data_dir: a dataset that TFDS has prepared, with an image of any size and a label; its
-      test split is "validation" where there is one, as ImageNet's "test" has no labels.
+    name, data_dir: a dataset that TFDS has prepared, with an image of any size and a label. Tested
+      by its split "validation", as ImageNet's "test" has no labels, else "test", else a fifth that
+      is drawn from "train".
     classes_per_task, order, relabel: as in `SplitStream`; `classes[i]` are task i's.
     size: of the square images. Training shows random crops, testing the middle (see `crops`).
     batch_size: images of a batch.
     num_workers: processes that read and crop; 0 is this one. Scripts that use more must guard what
       they run by `if __name__ == "__main__"`.
-    seed: of the order of examples and their crops.
+    seed: of the order of examples and their crops, and of what is drawn for testing.
+    keys: which features are the image and its label, as in `load_dataset`.
 
     `train(i)` and `test[i]` iterate over task i's batches: TaskData of uint8 images [B, size,
     size, 3] and labels [B], with the normalisation as its transform, as `train_on_batches` and
@@ -52,19 +55,29 @@ class RecordStream:
         batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        keys: Sequence[str] | None = None,
     ):
         check_int("size", size, 1)
         check_int("batch_size", batch_size, 1)
         check_int("num_workers", num_workers, 0)
         check_int("seed", seed, 0)
+        check_keys(keys)
         folder = prepared_folder(name, data_dir)
-        train = ImageRecords(folder, "train")
-        held_out = "validation" if "validation" in train.splits else "test"
-        self._records = {"training": train, "test": ImageRecords(folder, held_out)}
+        train = test = ImageRecords(folder, "train", keys)
+        held_out = [split for split in ("validation", "test") if split in train.splits]
+        if held_out:
+            test = ImageRecords(folder, held_out[0], keys)
+            parts = np.arange(len(train)), np.arange(len(test))
+        else:
+            drawn, num_train = set_apart(name, len(train), seed)
+            parts = np.sort(drawn[:num_train]), np.sort(drawn[num_train:])
+        self._records = {"training": train, "test": test}
+        self._parts = dict(zip(self._records, parts, strict=True))
         self.name, self.num_labels = name, train.num_labels
         self.classes = deal_classes(classes_per_task, self.num_labels, order)
         for what, records in self._records.items():
-            check_present(self.classes, records.labels, f"{name} has no {what} images")
+            labels = records.labels[self._parts[what]]
+            check_present(self.classes, labels, f"{name} has no {what} images")
         self.size, self.batch_size, self.num_workers = size, batch_size, num_workers
         self.transform = Normalize(*NORMALIZATION.get(name, NORMALIZATION["imagenet2012"]))
         self._relabel, self._seed = relabel, seed
@@ -101,7 +114,10 @@ class RecordStream:
         )
 
     def _examples(self, what, task):
-        return examples_of(self.classes[task], self._records[what].labels, self._relabel)
+        part = self._parts[what]
+        labels = self._records[what].labels[part]
+        own, mine = examples_of(self.classes[task], labels, self._relabel)
+        return part[own], mine
 
     def _batches(self, examples, start):
         import grain

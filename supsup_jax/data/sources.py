@@ -5,17 +5,21 @@ TensorFlow and the internet); this module looks for the result and says what to 
 """
 
 import hashlib
+import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote_plus
 
 import jax
 import numpy as np
 
+from supsup_jax.checks import check_int
+from supsup_jax.data.keys import check_keys, find_keys
 from supsup_jax.types import Normalize, TaskData
 
 # Mean and standard deviation of the pixels in [0, 1], as the reference normalises them, and as
@@ -30,6 +34,8 @@ NORMALIZATION = {
     "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+# Of the examples of a dataset without a split for testing, one in so many is set apart for it.
+TEST_SHARE = 5
 
 # Of a split, as they are cached.
 _ARRAYS = "images", "labels"
@@ -52,27 +58,71 @@ class Dataset(NamedTuple):
         return math.prod(self.train.inputs.shape[1:])
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike | None = None, seed: int = 0) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    *,
+    keys: Sequence[str] | None = None,
+    channels: int | None = None,
+) -> Dataset:
     """The dataset `name`: "digits", or one that TFDS has prepared in `data_dir`.
 
-    seed: of the split of digits, the only one without a split of its own.
-    Raises MissingDataError, before anything slow, when it is not there.
+    Tested by its split "test", else "validation", else a fifth that is drawn from "train".
+    seed: of that draw.
+    keys: which features are the image and its label, such as ("image", "fine_label"), where TFDS
+      does not say or others are meant.
+    channels: grey images get as many, all the same, as networks of RGB images take them: [N, H, W]
+      becomes [N, H, W, channels]. None: images as they are, a single channel no axis.
+    Raises MissingDataError, before anything slow, when it is not there; ValueError for keys that
+    are no image and label, and for channels that the images do not have and are not to repeat.
     """
-    return _digits(seed) if name == "digits" else _tfds(name, data_dir)
+    check_int("seed", seed, 0)
+    check_keys(keys)
+    if channels is not None:
+        check_int("channels", channels, 1)
+    if name != "digits":
+        return _tfds(name, data_dir, seed, keys, channels)
+    if keys is not None:
+        raise ValueError(f"keys are of datasets of TFDS, digits has none, got {keys}")
+    return _digits(seed, channels)
 
 
-def _digits(seed):
-    """1,797 real 8x8 digits, pixels 0..16; the last fifth after a seeded shuffle is for testing."""
+def _digits(seed, channels):
+    """1,797 real 8x8 digits, pixels 0..16."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
+    order, num_train = set_apart("digits", len(digits.target), seed)
     images = digits.data.astype(np.uint8)[order]
-    num_train = len(order) - len(order) // 5
     # Centred, at less than unit variance (std would be .376): networks that see less contrast
     # are less sure under a wrong mask. One-shot task accuracy .987 -> .999, GG unchanged.
     normalize = Normalize(float(np.mean(images[:num_train] / 16)), 0.5, scale=16.0)
+    if channels is not None:
+        images = _repeated("digits", images.reshape(-1, 8, 8), channels)
     return _cut("digits", images, digits.target[order], num_train, normalize)
+
+
+def set_apart(name: str, num: int, seed: int) -> tuple[np.ndarray, int]:
+    """A shuffle of `num` examples, and how many of the first are for training.
+
+    The others, one in TEST_SHARE, are for testing.
+    """
+    if num < TEST_SHARE:
+        raise ValueError(f"{name} has {num} examples, too few to set any apart for testing")
+    return np.random.default_rng(seed).permutation(num), num - num // TEST_SHARE
+
+
+def _repeated(name, images, channels):
+    """Images [N, H, W] or [N, H, W, C] as [N, H, W, channels]; None as they are."""
+    if channels is None or images.shape[3:] == (channels,):
+        return images
+    if images.ndim == 4:
+        raise ValueError(
+            f"{name} has images of {images.shape[-1]} channels, which channels={channels} does not "
+            "change: only a single channel is repeated"
+        )
+    return np.repeat(images[..., None], channels, axis=-1)
 
 
 def synthetic(
@@ -98,17 +148,30 @@ def _cut(name, images, labels, num_train, transform):
 
 def _dataset(name, train, test, transform):
     put = [TaskData(*map(split.get, _ARRAYS), transform=transform) for split in (train, test)]
-    return Dataset(name, *put, int(train["labels"].max()) + 1)
+    num_labels = max(int(split["labels"].max()) for split in (train, test)) + 1
+    return Dataset(name, *put, num_labels)
 
 
-def _tfds(name, data_dir):
+def _tfds(name, data_dir, seed, keys, channels):
     folder = prepared_folder(name, data_dir)
-    train, test = (
-        cached(name, folder, split, lambda split=split: _decode(folder, split))
-        for split in ("train", "test")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    splits = [split["name"] for split in info.get("splits", [])]
+    if "train" not in splits:
+        raise MissingDataError(f"{folder} has no split 'train', only {splits}")
+    held_out = [split for split in ("test", "validation") if split in splits]
+    train, *test = (
+        cached(name, folder, split, lambda split=split: _decode(folder, split, keys), keys)
+        for split in ("train", *held_out[:1])
     )
+    if not test:
+        order, num_train = set_apart(name, len(train["labels"]), seed)
+        parts = order[:num_train], order[num_train:]
+        train, *test = ({what: train[what][part] for what in _ARRAYS} for part in parts)
     mean, std = NORMALIZATION.get(name) or _statistics(train["images"])
-    return _dataset(name, train, test, Normalize(mean, std))
+    splits = [
+        {**split, "images": _repeated(name, split["images"], channels)} for split in (train, *test)
+    ]
+    return _dataset(name, *splits, Normalize(mean, std))
 
 
 def _statistics(images):
@@ -137,6 +200,13 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
         raise MissingDataError(f"no folder {root}; to prepare {name} there: {build}")
     versions = [info.parent for info in (root / name).glob("*/dataset_info.json")]
     versions = [folder for folder in versions if any(folder.glob("*.array_record*"))]
+    if unread := [] if versions else sorted((root / name).glob("*/*.tfrecord*")):
+        raise MissingDataError(
+            f"{unread[-1].parent} is in TFRecord, which TFDS reads by TensorFlow only: convert it, "
+            "where TensorFlow and apache-beam are installed, by tfds convert_format "
+            f"--dataset_version_dir={unread[-1].parent} --out_file_format=array_record, or prepare "
+            f"{name} in another folder: tfds build {name} --data_dir=DIR --file_format=array_record"
+        )
     if not versions:
         raise MissingDataError(
             f"no prepared {name} in {root / name} (a version folder with dataset_info.json and "
@@ -150,11 +220,16 @@ def _version(folder):
 
 
 def cached(
-    name: str, folder: Path, part: str, read: Callable[[], dict[str, np.ndarray]]
+    name: str,
+    folder: Path,
+    part: str,
+    read: Callable[[], dict[str, np.ndarray]],
+    keys: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `read` returns for a part of the dataset in `folder`; read once, then from the user's
-    cache.
+    """What `read` returns for a part of the dataset in `folder`, by the `keys` asked for; read
+    once, then from the user's cache.
     """
+    part = ",".join([part, *map(quote_plus, keys or ())])
     digest = hashlib.sha256((folder / "dataset_info.json").read_bytes())
     digest.update(str(folder.resolve()).encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -176,22 +251,31 @@ def cached(
     return arrays
 
 
-def _decode(folder, split):
+def _decode(folder, split, keys):
     """Images and labels of a split."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(str(folder))
-    if split not in builder.info.splits:
-        raise MissingDataError(f"{folder} has no split {split!r}, only {list(builder.info.splits)}")
+    image, label = find_keys(folder, builder.info, keys)
     source = builder.as_data_source(split)
     examples = [source[i] for i in range(len(source))]
-    shapes = {example["image"].shape for example in examples}
-    if len(shapes) > 1:
+    if len(shapes := {example[image].shape for example in examples}) != 1:
         raise ValueError(
-            f"{folder} has images of {len(shapes)} shapes, such as {sorted(shapes)[:3]}; datasets "
-            "read whole need one shape"
+            f"{folder} has images of {len(shapes)} shapes in {split!r}, such as "
+            f"{sorted(shapes)[:3]}; datasets read whole need one shape"
         )
-    images = np.stack([example["image"] for example in examples])
-    labels = np.asarray([example["label"] for example in examples], np.int32)
+    images = np.stack([example[image] for example in examples])
+    labels = as_labels(folder, split, [example[label] for example in examples])
     # A single channel is no axis to a dense network, and a view indexes pixels.
     return {"images": images[..., 0] if images.shape[-1] == 1 else images, "labels": labels}
+
+
+def as_labels(folder: Path, split: str, labels: Sequence[int]) -> np.ndarray:
+    """int32 [N]. Raises ValueError for numbers that are no classes, such as -1 for unknown."""
+    labels = np.asarray(labels)
+    if labels.size and not 0 <= labels.min() <= labels.max() <= np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{folder} must have labels of 0 and more in {split!r}, got {labels.min()} to "
+            f"{labels.max()}"
+        )
+    return labels.astype(np.int32)
