@@ -154,7 +154,12 @@ def test_grey_images_become_rgb_and_others_stay(folder, tmp_path):
 
 def test_bad_input(folder):
     for error, message, name, options in (
-        (ValueError, "keys must say .* img: Image, coarse: ClassLabel, fine:", "ambiguous", {}),
+        (
+            ValueError,
+            "keys must say .* coarse: ClassLabel, fine: ClassLabel, img: Im",
+            "ambiguous",
+            {},
+        ),
         (ValueError, r"keys \('fine', 'img'\) must be an", "class", {"keys": ("fine", "img")}),
         (ValueError, r"keys \('img', 'no'\) must be an", "class", {"keys": ("img", "no")}),
         (TypeError, "keys must be the names of the image", "class", {"keys": "img"}),

@@ -28,7 +28,7 @@ def find_keys(folder: Path, info: Any, keys: Sequence[str] | None = None) -> tup
     """
     import tensorflow_datasets as tfds
 
-    features = dict(info.features.items())
+    features = dict(sorted(info.features.items()))  # TFDS gives them in any order
 
     images = [
         name
