@@ -169,6 +169,19 @@ def test_classes_that_make_no_tasks(digits):
         data.SplitStream(digits._replace(test=data.SplitStream(digits, 2).test[0]), 2)
 
 
+def test_a_split_stream_of_inputs_that_are_a_tree():
+    tokens, lengths = np.arange(24).reshape(8, 3), np.arange(8)
+    put = ss.TaskData({"tokens": tokens, "lengths": lengths}, np.arange(8) % 4, transform=None)
+    stream = data.SplitStream(data.Dataset("texts", put, put, 4), 2)
+    np.testing.assert_array_equal(stream.train[1].inputs["lengths"], [2, 3, 6, 7])
+    np.testing.assert_array_equal(stream.train[1].inputs["tokens"], tokens[[2, 3, 6, 7]])
+    np.testing.assert_array_equal(stream.first_test(1)[1].inputs["tokens"], tokens[[2]])
+    assert stream.together([0, 1]).inputs["tokens"].shape == (2, 4, 3)
+    shown = data.one_pass(put, 3)
+    np.testing.assert_array_equal(shown["lengths"], [[0, 1, 2], [3, 4, 5], [6, 7, 0]])
+    assert shown["tokens"].shape == (3, 3, 3)
+
+
 def test_one_pass_shows_every_example_once_and_fills_the_last_batch():
     images = np.arange(14, dtype=np.float32).reshape(7, 2)
     task = ss.TaskData(images, np.zeros(7, int))

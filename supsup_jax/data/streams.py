@@ -12,7 +12,7 @@ from supsup_jax import prng
 from supsup_jax.checks import check_int
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
-from supsup_jax.types import TaskData
+from supsup_jax.types import PyTree, TaskData
 
 
 class Split(Sequence):
@@ -55,7 +55,8 @@ class Stream:
 
         def few(task):
             data = self.test[task]
-            return dataclasses.replace(data, inputs=data.inputs[:count], labels=data.labels[:count])
+            inputs = jax.tree.map(lambda leaf: leaf[:count], data.inputs)
+            return dataclasses.replace(data, inputs=inputs, labels=data.labels[:count])
 
         return Split(len(self), few)
 
@@ -164,7 +165,8 @@ class SplitStream(Stream):
     def _data_of(self, split, task):
         # Picked on the host, where an index of any length costs no compilation; JAX keeps its copy.
         own, labels = examples_of(self.classes[task], np.asarray(split.labels), self._relabel)
-        return dataclasses.replace(split, inputs=np.asarray(split.inputs)[own], labels=labels)
+        inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[own], split.inputs)
+        return dataclasses.replace(split, inputs=inputs, labels=labels)
 
 
 def deal_classes(
@@ -222,7 +224,7 @@ def examples_of(
     return own, mine
 
 
-def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> jax.Array:
+def one_pass(data: TaskData, batch_size: int, key: jax.Array | None = None) -> PyTree:
     """Network inputs [S, batch_size, ...] that show every example of `data` once, for `recover`.
 
     key: draws their order; None keeps the data's. S = ceil(N / batch_size): what the last batch
@@ -241,4 +243,4 @@ def _one_pass(data, key, *, batch_size):
         order = jax.random.permutation(prng.purpose_key(key, "one_pass"), order)
     index = jnp.resize(order, (-(-data.num_examples // batch_size), batch_size))
     x, _ = data.batch(index.reshape(-1))
-    return x.reshape(*index.shape, *x.shape[1:])
+    return jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), x)
