@@ -29,7 +29,6 @@ def find_keys(folder: Path, info: Any, keys: Sequence[str] | None = None) -> tup
     import tensorflow_datasets as tfds
 
     features = dict(sorted(info.features.items()))  # TFDS gives them in any order
-
     images = [
         name
         for name, each in features.items()
