@@ -5,6 +5,7 @@ function never retraces. Values are float32, in nats where they are logarithms.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,38 @@ def max_logit(logits: jax.Array) -> jax.Array:
 def max_confidence(logits: jax.Array) -> jax.Array:
     """Minus the largest softmax probability."""
     return -jnp.max(jax.nn.softmax(_as_float32(logits)), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfLabels:
+    """An objective of the first `num_labels` outputs alone."""
+
+    objective: Callable[[jax.Array], jax.Array]
+    num_labels: int
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        return self.objective(logits[..., : self.num_labels])
+
+
+@dataclasses.dataclass(frozen=True)
+class Logarithm:
+    """log F of a positive F, whose derivatives are in proportion to it."""
+
+    objective: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        return jnp.log(self.objective(logits) + 1e-6)  # at 0, too, with a derivative
+
+
+def of_labels(
+    objective: Callable[[jax.Array], jax.Array], num_labels: int
+) -> Callable[[jax.Array], jax.Array]:
+    """The objective for a task of so many labels: G and the logit rules count a task's own."""
+    if isinstance(objective, Superfluous):
+        return Superfluous(num_labels)
+    return (
+        OfLabels(objective, num_labels) if objective in (max_logit, max_confidence) else objective
+    )
 
 
 def _as_float32(logits):

@@ -37,10 +37,20 @@ class Task(NamedTuple):
       dtype that holds only 0 and 1.
     state: the task's own normalisation statistics, like the network's state; None for a
       network without state.
+    num_labels: how many of the outputs, the first, are its labels, where tasks differ in that:
+      objectives of labels then count a task's own. All tasks of a store tell it, or none.
     """
 
     mask: PyTree
     state: PyTree = None
+    num_labels: int | None = None
+
+
+class Labelled(NamedTuple):
+    """A task's statistics and its number of labels, int32 [], as a store keeps both."""
+
+    state: PyTree
+    num_labels: Any
 
 
 class TaskBelief(NamedTuple):

@@ -234,7 +234,7 @@ class HopfieldStore(Owned):
         Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
         file that is damaged, not of a HopfieldStore, of another version, or of another network.
         """
-        record = load_record(path, FORMAT, net)
+        record, _ = load_record(path, FORMAT, net)
         with sensible(path):
             rule, num_tasks = record.metadata["rule"], record.metadata["num_tasks"]
             if rule not in RULES or type(num_tasks) is not int or num_tasks < 0:

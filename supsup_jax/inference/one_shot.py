@@ -39,12 +39,19 @@ def task_scores(
 ) -> jax.Array:
     """-dF/da [K] at a = 1/T, F the mean objective of one decision's images x [m, ...].
 
+    Where tasks differ in their number of labels, and the objective counts labels, each task's score
+    is by its own F: one gradient for each number that there is.
     state: the statistics of a stateful network; None: those of x.
     mixture, contract: the store's, unless the caller has another at hand.
     """
     mixture = store.mixture() if mixture is None else mixture  # all masks at once, 1/T of each
-    gradient = Uncertainty(net, objective, state).gradient(mixture, x)  # forward and backward once
-    return -(contract or store.contract)(gradient)  # one product with the packed masks
+    contract = contract or store.contract
+
+    def scores(objective):
+        gradient = Uncertainty(net, objective, state).gradient(mixture, x)  # forward and backward
+        return -contract(gradient)  # one product with the packed masks
+
+    return schedule.by_labels(scores, objective, store)
 
 
 def one_shot(
@@ -63,8 +70,15 @@ def one_shot(
       for the device and the sizes. "certified": twice as fast on CPU; the same task, found from
       coarse scores with a proven bound on their error (see `certify`), which come back coarse but
       for those in doubt. Any name of `contraction.contract` forces that form.
+    Raises as `alpha_gradient`, and ValueError for "certified" where tasks differ in their number of
+    labels and the objective counts them: a certificate is of one gradient.
     """
     x = arguments.check_call(net, store, x, objective, implementation)
+    if implementation == arguments.CERTIFIED and schedule.differ(objective, store):
+        raise ValueError(
+            "implementation must be None or a form of contraction where tasks differ in their "
+            "number of labels: a certificate is of one gradient"
+        )
     return _one_shot(net, store, x, objective, per_example, implementation)
 
 

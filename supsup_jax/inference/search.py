@@ -32,7 +32,7 @@ from supsup_jax.inference.one_shot import (
 )
 from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
-from supsup_jax.objectives import entropy
+from supsup_jax.objectives import entropy, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
 
@@ -159,8 +159,13 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     def gradient(alphas):
         # One mixture a decision: alphas are batched, so the masks are read once for all.
         mixtures = jax.vmap(store.mixture)(store.devices.own_slots(alphas))
-        v = decisions.over_devices(jax.vmap(uncertainty.gradient)(mixtures, x))
-        return store.devices.all_slots(store.contract(v))
+
+        def slopes(objective):
+            own = dataclasses.replace(uncertainty, objective=objective)
+            v = decisions.over_devices(jax.vmap(own.gradient)(mixtures, x))
+            return store.contract(v)
+
+        return store.devices.all_slots(schedule.by_labels(slopes, objective, store))
 
     def step(carry, _):
         alphas, moments = carry
@@ -301,9 +306,15 @@ def _shortlist(net, store, decisions, objective, best):
 
 def _judge(net, store, objective, x, slot):
     """-F [B] of x under the mask in `slot` alone, with the task's own statistics."""
-    return store.under(
-        slot, lambda task: -Uncertainty(net, objective, task.state).values(task.mask, x)
-    )
+
+    def judged(task):
+        counts = store.label_counts or (None,)
+        each = [objective if count is None else of_labels(objective, count) for count in counts]
+        values = [-Uncertainty(net, one, task.state).values(task.mask, x) for one in each]
+        own = [task.num_labels == count for count in counts]
+        return jnp.select(own, values) if len(values) > 1 else values[0]
+
+    return store.under(slot, judged)
 
 
 _OPTIONS = {

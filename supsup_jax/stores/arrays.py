@@ -26,7 +26,7 @@ from supsup_jax.layout import (
     place,
     unpack,
 )
-from supsup_jax.types import PyTree, Task
+from supsup_jax.types import Labelled, PyTree, Task
 
 
 class Bank(NamedTuple):
@@ -158,7 +158,12 @@ def held(bank: Bank, i: jax.Array) -> Held:
 def read(bank, i, layout):
     """Task i, or the nearest there is."""
     words, state = held(bank, jnp.clip(i, 0, jnp.maximum(bank.num_tasks - 1, 0)))
-    return Task(mask_of(words, layout), state)
+    return as_task(mask_of(words, layout), state)
+
+
+def as_task(mask: PyTree, state: PyTree) -> Task:
+    """A task as its owner knows it, of what a slot holds."""
+    return Task(mask, *state) if isinstance(state, Labelled) else Task(mask, state)
 
 
 def mask_of(words: jax.Array, layout: Layout) -> PyTree:

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from supsup_jax.checks import is_traced
+from supsup_jax.checks import check_int, is_traced
 from supsup_jax.devices import ONE_DEVICE
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
 from supsup_jax.stores.origin import check_layout
-from supsup_jax.types import PyTree, StoreError, Task, TaskIdError, TrainResult
+from supsup_jax.types import Labelled, PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
 class TaskStore:
@@ -28,6 +28,10 @@ class TaskStore:
     """
 
     devices = ONE_DEVICE
+    # Of each task how many outputs are its labels, int32 [K], where tasks differ in that; and the
+    # numbers that there are, static and rising.
+    num_labels = None
+    label_counts: tuple[int, ...] = ()
 
     @property
     def slots(self) -> jax.Array:
@@ -136,8 +140,20 @@ def checked_task(
     """
     if isinstance(task, TrainResult):
         raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
-    mask, state = task if isinstance(task, Task) else (task, None)
+    mask, state, num_labels = task if isinstance(task, Task) else Task(task)
     leaves = checked_mask(layout, mask, "the mask")
+    if isinstance(like_state, Labelled):
+        if num_labels is None:
+            raise ValueError("the store's tasks tell their num_labels: so must this Task")
+        if not is_traced(num_labels):
+            check_int("num_labels", int(num_labels), 1)
+        num_labels = jnp.asarray(num_labels, jnp.int32)
+        _, state = checked_task(Task(mask, state), layout, like_state.state)
+        return leaves, Labelled(state, num_labels)
+    if num_labels is not None:
+        raise ValueError(
+            "the task tells its num_labels, and those in the store do not: all tell it, or none"
+        )
     if jax.tree.structure(state) != jax.tree.structure(like_state):
         if like_state is None:
             raise ValueError("the network has no state, but the task brings one")

@@ -19,12 +19,13 @@ from supsup_jax.stores.origin import (
     Origin,
     Owned,
     arrays_in,
+    like_state,
     load_record,
     manifest_of,
     save_arrays,
     sensible,
 )
-from supsup_jax.types import PyTree, StoreError, Task
+from supsup_jax.types import Labelled, PyTree, StoreError, Task
 
 FORMAT = "supsup_jax.MaskStore"
 
@@ -40,8 +41,15 @@ class MaskStore(Owned, TaskStore):
     which says whose they are.
     """
 
-    def __init__(self, bank: arrays.Bank, origin: Origin, capacity: int):
+    def __init__(
+        self,
+        bank: arrays.Bank,
+        origin: Origin,
+        capacity: int,
+        label_counts: tuple[int, ...] = (),
+    ):
         self._bank, self.origin, self._capacity = bank, origin, capacity
+        self.label_counts = label_counts
 
     @classmethod
     def create(cls, net: Network, capacity: int = 64) -> "MaskStore":
@@ -58,17 +66,33 @@ class MaskStore(Owned, TaskStore):
 
     @classmethod
     def of_tasks(
-        cls, net: Network, capacity: int, tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]]
+        cls,
+        net: Network,
+        capacity: int,
+        tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+        labelled: bool = False,
     ) -> "MaskStore":
-        """A store of tasks of `net` that come from files, as `arrays.tiled` takes them."""
-        devices.check_room(arrays.nbytes(net.layout, net.state, capacity), capacity)
-        words, states, held = arrays.tiled(net.layout, net.state, capacity, tasks)
+        """A store of tasks of `net` that come from files, as `arrays.tiled` takes them.
+
+        labelled: whether the last leaf of each one's statistics is its number of labels.
+        """
+        state = like_state(net, labelled)
+        devices.check_room(arrays.nbytes(net.layout, state, capacity), capacity)
+        words, states, held = arrays.tiled(net.layout, state, capacity, tasks)
         bank = arrays.empty(net.layout, None, capacity)._replace(states=states)
-        return MaskStore(arrays.holding(bank, words, held), Origin.of(net), capacity)
+        counts = np.unique(states.num_labels[:held]).tolist() if labelled else ()
+        bank = arrays.holding(bank, words, held)
+        return MaskStore(bank, Origin.of(net), capacity, tuple(counts))
 
     def with_bank(self, bank: arrays.Bank, capacity: int | None = None) -> "MaskStore":
         """A store of the same network with other arrays, and of another capacity unless None."""
-        return MaskStore(bank, self.origin, capacity or self.capacity)
+        return MaskStore(bank, self.origin, capacity or self.capacity, self.label_counts)
+
+    @property
+    def num_labels(self) -> jax.Array | None:
+        """Of each task how many outputs are its labels, int32 [K]; None where tasks do not tell."""
+        states = self.bank.states
+        return states.num_labels if isinstance(states, Labelled) else None
 
     @property
     def bank(self) -> arrays.Bank:
@@ -119,12 +143,14 @@ class MaskStore(Owned, TaskStore):
           later use raises StoreError. Inside jit the caller's own donation decides.
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
         """
-        task, store = self.checked(task), self
+        store = self._labelled(task)
+        task = store.checked(task)
         if not self._traced and int(self._bank.num_tasks) == self.capacity:
-            store = self._grown()
-        in_place = not self._traced and (donate or store is not self)
+            store = store._grown()
+        moved = store._bank is not self._bank
+        in_place = not self._traced and (donate or moved)
         written = store._written(store._bank.num_tasks, task, in_place, append=True)
-        if donate and store is not self and not written._traced:
+        if donate and moved and not written._traced:
             self.consume()
         return written
 
@@ -133,8 +159,30 @@ class MaskStore(Owned, TaskStore):
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i, task = self._index(i), self.checked(task)
-        return self._written(i, task, donate and not self._traced, append=False)
+        i, store = self._index(i), self._labelled(task)
+        return store._written(i, store.checked(task), donate and not self._traced, append=False)
+
+    def _labelled(self, task):
+        """This store, that knows the task's number of labels to be one that there is."""
+        if not isinstance(task, Task) or task.num_labels is None:
+            return self
+        store = self
+        if self.num_labels is None and not self._traced and int(self._bank.num_tasks) == 0:
+            state = Labelled(arrays.like_state(self._bank), jax.ShapeDtypeStruct((), jnp.int32))
+            bank = arrays.empty(self.layout, state, self.capacity)
+            store = self.with_bank(bank)
+        if store.num_labels is None:
+            return store
+        if is_traced(task.num_labels):
+            if not self.label_counts:
+                raise ValueError("num_labels of a task appended inside jit must be known before")
+            return store
+        counts = tuple(sorted({*self.label_counts, int(task.num_labels)}))
+        if counts == store.label_counts:
+            return store
+        store = store.with_bank(store._bank)
+        store.label_counts = counts
+        return store
 
     def remove(self, i: int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.
@@ -232,16 +280,16 @@ class MaskStore(Owned, TaskStore):
         Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
         file that is damaged, not a store, of another version, or of another network.
         """
-        record = load_record(path, FORMAT, net)
+        record, like_state = load_record(path, FORMAT, net)
         with sensible(path):
             held, capacity = (record.metadata[name] for name in ("num_tasks", "capacity"))
             if not (type(held) is type(capacity) is int and 0 <= held <= capacity > 0):
                 raise ValueError(f"{held!r} tasks in a capacity of {capacity!r}")
-        like = [(leaf.dtype, (held, *leaf.shape)) for leaf in jax.tree.leaves(net.state)]
+        like = [(leaf.dtype, (held, *leaf.shape)) for leaf in jax.tree.leaves(like_state)]
         kinds = [("<u4", (held, net.layout.num_words)), *like]
         words, *states = arrays_in(record.body, kinds, path)
         tasks = ((row, [leaf[i] for leaf in states]) for i, row in enumerate(words))
-        return cls.of_tasks(net, capacity, tasks)
+        return cls.of_tasks(net, capacity, tasks, isinstance(like_state, Labelled))
 
     @property
     def _traced(self):
@@ -275,11 +323,12 @@ class MaskStore(Owned, TaskStore):
         if self._consumed:  # before jit finds out in its own words
             self.check_usable()
         key = jax.tree_util.GetAttrKey
-        return [(key("bank"), self._bank), (key("origin"), self.origin)], self._capacity
+        static = self._capacity, self.label_counts
+        return [(key("bank"), self._bank), (key("origin"), self.origin)], static
 
     @classmethod
-    def tree_unflatten(cls, capacity, leaves):
-        return cls(*leaves, capacity)
+    def tree_unflatten(cls, static, leaves):
+        return cls(*leaves, *static)
 
     def __repr__(self) -> str:
         # Shapes only: whatever state a store is in, an error message may have to show it.

@@ -20,7 +20,7 @@ from supsup_jax.checks import check_type, is_traced
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
 from supsup_jax.stores import records
-from supsup_jax.types import PyTree, StoreError
+from supsup_jax.types import Labelled, PyTree, StoreError
 from supsup_jax.version import __version__
 
 VERSION = 2  # of all that is written: folders, files, coded masks
@@ -190,7 +190,8 @@ def read_manifest(
     if net is not None:
         Origin.of(net)  # from here on its fingerprint is at hand
         origin.check(net, path)
-        if manifest["states"] != (have := _state_fields(net.state)):
+        labelled = list(manifest["states"])[-1:] == ["num_labels"]
+        if manifest["states"] != (have := _state_fields(like_state(net, labelled))):
             raise StoreError(
                 f"{path} holds statistics {manifest['states']}, the network has {have}"
             )
@@ -227,8 +228,14 @@ def save_arrays(
     records.write_alone(path, manifest, metadata, list(map(as_bytes, arrays)), overwrite)
 
 
-def load_record(path: str | os.PathLike, kind: str, net: Network) -> records.Record:
-    """The record of a file of `save_arrays`, once it is seen to belong to `net`.
+def like_state(net: Network, labelled: bool) -> PyTree:
+    """One task's statistics, and its number of labels where tasks tell it."""
+    return Labelled(net.state, jax.ShapeDtypeStruct((), jnp.int32)) if labelled else net.state
+
+
+def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[records.Record, PyTree]:
+    """The record of a file of `save_arrays`, once it is seen to belong to `net`; and what one
+    task's statistics in it are like.
 
     Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
     file that is damaged, of something else, of another version, or of another network.
@@ -242,8 +249,8 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> records.Rec
     if start.startswith(b"PK\3\4") and b'"supsup_jax.' in start:  # a NumPy archive of ours
         check_version(path, _FORMER)
     manifest, record = records.read_alone(path)
-    read_manifest(manifest, kind, path, net)
-    return record
+    _, states = read_manifest(manifest, kind, path, net)
+    return record, like_state(net, "num_labels" in states)
 
 
 def as_bytes(array: jax.Array | np.ndarray) -> memoryview:

@@ -114,13 +114,21 @@ class ShardedStore(MaskStore):
     # Words are tiled device by device: what reads them is of its own here, or asked of a shard.
     mixture_of, taken = TaskStore.mixture_of, None
 
-    def __init__(self, bank: arrays.Bank, origin: Origin, capacity: int, mesh: Mesh):
-        super().__init__(bank, origin, capacity)
+    def __init__(
+        self,
+        bank: arrays.Bank,
+        origin: Origin,
+        capacity: int,
+        mesh: Mesh,
+        label_counts: tuple[int, ...] = (),
+    ):
+        super().__init__(bank, origin, capacity, label_counts)
         self.mesh = mesh
 
     def with_bank(self, bank: arrays.Bank, capacity: int | None = None) -> "ShardedStore":
         """As `MaskStore.with_bank`, over the same mesh."""
-        return ShardedStore(bank, self.origin, capacity or self.capacity, self.mesh)
+        capacity = capacity or self.capacity
+        return ShardedStore(bank, self.origin, capacity, self.mesh, self.label_counts)
 
     def checked(self, task: Task | PyTree) -> Task:
         """As `MaskStore.checked`; outside jit on every device."""
@@ -154,7 +162,7 @@ class ShardedStore(MaskStore):
         """The same tasks in one store on one device."""
         bank = _tiled_anew(self, self.capacity, 1)
         bank, origin = jax.tree.map(jnp.asarray, (bank, jax.device_get(self.origin)))
-        return MaskStore(bank, origin, self.capacity)
+        return MaskStore(bank, origin, self.capacity, self.label_counts)
 
     def save(self, path: Any, overwrite: bool = False) -> None:
         """Writes the gathered store, as `MaskStore.save`; `MaskStore.load` and `shard` read it."""
@@ -174,7 +182,8 @@ class ShardedStore(MaskStore):
 
         def local(tasks, *values):
             capacity = self.capacity // mesh.shape[TASK]
-            return function(_Shard(tasks, self.layout, capacity, here), *values)
+            shard = _Shard(tasks, self.layout, capacity, here, self.label_counts)
+            return function(shard, *values)
 
         specs = [there(spec) for _, spec in args]
         values = [
@@ -197,8 +206,8 @@ class ShardedStore(MaskStore):
         return shard(self, self.mesh, 2 * self.capacity)
 
     def tree_flatten_with_keys(self):
-        children, capacity = super().tree_flatten_with_keys()
-        return children, (capacity, self.mesh)
+        children, (capacity, counts) = super().tree_flatten_with_keys()
+        return children, (capacity, self.mesh, counts)
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
@@ -213,10 +222,11 @@ class _Shard(MaskStore):
 
     all_tasks = None  # set below: more than those here
 
-    def __init__(self, bank, layout, capacity, mesh_devices):
+    def __init__(self, bank, layout, capacity, mesh_devices, label_counts):
         first = mesh_devices.first(capacity)
         here = jnp.clip(bank.num_tasks - first, 0, capacity)
-        super().__init__(bank._replace(num_tasks=here), Origin(layout), capacity)
+        bank = bank._replace(num_tasks=here)
+        super().__init__(bank, Origin(layout), capacity, label_counts)
         self.devices, self.all_tasks = mesh_devices, bank.num_tasks
 
     def slot_of(self, ids):
@@ -258,7 +268,7 @@ def _task(store, i):
             return store.devices.total(there).astype(leaf.dtype)
 
         words, state = jax.tree.map(from_holder, mine)
-        return Task(arrays.mask_of(words, store.layout), state)
+        return arrays.as_task(arrays.mask_of(words, store.layout), state)
 
     return store.spread(read, (i, WHOLE), out=WHOLE)
 
@@ -319,7 +329,8 @@ def _moved(store, mesh):
         return jax.tree.map(there, tree)
 
     bank = arrays.Bank(*map(put, store.bank, arrays.ON_MESH))
-    return ShardedStore(bank, put(store.origin, WHOLE), store.capacity, mesh)
+    origin = put(store.origin, WHOLE)
+    return ShardedStore(bank, origin, store.capacity, mesh, store.label_counts)
 
 
 def _resharded(mesh, tree, spec):
