@@ -8,9 +8,9 @@ import struct
 import types
 from collections.abc import Callable, Iterator
 
-from supsup_jax.stores import journal, records
+from supsup_jax.stores import files, journal, records
 
-WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace")
+WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace", "unlink")
 BLOCK = 512
 
 
@@ -33,13 +33,11 @@ def watching(before: Callable, names: tuple[str, ...] = WATCHED) -> Iterator[Non
 
     number: of the call, from 0.
     """
-    flush = journal._flush
-    journal.os = records.os = Watched(before, names)
-    journal._flush = getattr(journal.os, flush.__name__)
+    journal.os = files.os = records.os = Watched(before, names)
     try:
         yield
     finally:
-        journal.os, records.os, journal._flush = os, os, flush
+        journal.os = files.os = records.os = os
 
 
 def half_written(real: Callable, arguments: tuple) -> int:
