@@ -72,11 +72,13 @@ class Files:
         self._rows = None  # the index as it was last read
 
     def _exchanged(self):
-        """Whether compaction has put another file in the place of the one that is open.
+        """Whether compaction has put other files in the place of those that are open.
 
         It removes the index before and puts another there after: two that were opened before this
         is found false belong together.
         """
+        if self._index is None and self._file.with_name(INDEX).exists():
+            return True
         with contextlib.suppress(FileNotFoundError):  # a folder moved or deleted: as it was
             return not os.path.samestat(os.fstat(self._records), os.stat(self._file))
         return False

@@ -280,12 +280,13 @@ class TaskLog(Files):
         Raises StoreError where another store is in the place of this one.
         """
         self._check_open()
-        if not self.writes and self._exchanged():
+        self._take_new()
+        while not self.writes and self._exchanged():
             if read_manifest(self._file.parent) != self.manifest:
                 raise StoreError(f"{self.path} is another store by now; open it again")
             self.close()
             self._open(0)
-        self._take_new()
+            self._take_new()
         return len(self._entries)
 
     def verify(self) -> list[Problem]:
