@@ -131,11 +131,11 @@ class Disk:
         content[offset : offset + len(data)] = data
 
     def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
-        """Some of the pending names, the first so many, and some of the pending writes.
+        """Some of the pending names and of the pending writes.
 
         Those whole or in blocks; where a block is missing, what was there, or zeros.
         """
-        kept = self.pending_names[: rng.randint(0, len(self.pending_names))]
+        kept = [renamed for renamed in self.pending_names if rng.random() < 0.5]
         names = self.flushed_names | dict(kept)
         files = {file: bytearray(content) for file, content in self.flushed.items()}
         for file, offset, data in self.pending:
