@@ -171,8 +171,8 @@ class TaskLog(Files):
         """Gives back the bytes of what was removed or replaced; returns how many.
 
         Writes all records anew, then exchanges the files: needs the room meanwhile. Readers go on.
-        Raises StoreError unless open for writing, and where a record is damaged; OSError, and
-        unless it says that the store was closed, the folder holds what it held.
+        Raises StoreError unless open for writing, and where a record is damaged; OSError. Then the
+        folder holds what it held; where it was the exchange that failed, the log is closed.
         """
         self._check_open(writes=True)
         former = self._end
