@@ -156,12 +156,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, k):
                     raise OSError(28, "No space left on device")
                 return real(*arguments)
 
+            before = {file.name: file.read_bytes() for file in path.iterdir()}
             try:
                 with watching(full, ("pwrite",)):
                     operate_all(log, k, k + 1)
                 failed = False
             except OSError:
                 failed = True
+            if held(log) != held_after(k + 1):
+                assert before == {file.name: file.read_bytes() for file in path.iterdir()}
             assert held(log) in (
                 [held_after(k), held_after(k + 1)] if failed else [held_after(k + 1)]
             )
@@ -290,3 +293,21 @@ def test_a_replaced_record_that_was_cut_off_is_missed(log):
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
         others = [i for i in range(len(again)) if i != task]
         assert [read(again, i) for i in others] == [held_after(DONE)[i] for i in others]
+
+
+def test_a_former_record_that_a_crash_left_is_erased_and_never_read(log):
+    task = log.ids[0]
+    former = log.entry(task)
+    data = (log.path / "tasks.bin").read_bytes()[former.offset : former.end]
+    log.replace(task, {}, [b"other"])
+    log.append({}, [b"one more"])
+    log.close()
+    for index in ((log.path / "index.bin").read_bytes(), b""):
+        (log.path / "index.bin").write_bytes(index)
+        change(log.path / "tasks.bin", former.offset, data)
+        reader = TaskLog.open(log.path)
+        assert reader.read(task).body == b"other"
+        assert any(f"of a former task {task}" in str(problem) for problem in reader.verify())
+        with contextlib.closing(TaskLog.open(log.path, writes=True)) as writer:
+            assert (writer.read(task).body, writer.verify()) == (b"other", [])
+        assert data[32:] not in (log.path / "tasks.bin").read_bytes()
