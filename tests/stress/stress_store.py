@@ -19,7 +19,7 @@ error that names the file; `verify` must name the damage. A writer must open aft
 find nothing once it has, and no piece of a task that was removed or replaced be left in any file.
 
 Expected: 0 lost, 0 wrong, 0 unnoticed, 0 unopened, 0 remaining. Writes stress_store.json to --out.
-5 minutes on 2 CPU cores. Needs a system with fork, and writes some MB to the disk of --out.
+4 minutes on 2 CPU cores. Needs a system with fork, and writes some MB to the disk of --out.
 """
 
 import collections
