@@ -5,6 +5,8 @@
     supsup repair STORE                     after a crash, or damage
     supsup export STORE TASK FILE           one task for a colleague
     supsup import STORE FILE                and back into a store of the same network
+    supsup remove STORE TASK [TASK ...]     for good: no bit of them remains
+    supsup compact STORE                    gives back the bytes that they took
     supsup predict STORE --input x.npy      the task and the label of each row
 
 Exit code 0; 1 where `verify` finds something; 2 for wrong arguments or an unusable store.
@@ -26,7 +28,8 @@ import numpy as np
 
 from supsup_jax.network import SIGNED_CONSTANT, Network, signed_constant
 from supsup_jax.stores import codecs, journal
-from supsup_jax.stores.disk import CODECS, FORMAT, DiskStore
+from supsup_jax.stores.coded import CODECS
+from supsup_jax.stores.disk import FORMAT, DiskStore
 from supsup_jax.stores.origin import read_manifest
 from supsup_jax.types import StoreError
 
@@ -48,12 +51,13 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
         sizes = {name: math.prod(shape) for name, shape in manifest["layout"]}
         weights = sum(sizes.values())
         origin = f"{manifest['initializer']}, seed {manifest['seed']}"
-        print(f"{store}: {len(disk):,} tasks of one network")
+        ids = disk.ids.tolist()
+        print(f"{store}: {len(ids):,} tasks of one network{_removed(disk)}")
         print(f"weights      {origin if manifest['initializer'] else 'given'}")
         print(f"fingerprint  {manifest['fingerprint']}")
         print(f"made by      {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}")
         print(f"masked       {weights:,} weights in {len(sizes)} leaves")
-        infos = [disk.info(i) for i in range(len(disk))]
+        infos = [disk.info(i) for i in ids]
         for name, size in sizes.items():
             kept = f"{np.mean([info.kept[name] for info in infos]) / size:.4f}" if infos else "-"
             print(f"  {name:30} {size:12,}   mean density {kept}")
@@ -66,11 +70,13 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
             bound = sum(codecs.bound_of(*count) for count in counts)
             print(f"{'bound':12} {bound:,.0f} bytes, the information in these masks")
             print(f"{'statistics':12} {sum(info.state_bytes for info in infos):,} bytes")
+            if scored := [info.score_bytes for info in infos if info.score_bytes]:
+                print(f"{'scores':12} {sum(scored):,} bytes, of {len(scored):,} tasks")
             print(f"{'files':12} {sum(f.stat().st_size for f in store.iterdir()):,} bytes")
         first = max(0, len(infos) - tasks)
         if infos[first:]:
             print(f"\n{'task':>6}  {'density':>7}  {'codec':11}  {'bytes':>10}  name")
-        for i, info in enumerate(infos[first:], first):
+        for i, info in zip(ids[first:], infos[first:], strict=True):
             density = sum(info.kept.values()) / weights
             print(
                 f"{i:6}  {density:7.4f}  {info.codec:11}  {info.mask_bytes:10,}  {info.name or ''}"
@@ -90,9 +96,10 @@ def verify(store: Path, /) -> None:
         for problem in problems:
             print(problem)
         lost = sum(problem.loses for problem in problems)
-        print(f"{len(disk):,} tasks, {len(problems)} problems, {lost} of which lose data")
+        told = f"{len(problems)} problems, {lost} of which lose data"
+        print(f"{len(disk.ids):,} tasks, {told}{_removed(disk)}")
         if problems and not lost:
-            print("supsup repair, or the next writer, mends them")
+            print("supsup repair, or the next writer, mends them; supsup compact what is no record")
     if problems:
         raise SystemExit(1)
 
@@ -127,10 +134,35 @@ def import_(store: Path, file: Path, /) -> None:
         store: Folder of the store.
         file: File to read.
     """
-    if not store.is_dir():
-        raise FileNotFoundError(f"no store at {store}")
-    with DiskStore.open(store, mode="a") as disk:
+    with _to_write(store) as disk:
         print(f"task {disk.append_file(file)}")
+
+
+def remove(store: Path, tasks: list[int], /) -> None:
+    """Removes tasks for good: no bit of them remains in the store. Others keep their numbers.
+
+    Args:
+        store: Folder of the store.
+        tasks: The tasks' numbers.
+    """
+    if not tasks:
+        raise ValueError("name the tasks to remove, by their numbers; got none")
+    with _to_write(store) as disk:
+        for task in tasks:
+            disk.remove(task)
+            print(f"removed task {task}")
+    for aside in sorted(store.glob("aside-*.bin")):
+        print(f"not looked at: {aside}, which a repair set aside; delete it if it is of no use")
+
+
+def compact(store: Path, /) -> None:
+    """Gives back the bytes of tasks that were removed or replaced; needs a copy's room meanwhile.
+
+    Args:
+        store: Folder of the store.
+    """
+    with _to_write(store) as disk:
+        print(f"gave back {disk.compact():,} bytes")
 
 
 def predict(
@@ -157,9 +189,10 @@ def predict(
     x = _read_input(input)
     network = _network(store, net)
     with DiskStore.open(store, network) as disk:
-        if not len(disk):
+        if not len(disk.ids):
             raise StoreError(f"{store} holds no task to choose")
-        tasks, infos = disk.load(), [disk.info(i) for i in range(len(disk))]
+        held, tasks = disk.ids, disk.load()
+        infos = {i: disk.info(i) for i in held.tolist()}
     if together:
         chosen = ss.one_shot(network, tasks, x, per_example=False).task
     rows = []
@@ -169,7 +202,7 @@ def predict(
         ids = np.asarray(chosen if together else ss.one_shot(network, tasks, batch).task)
         ids = np.broadcast_to(ids, len(batch))
         labels = ss.predict(network, tasks, batch, ids).argmax(-1)
-        rows += zip(ids.tolist(), labels.tolist(), strict=True)
+        rows += zip(held[ids].tolist(), labels.tolist(), strict=True)
     named = [
         {
             "row": row,
@@ -194,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     import tyro
 
     app = tyro.extras.SubcommandApp()
-    for command in (inspect, verify, repair, export, predict):
+    for command in (inspect, verify, repair, export, remove, compact, predict):
         app.command(command)
     app.command(import_, name="import")
     with _one_line_errors():
@@ -210,6 +243,17 @@ def _one_line_errors() -> Iterator[None]:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _to_write(store):
+    if not store.is_dir():  # which would be created
+        raise FileNotFoundError(f"no store at {store}")
+    return DiskStore.open(store, mode="a")
+
+
+def _removed(disk):
+    removed = len(disk) - len(disk.ids)
+    return f"; {removed:,} more were removed" if removed else ""
 
 
 def _read_input(path):
@@ -276,9 +320,10 @@ def _draw_overlap(disk, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    ids = np.unique(np.linspace(0, len(disk) - 1, min(len(disk), _PICTURE_TASKS)).astype(int))
-    if not len(disk):
+    held = disk.ids
+    if not len(held):
         raise StoreError(f"{disk.path} holds no task to draw")
+    ids = np.unique(held[:: -(-len(held) // _PICTURE_TASKS)])
     rows = [disk.words(i) for i in ids]
     step = -(-len(rows[0]) // _PICTURE_WORDS)
     words = np.stack([row[::step] for row in rows])
@@ -291,9 +336,9 @@ def _draw_overlap(disk, path):
     off = overlap[~np.eye(len(ids), dtype=bool)]
     shown = axes.imshow(overlap, vmin=off.min(initial=1), vmax=off.max(initial=0) or 1)
     figure.colorbar(shown, label="kept by both / kept by either")
-    some = "" if len(ids) == len(disk) else f", {len(ids)} of {len(disk):,}"
+    some = "" if len(ids) == len(held) else f", {len(ids)} of {len(held):,}"
     axes.set(xlabel="task", ylabel="task", title=f"overlap of masks{some}")
-    if len(ids) < len(disk):
+    if len(ids) < len(held):
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -138,3 +138,30 @@ def test_bad_input(path, tmp_path, capsys):
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
     for name in ("flat", "text", "objects"):
         assert "--input" in fails(capsys, "predict", path, "--input", tmp_path / f"{name}.npy")
+
+
+def test_remove_and_compact(path, tmp_path, capsys):
+    cli.main(["remove", str(path), "0", "2"])
+    assert capsys.readouterr().out == "removed task 0\nremoved task 2\n"
+    (path / "aside-7.bin").write_bytes(b"")
+    assert "task 0 was removed" in fails(capsys, "remove", path, 0)
+    assert "name the tasks to remove" in fails(capsys, "remove", path)
+    cli.main(["inspect", str(path), "--picture", str(tmp_path / "overlap.png")])
+    out = capsys.readouterr().out
+    assert "1 tasks of one network; 2 more were removed" in out and "task 1" in out
+    cli.main(["verify", str(path)])
+    assert "1 tasks, 0 problems, 0 of which lose data; 2 more" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", np.ones((1, 6), np.float32))
+    cli.main(["predict", str(path), "--input", str(tmp_path / "x.npy")])
+    assert "0,1,task 1," in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in path.iterdir())
+    cli.main(["compact", str(path)])
+    gone = size - sum(file.stat().st_size for file in path.iterdir())
+    assert capsys.readouterr().out == f"gave back {gone:,} bytes\n" and gone > 0
+    cli.main(["remove", str(path), "1"])
+    assert f"not looked at: {path / 'aside-7.bin'}" in capsys.readouterr().out
+    assert "holds no task" in fails(capsys, "predict", path, "--input", tmp_path / "x.npy")
+    for command in ("remove", "compact"):
+        assert "no store at" in fails(
+            capsys, command, tmp_path / "new", *["1"] * (command[0] == "r")
+        )

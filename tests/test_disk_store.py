@@ -7,7 +7,7 @@ import pytest
 
 import supsup_jax as ss
 from supsup_jax.stores import arrays, base
-from supsup_jax.stores.disk import CODECS
+from supsup_jax.stores.coded import CODECS
 from supsup_jax.stores.journal import read_manifest
 from supsup_jax.stores.records import signed_manifest
 from tests.conftest import filled_store, random_masks, relu_net

@@ -43,7 +43,7 @@ JSON = st.recursive(
 )
 LACKING = object()
 MANIFEST = ("format", "version", "initializer", "seed", "fingerprint", "layout", "states")
-TASK = ("name", "labels", "codec", "base", "kept", "mask_bytes")
+TASK = ("name", "labels", "codec", "base", "kept", "mask_bytes", "score_bytes")
 METADATA = {
     "mask store": ("num_tasks", "capacity"),
     "hopfield store": ("num_tasks", "rule"),
@@ -165,6 +165,7 @@ def test_manifests_that_do_not_fit(forged, name, change, message):
                 "codec": ("pickle", ["words"], "xor-delta", "bitpack", "enumerative"),
                 "base": (0, True, "x"),
                 "mask_bytes": (8, -12, 1 << 60, "12", None),
+                "score_bytes": (4, -264, 264, 1 << 60, "0", None, False),
                 "name": (7, []),
                 "labels": (3, [3]),
                 "kept": ([1], [1, "x"], None),

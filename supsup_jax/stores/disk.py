@@ -1,10 +1,9 @@
 """Tasks on disk, appended one by one and loaded by the slice: a store that outlives its process."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,45 +12,18 @@ from jax.sharding import Mesh
 from supsup_jax.checks import check_int
 from supsup_jax.layout import Layout
 from supsup_jax.network import Network
-from supsup_jax.stores import arrays, codecs, journal, records, sharded
+from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
+from supsup_jax.stores.coded import Form, TaskInfo
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import (
-    Origin,
-    arrays_in,
-    as_bytes,
-    manifest_of,
-    read_manifest,
-    sensible,
-)
-from supsup_jax.stores.records import Record
+from supsup_jax.stores.origin import Origin, manifest_of, read_manifest
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
 FORMAT = "supsup_jax.DiskStore"
-WORDS = "words"  # the packed masks of a MaskStore as they are: nothing to decode
-CODECS = (WORDS, *codecs.CODECS)
 MODES = ("r", "a", "x")
 RESERVOIR = "reservoir.bin"
-
-
-class TaskInfo(NamedTuple):
-    """What a DiskStore says of a task, beside its mask and statistics.
-
-    name, labels: as they were given to `append`, None where they were not.
-    codec: one of CODECS. base: the earlier task that the mask is coded against, or None.
-    kept: how many weights the mask keeps, by leaf.
-    mask_bytes, state_bytes: on disk, of the coded mask and of the statistics.
-    """
-
-    name: str | None
-    labels: tuple[str, ...] | None
-    codec: str
-    base: int | None
-    kept: dict[str, int]
-    mask_bytes: int
-    state_bytes: int
 
 
 class DiskStore:
@@ -60,6 +32,8 @@ class DiskStore:
     A task is there once `append` has returned, whatever happens to the process or the power, and
     costs its own bytes only. One process may write; any number may read meanwhile, each seeing
     whole tasks only. Not a pytree: `load` gives a MaskStore for inference.
+
+    A task's id is its for ever: `remove` and `replace` change no other's, and no id is given twice.
 
         with ss.DiskStore.open("tasks", net, mode="a") as disk:
             disk.append(result.task, name="invoices", labels=["paid", "open"])
@@ -71,8 +45,7 @@ class DiskStore:
         self._log, self._net = log, net
         origin, states = read_manifest(log.manifest, FORMAT, log.path, net)
         self._layout: Layout = net.layout if net else origin.layout
-        self._states = list(states.values())
-        self._state_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._states)
+        self._form = Form(self._layout, list(states.values()), log.path, self._leaves_of)
         self._base = None, None  # the last base of an xor-delta, and its leaves
 
     @classmethod
@@ -107,13 +80,24 @@ class DiskStore:
         return cls(TaskLog.open(path, writes=mode == "a", timeout=timeout), net)
 
     def __len__(self) -> int:
-        """T, as far as this object knows: see `refresh`."""
+        """Ids handed out, those of removed tasks too, as far as this object knows: see `refresh`.
+
+        The next `append` gets this id.
+        """
         return len(self._log)
 
     @property
     def num_tasks(self) -> int:
-        """T, as `len`."""
+        """As `len`: of removed tasks too. Those that are there: `len(disk.ids)`."""
         return len(self._log)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int [T], the ids of the tasks that are there, in the order in which `load` gives them.
+
+        `disk.ids[belief.task]` names what inference found in `load()` or `parts()`.
+        """
+        return np.array(self._log.ids, int)
 
     @property
     def path(self) -> Path:
@@ -127,6 +111,7 @@ class DiskStore:
     def append(
         self,
         task: Task | PyTree,
+        scores: PyTree = None,
         *,
         name: str | None = None,
         labels: Sequence[str] | None = None,
@@ -134,32 +119,73 @@ class DiskStore:
         base: int | None = None,
         durable: bool = True,
     ) -> int:
-        """Adds a task and returns its number.
+        """Adds a task and returns its id.
 
         task: a Task, or a bare mask where the network has no state.
+        scores: a TrainResult's, float32 pytree like the mask, kept so that training can go on; 32
+          times the bytes of packed masks, which loading reads past.
         name, labels: what people call the task and its outputs.
         codec: one of CODECS. "auto" is "words", which loads fastest, unless another saves a tenth.
-        base: for "xor-delta", the number of an earlier task to code the mask against.
+        base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
           many are appended, pass False and call `flush` once: a crash before may take the last.
         Raises TypeError or ValueError for a task of another network, or what is no name; StoreError
         unless the store is open for appending; OSError where the disk is full, and then the store
         holds what it held.
         """
-        leaves, state = checked_task(task, self._layout, self._network().state)
-        _check_names(name, labels)
-        leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
-        codec, mask = self._encoded(leaves, codec, base)
-        metadata = {
-            "name": name,
-            "labels": None if labels is None else list(labels),
-            "codec": codec,
-            "base": base,
-            "kept": [int(np.count_nonzero(leaf)) for leaf in leaves],
-            "mask_bytes": len(mask),
-        }
-        body = [mask, *map(as_bytes, jax.tree.leaves(state))]
-        return self._log.append(metadata, body, durable=durable)
+        task = self._checked(task)
+        record = self._form.record(len(self), task, scores, name, labels, codec, base)
+        return self._log.append(*record, durable=durable)
+
+    def replace(
+        self,
+        i: int,
+        task: Task | PyTree,
+        scores: PyTree = None,
+        *,
+        name: str | None = None,
+        labels: Sequence[str] | None = None,
+        codec: str = codecs.AUTO,
+        base: int | None = None,
+        durable: bool = True,
+    ) -> None:
+        """Makes task i another; of the former, its scores, name and labels, no bit remains.
+
+        After a crash task i is the former or the new one, whole. All as in `append`, but that
+        flushes are needed in any case: durable=False saves the last of four.
+        Raises as `append` and `task`.
+        """
+        self._log.entry(i := as_index(i))
+        task = self._checked(task)
+        record = self._form.record(i, task, scores, name, labels, codec, base)
+        self._recode(i)
+        self._log.replace(i, *record, durable=durable)
+
+    def remove(self, i: int) -> None:
+        """Removes task i, which may be damaged; the ids of others stay.
+
+        When it returns, no bit of its mask, statistics, scores, name or labels is left in the
+        folder, nor a checksum of them: they are overwritten, and that is on the device. How many
+        bytes they took is seen until `compact`. What the folder's copies hold, and what a
+        file system or device keeps of overwritten bytes, is beyond this library; so are files
+        that `repair` set aside. Tasks coded against it are coded anew first.
+        A crash leaves the task whole, or removed from the next `open` on.
+        Raises as `task`, StoreError unless the store is open for appending, and where a later
+        task is damaged, which may be coded against it; OSError where the disk is full or fails.
+        """
+        self._log.entry(i := as_index(i))
+        self._recode(i)
+        self._log.remove(i)
+
+    def compact(self) -> int:
+        """Gives back the bytes of what was removed or replaced; returns how many.
+
+        Writes all tasks anew beside the old file, which needs the room, and exchanges the two: a
+        crash leaves either. Open readers go on. A removed task keeps 160 bytes, for its id.
+        Raises StoreError unless the store is open for appending, or where a task is damaged, and
+        OSError; then the store holds what it held.
+        """
+        return self._log.compact()
 
     def extend(self, store: MaskStore, names: Sequence[str] | None = None) -> range:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
@@ -183,13 +209,8 @@ class DiskStore:
         """
         if Path(path).exists():
             raise FileExistsError(f"{path} exists; name a new file")
-        coded = self._read(i)
-        metadata, mask = coded.metadata, coded.mask
-        if coded.base is not None:  # which the other store need not hold
-            mask = codecs.encode_leaves(self._layout, self._leaves(coded))
-            codec = codecs.codec_of(mask)
-            metadata = metadata | {"codec": codec, "base": None, "mask_bytes": len(mask)}
-        records.write_alone(path, self.manifest, metadata, [mask, coded.state])
+        # Against no other task, which the other store need not hold.
+        records.write_alone(path, self.manifest, *self._read(i, self._form.alone))
 
     def append_file(self, path: str | os.PathLike) -> int:
         """Adds the task in a file of `export`, and returns its number.
@@ -205,7 +226,8 @@ class DiskStore:
                     f"{path} holds a task of another network: its {field} is "
                     f"{manifest[field]}, that of {self.path} is {self.manifest[field]}"
                 )
-        self._words(self._coded_in(record, 0))  # against no other, being the first of its file
+        coded = self._form.read(record, 0)
+        self._form.words(coded)  # against no other, being the first of its file
         return self._log.append(record.metadata, [record.body])
 
     def flush(self) -> None:
@@ -214,37 +236,35 @@ class DiskStore:
 
     def info(self, i: int) -> TaskInfo:
         """What is known of task i. Raises as `task`."""
-        coded = self._read(i)
-        with sensible(self.path):
-            name, labels, kept = (coded.metadata[name] for name in ("name", "labels", "kept"))
-            _check_names(name, labels)
-            return TaskInfo(
-                name,
-                None if labels is None else tuple(labels),
-                coded.codec,
-                coded.base,
-                dict(zip(self._layout.shapes, map(int, kept), strict=True)),
-                len(coded.mask),
-                len(coded.state),
-            )
+        return self._read(i, self._form.info)
 
     def task(self, i: int) -> Task:
         """Task i: its mask NumPy bools, None where not masked, and its statistics.
 
         Raises IndexError, a StoreError too, where there is none, StoreError where it is damaged.
         """
-        like, coded = jax.tree.structure(self._network().state), self._read(i)
-        mask = self._layout.tree(self._leaves(coded))
-        return Task(mask, like.unflatten(arrays_in(coded.state, self._states, self.path)))
+        like, form = jax.tree.structure(self._network().state), self._form
+        leaves, state = self._read(i, lambda coded: (form.leaves(coded), form.state(coded)))
+        return Task(self._layout.tree(leaves), like.unflatten(state))
+
+    def scores(self, i: int) -> PyTree | None:
+        """The scores kept with task i: float32 pytree like its mask; None where none were.
+
+        Training goes on with `train_task(key, net, data, config, init_scores=disk.scores(i))`.
+        Raises as `task`.
+        """
+        self._network()
+        scores = self._read(i, self._form.scores)
+        return self._layout.tree(scores) if scores else None
 
     def words(self, i: int) -> np.ndarray:
         """The packed mask of task i, uint32 [nw]. Raises as `task`; needs no network."""
-        return self._words(self._read(i))
+        return self._read(i, self._form.words)
 
     def load(
         self, tasks: slice | Sequence[int] | None = None, *, mesh: Mesh | None = None
     ) -> MaskStore | ShardedStore:
-        """The tasks, or those of a slice or of a list of numbers, as a MaskStore of that capacity.
+        """The tasks, those of a slice of `ids`, or of a list of ids, as a MaskStore of that many.
 
         mesh: spreads them over the devices along its axis `task`, as `shard` does; each process
           reads only what its own devices hold, and all of them must make the call.
@@ -252,10 +272,10 @@ class DiskStore:
         `shard` for the mesh.
         """
         net = self._network()
-        ids = range(len(self))[tasks] if isinstance(tasks, slice) else tasks
-        ids = range(len(self)) if ids is None else list(map(as_index, ids))
-        if not len(ids):
-            raise ValueError(f"{tasks} leaves none of the {len(self)} tasks to load")
+        held = self._log.ids
+        ids = held[tasks or slice(None)] if isinstance(tasks, slice | None) else tasks
+        if not (ids := list(map(as_index, ids))):
+            raise ValueError(f"{tasks} leaves none of the {len(held)} tasks to load")
         if mesh is not None:
             return sharded.of_tasks(
                 net, len(ids), lambda slots: (self._fields(ids[slot]) for slot in slots), mesh
@@ -269,7 +289,10 @@ class DiskStore:
         return Parts(self, size)
 
     def refresh(self) -> int:
-        """Takes in the tasks that were appended since, and returns T."""
+        """Takes in what was appended, removed and replaced since, and returns `len`.
+
+        Raises StoreError where another store is in the place of this one.
+        """
         return self._log.refresh()
 
     def verify(self) -> list[Problem]:
@@ -294,86 +317,37 @@ class DiskStore:
         self.close()
 
     def __repr__(self) -> str:
-        return f"DiskStore({str(self.path)!r}, {len(self):,} tasks)"
+        return f"DiskStore({str(self.path)!r}, {len(self._log.ids):,} tasks)"
 
     def _network(self):
         if self._net is None:
             raise StoreError(f"{self.path} was opened without a network: pass net to open")
         return self._net
 
-    def _encoded(self, leaves, codec, base):
-        """The codec of a mask, chosen where it is "auto", and the mask in it."""
-        codecs.check_codec(codec, base, CODECS)
-        if base is not None:
-            return codec, codecs.encode_leaves(self._layout, leaves, codec, self._leaves_of(base))
-        most = 0.9 * 4 * self._layout.num_words
-        bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
-        if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
-            coded = codecs.encode_leaves(self._layout, leaves, "enumerative")
-            if len(coded) < most:
-                return "enumerative", coded
-        if codec in (codecs.AUTO, WORDS):
-            return WORDS, as_bytes(arrays.pack_leaves(leaves, self._layout))
-        return codec, codecs.encode_leaves(self._layout, leaves, codec)
+    def _checked(self, task):
+        """A task as leaves in the layout's order, and its statistics."""
+        return checked_task(task, self._layout, self._network().state)
+
+    def _recode(self, i):
+        """Codes what is coded against task i without it."""
+        for j in self._log.ids:
+            if j > i and self._log.metadata(j).get("base") == i:
+                self._log.replace(j, *self._read(j, self._form.alone))
 
     def _fields(self, i):
         """The words and the leaves of the statistics of task i."""
-        coded = self._read(i)
-        return self._words(coded), arrays_in(coded.state, self._states, self.path)
+        form = self._form
+        return self._read(i, lambda coded: (form.words(coded), form.state(coded)))
 
-    def _read(self, i):
-        return self._coded_in(self._log.read(as_index(i)), i)
-
-    def _coded_in(self, record: Record, i: int) -> "_Coded":
-        """Task i as a record holds it, once that is seen to fit this store's network."""
-        with sensible(self.path):
-            codec, base, size = (record.metadata[name] for name in ("codec", "base", "mask_bytes"))
-            if codec not in CODECS or (codec == codecs.DELTA) != (base is not None):
-                raise ValueError(f"task {i} in codec {codec!r} with base {base!r}")
-            if base is not None and not (type(base) is int and 0 <= base < i):
-                raise ValueError(f"the base {base!r}, no task before {i}")
-            if type(size) is not int or size != len(record.body) - self._state_bytes:
-                raise ValueError(
-                    f"task {i} with a mask of {size!r} bytes in {len(record.body):,}, of which "
-                    f"{self._state_bytes:,} are statistics"
-                )
-            if codec == WORDS and size != 4 * self._layout.num_words:
-                raise ValueError(f"task {i} in {size:,} bytes, not {self._layout.num_words} words")
-        return _Coded(i, record.metadata, codec, base, record.body[:size], record.body[size:])
-
-    def _words(self, coded):
-        if coded.codec == WORDS:
-            return np.frombuffer(coded.mask, "<u4")
-        return np.asarray(arrays.pack_leaves(self._leaves(coded), self._layout))
-
-    def _leaves(self, coded):
-        """The mask of a task, bool leaves in the layout's order."""
-        if coded.codec == WORDS:
-            planes = np.frombuffer(coded.mask, "u1").reshape(-1, 4)
-            bits = np.unpackbits(planes, axis=1, bitorder="little").T.reshape(-1).view(bool)
-            return jax.tree.leaves(self._layout.unravel(bits))
-        against = None if coded.base is None else self._leaves_of(coded.base)
-        try:
-            return codecs.decode_leaves(coded.mask, self._layout, against)
-        except StoreError as error:
-            raise StoreError(f"{self.path}: the mask of task {coded.i}: {error}") from error
+    def _read(self, i, use=lambda coded: coded):
+        """Task i, or what `use` makes of it: again where a writer exchanges it or its base."""
+        return self._log.read(as_index(i), lambda record: use(self._form.read(record, i)))
 
     def _leaves_of(self, i):
         """The mask of a base, which several deltas are likely to share."""
-        if self._base[0] != i:
-            self._base = i, self._leaves(self._read(i))
+        if self._base[0] != (entry := self._log.entry(as_index(i))):
+            self._base = entry, self._read(i, self._form.leaves)
         return self._base[1]
-
-
-class _Coded(NamedTuple):
-    """Task i as it lies in its record, mask and statistics apart."""
-
-    i: int
-    metadata: dict[str, Any]
-    codec: str
-    base: int | None
-    mask: memoryview
-    state: memoryview
 
 
 class Parts:
@@ -386,15 +360,9 @@ class Parts:
         self._disk, self._size = disk, size
 
     def __len__(self) -> int:
-        return -(-len(self._disk) // self._size)
+        return -(-len(self._disk.ids) // self._size)
 
     def __iter__(self) -> Iterator[MaskStore]:
-        for start in range(0, len(self._disk), self._size):
-            yield self._disk.load(slice(start, start + self._size))
-
-
-def _check_names(name, labels):
-    if not (name is None or isinstance(name, str)):
-        raise TypeError(f"name must be a str, got {name!r}")
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):
-        raise TypeError(f"labels must be a list of str, got {labels!r}")
+        ids = self._disk.ids
+        for start in range(0, len(ids), self._size):
+            yield self._disk.load(ids[start : start + self._size])

@@ -21,6 +21,9 @@ SHA_BYTES = 32
 HEAD_BYTES = _HEAD.size + _CHECK_BYTES
 ENTRY_BYTES = _ENTRY.size + _CHECK_BYTES
 _ALIGN = 64  # where a body starts in its record
+ERASED = bytes(SHA_BYTES)  # in place of its checksum: the record does not count any more
+REMOVED = {"removed": True}  # the metadata of a task that was removed; it has no body
+_FIRST_BYTES = 4096  # most metadata is shorter
 
 
 class Record(NamedTuple):
@@ -42,6 +45,14 @@ class Entry(NamedTuple):
         return self.offset + self.length
 
 
+class Head(NamedTuple):
+    """Of a record: the task's number, the bytes of the metadata and those of the whole record."""
+
+    task: int
+    text_bytes: int
+    length: int
+
+
 def record_bytes(task: int, metadata: dict[str, Any], body: Sequence[Any]) -> bytes:
     """The record of `task`. metadata: a JSON object. body: buffers, to be joined."""
     text = json.dumps(metadata, separators=(",", ":")).encode()
@@ -61,29 +72,57 @@ def checksum(record: memoryview) -> bytes | None:
     return end if sha256(record[:-SHA_BYTES]) == end else None
 
 
-def record_length(head: bytes, task: int | None = None) -> int | None:
-    """Bytes of the record that starts with `head`; None for no head, or that of another task."""
+def removal(task: int) -> bytes:
+    """The record of a task that was removed: follows from its number."""
+    return record_bytes(task, REMOVED, [])
+
+
+def is_removal(task: int, entry: Entry) -> bool:
+    """Whether the entry is that of `removal(task)`."""
+    record = removal(task) if entry.length <= 2 * _ALIGN else b""
+    return (entry.length, entry.sha256) == (len(record), record[-SHA_BYTES:])
+
+
+def parse_head(head: bytes | memoryview) -> Head | None:
+    """What the first bytes of a record say; None where they are none of a record."""
+    head = head[:HEAD_BYTES]
     if len(head) != HEAD_BYTES or sha256(head[: _HEAD.size])[:_CHECK_BYTES] != head[_HEAD.size :]:
         return None
-    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(head)
-    if magic != MAGIC or task not in (None, number):
+    magic, text_bytes, body_bytes, task = _HEAD.unpack_from(head)
+    if magic != MAGIC:
         return None
-    return HEAD_BYTES + text_bytes + body_bytes + SHA_BYTES
+    return Head(task, text_bytes, HEAD_BYTES + text_bytes + body_bytes + SHA_BYTES)
 
 
 def parse_record(data: memoryview, task: int, file: Path) -> Record:
     """The record of `task` in `data`, whose checksum is right: what fails here was forged."""
-    magic, text_bytes, body_bytes, number = _HEAD.unpack_from(data)
-    body = HEAD_BYTES + text_bytes
-    if (magic, number, body + body_bytes) != (MAGIC, task, len(data) - SHA_BYTES):
+    head = parse_head(data)
+    if head is None or (head.task, head.length) != (task, len(data)):
         raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
+    body = HEAD_BYTES + head.text_bytes
+    return Record(_parse_metadata(data[HEAD_BYTES:body], task, file), data[body:-SHA_BYTES])
+
+
+def read_metadata(fd: int, entry: Entry, task: int, file: Path) -> dict[str, Any]:
+    """The metadata of the record of `task` at `entry`, without a look at its body or checksum."""
+    data = read_at(fd, entry.offset, min(entry.length, _FIRST_BYTES))
+    head = parse_head(data)
+    if head is None or (head.task, head.length) != (task, entry.length):
+        raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
+    text = data[HEAD_BYTES : HEAD_BYTES + head.text_bytes]
+    if len(text) < head.text_bytes:
+        text = read_at(fd, entry.offset + HEAD_BYTES, head.text_bytes)
+    return _parse_metadata(text, task, file)
+
+
+def _parse_metadata(text, task, file):
     try:
-        metadata = json.loads(bytes(data[HEAD_BYTES:body]))
+        metadata = json.loads(bytes(text))
         if not isinstance(metadata, dict):
             raise ValueError(f"it is a {type(metadata).__name__}")
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: the metadata of task {task} makes no sense: {error}") from error
-    return Record(metadata, data[body:-SHA_BYTES])
+    return metadata
 
 
 def entry_bytes(task: int, entry: Entry) -> bytes:
@@ -167,6 +206,12 @@ def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
     if len(data) < HEAD_BYTES + SHA_BYTES or checksum(data) is None:
         raise StoreError(f"{path}: the record in it does not match its checksum: it is damaged")
     return manifest, parse_record(data, 0, path)
+
+
+def flush(fd: int) -> None:
+    """Returns when the bytes of a file are on the device."""
+    # Linux has the cheaper call, which leaves out what a reader does not need, such as times.
+    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def read_at(fd: int, offset: int, size: int) -> bytes:

@@ -7,10 +7,11 @@ import random
 import struct
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from supsup_jax.stores import journal, records
+from supsup_jax.stores import files, journal, records
 
-WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace")
+WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace", "unlink")
 BLOCK = 512
 
 
@@ -33,13 +34,11 @@ def watching(before: Callable, names: tuple[str, ...] = WATCHED) -> Iterator[Non
 
     number: of the call, from 0.
     """
-    flush = journal._flush
-    journal.os = records.os = Watched(before, names)
-    journal._flush = getattr(journal.os, flush.__name__)
+    journal.os = files.os = records.os = Watched(before, names)
     try:
         yield
     finally:
-        journal.os, records.os, journal._flush = os, os, flush
+        journal.os = files.os = records.os = os
 
 
 def half_written(real: Callable, arguments: tuple) -> int:
@@ -73,32 +72,58 @@ def ended(child: int, reading: int) -> tuple[int, int]:
 
 
 class Disk:
-    """What a disk is told, so that power may fail: bytes flushed, and writes pending."""
+    """What a disk is told of a folder, so that power may fail: bytes and names, flushed or pending.
 
-    def __init__(self):
-        self.names: dict[int, str] = {}
-        self.flushed: dict[str, bytearray] = {}
-        self.pending: list[tuple[str, int | None, bytes]] = []  # file, offset (None: cut), data
+    Files count by number: one keeps its bytes when its name changes.
+    """
+
+    def __init__(self, folder: Path):
+        self.names = {file.name: i for i, file in enumerate(folder.iterdir())}
+        self.flushed_names, self.pending_names = dict(self.names), []  # name, its file or None
+        self.flushed = {i: bytearray((folder / n).read_bytes()) for n, i in self.names.items()}
+        self.pending: list[tuple[int, int | None, bytes]] = []  # file, offset (None: cut), data
+        self.opened: dict[int, int | None] = {}  # None: the folder
 
     def watch(self, name: str, real: Callable, arguments: tuple):
         result = real(*arguments)
         if name == "open":
-            self.names[result] = os.path.basename(arguments[0])
+            file = Path(arguments[0])
+            if not file.is_dir() and file.name not in self.names:
+                self.rename(file.name, len(self.flushed))
+                self.flushed[len(self.flushed)] = bytearray()
+            self.opened[result] = self.names.get(file.name)
         elif name == "pwrite":
             fd, data, offset = arguments
-            self.pending.append((self.names[fd], offset, bytes(data[:result])))
+            self.pending.append((self.opened[fd], offset, bytes(data[:result])))
         elif name == "ftruncate":
-            self.pending.append((self.names[arguments[0]], None, arguments[1]))
+            self.pending.append((self.opened[arguments[0]], None, arguments[1]))
+        elif name == "unlink":
+            self.rename(Path(arguments[0]).name, None)
+        elif name == "replace":
+            old, new = (Path(path).name for path in arguments)
+            self.rename(new, self.names[old])
+            self.rename(old, None)
         elif name in ("fdatasync", "fsync"):
-            file = self.names[arguments[0]]
-            for written, offset, data in [p for p in self.pending if p[0] == file]:
-                self.apply(self.flushed, written, offset, data)
-            self.pending = [p for p in self.pending if p[0] != file]
+            self.flush(self.opened[arguments[0]])
         return result
 
+    def rename(self, name: str, file: int | None) -> None:
+        self.pending_names.append((name, file))
+        self.names[name] = file
+        if file is None:
+            del self.names[name]
+
+    def flush(self, file: int | None) -> None:
+        if file is None:
+            self.flushed_names.update(self.pending_names)
+            self.pending_names = []
+        for written, offset, data in self.pending:
+            if written == file:
+                self.apply(self.flushed[file], offset, data)
+        self.pending = [p for p in self.pending if p[0] != file]
+
     @staticmethod
-    def apply(files, name, offset, data):
-        content = files.setdefault(name, bytearray())
+    def apply(content, offset, data):
         if offset is None:
             del content[data:]
             return
@@ -106,21 +131,34 @@ class Disk:
         content[offset : offset + len(data)] = data
 
     def after_power_cut(self, rng: random.Random) -> dict[str, bytes]:
-        """Some of the pending writes, whole or in blocks; where a block is missing, zeros."""
-        files = {name: bytearray(content) for name, content in self.flushed.items()}
-        for name, offset, data in self.pending:
+        """Some of the pending names and of the pending writes.
+
+        Those whole or in blocks; where a block is missing, what was there, or zeros.
+        """
+        kept = [renamed for renamed in self.pending_names if rng.random() < 0.5]
+        names = self.flushed_names | dict(kept)
+        files = {file: bytearray(content) for file, content in self.flushed.items()}
+        for file, offset, data in self.pending:
+            content = files[file]
             if rng.random() < 0.4:
                 continue
             if offset is None or rng.random() < 0.3:
-                self.apply(files, name, offset, data)
+                self.apply(content, offset, data)
                 continue
             # The size may be on disk, and blocks not.
             end = len(data) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
-            self.apply(files, name, offset, bytes(end))
+            content.extend(bytes(max(0, offset + end - len(content))))
             for start in range(0, end, BLOCK):
                 if rng.random() < 0.7:
-                    self.apply(files, name, offset + start, data[start : min(start + BLOCK, end)])
-        return files
+                    self.apply(content, offset + start, data[start : min(start + BLOCK, end)])
+        return {name: files[file] for name, file in names.items() if file is not None}
+
+    def fail(self, folder: Path, rng: random.Random) -> None:
+        """Leaves in the folder what is there after a power cut."""
+        for file in folder.iterdir():
+            file.unlink()
+        for name, content in self.after_power_cut(rng).items():
+            (folder / name).write_bytes(content)
 
 
 class PowerCut(BaseException):

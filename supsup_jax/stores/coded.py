@@ -1,0 +1,206 @@
+"""How a task lies in its record: mask, statistics and scores as bytes, and what people call it."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from supsup_jax.layout import Layout
+from supsup_jax.stores import arrays, codecs
+from supsup_jax.stores.base import as_index
+from supsup_jax.stores.codecs import Leaves
+from supsup_jax.stores.origin import arrays_in, as_bytes, sensible
+from supsup_jax.stores.records import Record
+from supsup_jax.types import PyTree, StoreError
+
+WORDS = "words"  # the packed masks of a MaskStore as they are: nothing to decode
+CODECS = (WORDS, *codecs.CODECS)
+
+
+class TaskInfo(NamedTuple):
+    """What a DiskStore says of a task, beside its mask and statistics.
+
+    name, labels: as they were given to `append`, None where they were not.
+    codec: one of CODECS. base: the earlier task that the mask is coded against, or None.
+    kept: how many weights the mask keeps, by leaf.
+    mask_bytes, state_bytes, score_bytes: on disk, of the coded mask, of the statistics, and of the
+      scores, 0 where they were not kept.
+    """
+
+    name: str | None
+    labels: tuple[str, ...] | None
+    codec: str
+    base: int | None
+    kept: dict[str, int]
+    mask_bytes: int
+    state_bytes: int
+    score_bytes: int
+
+
+class Coded(NamedTuple):
+    """Task i as it lies in its record, mask, statistics and scores apart."""
+
+    i: int
+    metadata: dict[str, Any]
+    codec: str
+    base: int | None
+    mask: memoryview
+    state: memoryview
+    scores: memoryview
+
+
+class Form:
+    """Of all tasks of a store.
+
+    states: (dtype, shape) of each leaf of the statistics. path: the store's, for messages.
+    leaves_of: the mask, by id, of a task that others are coded against.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        states: list[tuple[np.dtype, tuple[int, ...]]],
+        path: Path,
+        leaves_of: Callable[[int], Leaves],
+    ):
+        self.layout, self.states, self.path, self.leaves_of = layout, states, path, leaves_of
+        self.state_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in states)
+
+    def record(
+        self,
+        i: int,
+        task: tuple[Leaves, PyTree],
+        scores: PyTree,
+        name: str | None,
+        labels: Sequence[str] | None,
+        codec: str,
+        base: int | None,
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Metadata and body of a task, of `checked_task`, that becomes task i.
+
+        The rest, and what is raised, as of `DiskStore.append`.
+        """
+        leaves, state = task
+        scores = [] if scores is None else _checked_scores(self.layout, scores)
+        _check_names(name, labels)
+        leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
+        base = None if base is None else as_index(base)
+        codec, mask = self._encoded(leaves, codec, base)
+        if base is not None and base >= i:
+            raise ValueError(f"base must be a task before {i}, got {base}")
+        metadata = {
+            "name": name,
+            "labels": None if labels is None else list(labels),
+            "codec": codec,
+            "base": base,
+            "kept": [int(np.count_nonzero(leaf)) for leaf in leaves],
+            "mask_bytes": len(mask),
+            "score_bytes": sum(leaf.nbytes for leaf in scores),
+        }
+        return metadata, [mask, *map(as_bytes, [*jax.tree.leaves(state), *scores])]
+
+    def alone(self, coded: Coded) -> tuple[dict[str, Any], list[Any]]:
+        """As of `record`, the mask coded against no other."""
+        metadata, mask = coded.metadata, coded.mask
+        if coded.base is not None:
+            codec, mask = self._encoded(self.leaves(coded), codecs.AUTO, None)
+            metadata = metadata | {"codec": codec, "base": None, "mask_bytes": len(mask)}
+        return metadata, [mask, coded.state, coded.scores]
+
+    def read(self, record: Record, i: int) -> Coded:
+        """Task i as a record holds it, once that is seen to fit the network."""
+        with sensible(self.path):
+            fields = ("codec", "base", "mask_bytes", "score_bytes")
+            codec, base, size, scored = (record.metadata[name] for name in fields)
+            if codec not in CODECS or (codec == codecs.DELTA) != (base is not None):
+                raise ValueError(f"task {i} in codec {codec!r} with base {base!r}")
+            if base is not None and not (type(base) is int and 0 <= base < i):
+                raise ValueError(f"the base {base!r}, no task before {i}")
+            if type(scored) is not int or scored not in (0, 4 * self.layout.num_weights):
+                raise ValueError(f"task {i} with scores of {scored!r} bytes")
+            if type(size) is not int or size != len(record.body) - self.state_bytes - scored:
+                raise ValueError(
+                    f"task {i} with a mask of {size!r} bytes in {len(record.body):,}, of which "
+                    f"{self.state_bytes:,} are statistics and {scored:,} scores"
+                )
+            if codec == WORDS and size != 4 * self.layout.num_words:
+                raise ValueError(f"task {i} in {size:,} bytes, not {self.layout.num_words} words")
+        end = size + self.state_bytes
+        parts = record.body[:size], record.body[size:end], record.body[end:]
+        return Coded(i, record.metadata, codec, base, *parts)
+
+    def info(self, coded: Coded) -> TaskInfo:
+        """What its metadata say."""
+        with sensible(self.path):
+            name, labels, kept = (coded.metadata[name] for name in ("name", "labels", "kept"))
+            _check_names(name, labels)
+            return TaskInfo(
+                name,
+                None if labels is None else tuple(labels),
+                coded.codec,
+                coded.base,
+                dict(zip(self.layout.shapes, map(int, kept), strict=True)),
+                len(coded.mask),
+                len(coded.state),
+                len(coded.scores),
+            )
+
+    def state(self, coded: Coded) -> list[np.ndarray]:
+        return arrays_in(coded.state, self.states, self.path)
+
+    def scores(self, coded: Coded) -> list[np.ndarray]:
+        """The leaves of the scores, none where none were kept."""
+        shapes = self.layout.shapes.values() if coded.scores else ()
+        return arrays_in(coded.scores, [("<f4", shape) for shape in shapes], self.path)
+
+    def words(self, coded: Coded) -> np.ndarray:
+        if coded.codec == WORDS:
+            return np.frombuffer(coded.mask, "<u4")
+        return np.asarray(arrays.pack_leaves(self.leaves(coded), self.layout))
+
+    def leaves(self, coded: Coded) -> Leaves:
+        """The mask of a task, bool leaves in the layout's order."""
+        if coded.codec == WORDS:
+            planes = np.frombuffer(coded.mask, "u1").reshape(-1, 4)
+            bits = np.unpackbits(planes, axis=1, bitorder="little").T.reshape(-1).view(bool)
+            return jax.tree.leaves(self.layout.unravel(bits))
+        against = None if coded.base is None else self.leaves_of(coded.base)
+        try:
+            return codecs.decode_leaves(coded.mask, self.layout, against)
+        except StoreError as error:
+            raise StoreError(f"{self.path}: the mask of task {coded.i}: {error}") from error
+
+    def _encoded(self, leaves, codec, base):
+        """The codec of a mask, chosen where it is "auto", and the mask in it."""
+        codecs.check_codec(codec, base, CODECS)
+        if base is not None:
+            return codec, codecs.encode_leaves(self.layout, leaves, codec, self.leaves_of(base))
+        most = 0.9 * 4 * self.layout.num_words
+        bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
+        if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
+            coded = codecs.encode_leaves(self.layout, leaves, "enumerative")
+            if len(coded) < most:
+                return "enumerative", coded
+        if codec in (codecs.AUTO, WORDS):
+            return WORDS, as_bytes(arrays.pack_leaves(leaves, self.layout))
+        return codec, codecs.encode_leaves(self.layout, leaves, codec)
+
+
+def _check_names(name, labels):
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"name must be a str, got {name!r}")
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):
+        raise TypeError(f"labels must be a list of str, got {labels!r}")
+
+
+def _checked_scores(layout, scores):
+    leaves = [np.asarray(leaf) for leaf in layout.leaves(scores, "scores")]
+    for name, leaf in zip(layout.shapes, leaves, strict=True):
+        if leaf.dtype != np.float32:
+            raise TypeError(f"scores must be float32, got {leaf.dtype} at {name!r}")
+        if not np.isfinite(leaf).all():
+            raise ValueError(f"scores must be finite, got NaN or infinity at {name!r}")
+    return leaves

@@ -1,0 +1,311 @@
+"""The two files of a store's folder: opened, locked, exchanged, and which records count in them."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from supsup_jax.stores import records
+from supsup_jax.stores.records import ENTRY_BYTES, HEAD_BYTES, SHA_BYTES, Entry
+from supsup_jax.types import StoreError
+
+RECORDS, INDEX = "tasks.bin", "index.bin"
+PARTIALS = (f"{RECORDS}.partial", f"{INDEX}.partial")  # of a compaction
+
+
+@contextlib.contextmanager
+def allowed(path: Path, writes: bool) -> Iterator[None]:
+    """Has an error of the system's say what it kept from happening, and what there is to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        wanted = "read the store there"
+        if writes:
+            wanted = "append there; open the store with mode 'r', or one where you may write"
+        raise OSError(
+            error.errno, f"{os.strerror(error.errno)}: not allowed to {wanted}", str(path)
+        ) from error
+
+
+class Files:
+    """`tasks.bin` and `index.bin` of the folder `path`, open to read or, locked, also to write.
+
+    timeout: seconds to wait for another writer. Raises StoreError while there is one, OSError.
+    """
+
+    def __init__(self, path: Path, writes: bool, timeout: float = 0.0):
+        self.path, self.writes = path, writes
+        self._file = path.absolute() / RECORDS
+        self._records = self._index = None
+        self._open(timeout)
+
+    def close(self) -> None:
+        """Closes the files, and lets another write. Further calls do nothing."""
+        for fd in (self._records, self._index):
+            if fd is not None:
+                os.close(fd)
+        self._records = self._index = None
+
+    def _open(self, timeout):
+        flags = os.O_RDWR if self.writes else os.O_RDONLY
+        try:
+            with allowed(self.path, self.writes):
+                while self._records is None or self._exchanged():
+                    self.close()
+                    self._records = os.open(self._file, flags)
+                    if self.writes:
+                        self._lock(timeout)
+                    # A lost index is made again, but only by one who may write.
+                    with contextlib.suppress(FileNotFoundError):
+                        index, create = self._file.with_name(INDEX), os.O_CREAT * self.writes
+                        self._index = os.open(index, flags | create, 0o666)
+        except BaseException:
+            self.close()
+            raise
+        self._entries: list[Entry | None] = []  # None where a damaged record must lie
+        self._removed: set[int] = set()
+        self._end = 0  # of the last record
+        self._rows = None  # the index as it was last read
+
+    def _exchanged(self):
+        """Whether compaction has put other files in the place of those that are open.
+
+        It removes the index before and puts another there after: two that were opened before this
+        is found false belong together.
+        """
+        if self._index is None and self._file.with_name(INDEX).exists():
+            return True
+        with contextlib.suppress(FileNotFoundError):  # a folder moved or deleted: as it was
+            return not os.path.samestat(os.fstat(self._records), os.stat(self._file))
+        return False
+
+    def _lock(self, timeout):
+        deadline = time.monotonic() + timeout
+        while not locked(self._records):
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"another writer has {self.path} open, and there can be one: wait for it, "
+                    "with timeout=SECONDS if you like, or open with mode='r'"
+                )
+            time.sleep(0.02)
+
+    def _check_open(self, writes=False):
+        if self._records is None:
+            raise StoreError(f"{self.path} was closed; open it again")
+        if writes and not self.writes:
+            raise StoreError(f"{self.path} is open for reading only; open it with mode='a'")
+
+    def _take_new(self):
+        """Takes in what was written since the files were last looked at."""
+        former, self._rows = self._rows, self._index_bytes()
+        if self._rows != former:
+            self._take_rows(former or b"")
+            # Of a record whose entry was lost, the place is between others, or at the end.
+            if former is None or not self._rows.startswith(former):
+                for gap in self._gaps():
+                    self._take_all(self._whole_records(*gap))
+        self._take_all(self._whole_records(self._end, self._size()))
+
+    def _take_rows(self, former):
+        """Takes in the entries of the index, but for what is in `former` at the same place."""
+        first = len(former) // ENTRY_BYTES if self._rows.startswith(former) else 0
+        for place in range(first * ENTRY_BYTES, len(self._rows), ENTRY_BYTES):
+            row, task = self._rows[place : place + ENTRY_BYTES], place // ENTRY_BYTES
+            if row != former[place : place + ENTRY_BYTES]:
+                entry = records.parse_entry(row, task)
+                if entry and self._fits(task, entry):
+                    self._take(task, entry)
+
+    def _fits(self, task, entry):
+        """Whether the record of `task` may be at `entry`: its head is, or nothing any more."""
+        before = self._entries[task - 1] if 0 < task <= len(self._entries) else None
+        if entry.offset == (before.end if before else 0) or entry.end > self._size():
+            return True
+        head = records.parse_head(records.read_at(self._records, entry.offset, HEAD_BYTES))
+        return head is not None and (head.task, head.length) == (task, entry.length)
+
+    def _take_all(self, found: Iterable[tuple[int, Entry]]):
+        for task, entry in found:
+            if entry.sha256 != records.ERASED:
+                self._take(task, entry)
+
+    def _take(self, task, entry):
+        """Makes it that of `task`, unless a later one is known."""
+        known = self._entries[task] if task < len(self._entries) else None
+        if known and known.offset > entry.offset:
+            return
+        self._entries += [None] * (task + 1 - len(self._entries))
+        self._entries[task] = entry
+        self._end = max(self._end, entry.end)
+        (self._removed.add if records.is_removal(task, entry) else self._removed.discard)(task)
+
+    def _size(self):
+        return os.fstat(self._records).st_size
+
+    def _index_bytes(self):
+        if self._index is None:
+            return b""
+        return records.read_at(self._index, 0, os.fstat(self._index).st_size)
+
+    def _whole_record(self, offset):
+        """Number and entry of the record at `offset`; None unless a whole or an erased one is."""
+        # Places, lengths and numbers may be forged: the file's size bounds what is read and held.
+        if offset >= (size := self._size()):
+            return None
+        head = records.parse_head(records.read_at(self._records, offset, HEAD_BYTES))
+        if not head or offset + head.length > size or head.task > size // HEAD_BYTES:
+            return None
+        end = records.read_at(self._records, offset + head.length - SHA_BYTES, SHA_BYTES)
+        if end != records.ERASED:
+            data = records.read_at(self._records, offset, head.length)
+            if records.checksum(memoryview(data)) is None:
+                return None
+        return head.task, Entry(offset, head.length, end)
+
+    def _whole_records(self, offset, end):
+        """As `_whole_record`, one behind another, as far as they go."""
+        while offset < end and (found := self._whole_record(offset)):
+            yield found
+            offset = found[1].end
+
+    def _whole_records_behind(self, offset):
+        """How many whole records lie behind `offset`, where none is: what must not be dropped."""
+        size = self._size()
+        found, step = 0, 1 << 24
+        for start in range(offset, size, step):
+            # Chunks overlap by what a magic spans.
+            chunk = records.read_at(self._records, start, step + len(records.MAGIC) - 1)
+            at = chunk.find(records.MAGIC)
+            while at >= 0:
+                whole = self._whole_record(start + at)
+                found += whole is not None and whole[1].sha256 != records.ERASED
+                at = chunk.find(records.MAGIC, at + 1)
+        return found
+
+    def _gaps(self):
+        """(start, end) of the bytes between the records that count, before the last."""
+        at = 0
+        for entry in sorted(filter(None, self._entries)):
+            if entry.offset > at:
+                yield at, entry.offset
+            at = max(at, entry.end)
+
+    def _remains(self, thorough=False):
+        """(offset, bytes, number) of what does not count and is not erased.
+
+        number: of the task it was; None for what is no record. thorough: reads what was erased.
+        """
+        for start, end in self._gaps():
+            while start < end:
+                head = records.parse_head(records.read_at(self._records, start, HEAD_BYTES))
+                if not head or start + head.length > end:
+                    yield start, end - start, None
+                    break
+                behind = HEAD_BYTES if thorough else head.length - SHA_BYTES
+                rest = records.read_at(self._records, start + behind, head.length - behind)
+                if any(rest):
+                    yield start, head.length, head.task
+                start += head.length
+
+    def _to_erase(self, thorough=False):
+        """(offset, bytes) of the records that others took the places of, and that can be read."""
+        remains = self._remains(thorough)
+        return [(at, length) for at, length, task in remains if self._replaced(task, at)]
+
+    def _replaced(self, task, offset):
+        """Whether a whole record of that number lies behind the one at `offset`."""
+        entry = self._entries[task] if task is not None and task < len(self._entries) else None
+        later = entry is not None and entry.offset > offset
+        return later and self._whole_record(entry.offset) == (task, entry)
+
+    def _index_problems(self):
+        data = self._index_bytes()
+        rows = [data[at : at + ENTRY_BYTES] for at in range(0, len(data), ENTRY_BYTES)]
+        found = []
+        for task, entry in enumerate(self._entries):
+            if task >= len(rows):
+                missing = len(self._entries) - task
+                found.append(f"lacks the entries of the last {missing} task(s), from {task} on")
+                break
+            if entry is None or rows[task] != records.entry_bytes(task, entry):
+                found.append(f"the entry of task {task} is damaged")
+        if len(rows) > len(self._entries):
+            found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
+        return found
+
+    def _erase(self, spans: Sequence[tuple[int, int]], durable=True):
+        """Overwrites records, by offset and length, with zeros, all but their heads.
+
+        The checksum goes last: where it is zero, so is on the device what was before it.
+        """
+        for offset, length in spans:
+            rest = bytes(length - HEAD_BYTES - SHA_BYTES)
+            records.write_at(self._records, rest, offset + HEAD_BYTES)
+        records.flush(self._records)
+        for offset, length in spans:
+            records.write_at(self._records, records.ERASED, offset + length - SHA_BYTES)
+        if durable:
+            records.flush(self._records)
+
+    def _drop_partials(self):
+        """Removes what a compaction that was cut short has left: tasks, and for good."""
+        left = [self._file.with_name(name) for name in PARTIALS]
+        for file in (left := [file for file in left if file.exists()]):
+            os.unlink(file)
+        if left:
+            records.flush_folder(self._file.parent)
+
+    def _pack(self, read: Callable[[int, Entry], bytes]):
+        """Exchanges both files for ones of the records that count alone: all or nothing.
+
+        read: number and entry -> the record's bytes.
+        """
+        tasks, index = (self._file.with_name(name) for name in PARTIALS)
+        fd, packed, end = os.open(tasks, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), [], 0
+        try:
+            locked(fd)  # from the moment it is in place
+            for task, entry in enumerate(self._entries):
+                records.write_at(fd, read(task, entry), end)
+                packed.append(entry._replace(offset=end))
+                end += entry.length
+            records.flush(fd)
+            rows = b"".join(map(records.entry_bytes, range(len(packed)), packed))
+            records.write_file(index, [rows], os.O_CREAT | os.O_TRUNC)
+            for file, former in ((tasks, self._records), (index, self._index)):
+                os.chmod(file, os.fstat(former).st_mode & 0o777)
+        except BaseException:
+            os.close(fd)
+            self._drop_partials()
+            raise
+        try:
+            # Never an index beside records that it does not list: a lost one is made again.
+            os.unlink(self._file.with_name(INDEX))
+            records.flush_folder(self._file.parent)
+            for partial, file in ((tasks, self._file), (index, self._file.with_name(INDEX))):
+                os.replace(partial, file)
+                records.flush_folder(self._file.parent)
+            index = os.open(self._file.with_name(INDEX), os.O_RDWR)
+        except BaseException:
+            os.close(fd)
+            self.close()  # to be opened again, which finds what there is
+            raise
+        self.close()
+        self._records, self._index = fd, index
+        self._entries, self._end = packed, end
+
+
+def locked(fd: int) -> bool:
+    """Whether this process now has the writer's lock, which the system releases when it dies."""
+    import fcntl  # POSIX only; reading needs no lock
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
