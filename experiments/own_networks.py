@@ -160,7 +160,7 @@ def text_tasks(pairs, snippets: int, seed: int):
                 for i in range(0, len(files[name]), LENGTH)
                 if len(files[name]) - i >= LENGTH // 2
             ]
-            count = snippets if split == "train" else snippets // 4
+            count = snippets if split == "train" else snippets // 8
             chosen = rng.permutation(len(pieces))[:count]
             parts[package, split] = [pieces[i] for i in chosen]
     train = [piece for (_, split), pieces in parts.items() if split == "train" for piece in pieces]
@@ -326,7 +326,8 @@ def main(args: Args) -> dict:
             learning_rate=2e-2,
             schedule="cosine",
         )
-        run = Run(out, {**dataclasses.asdict(args), "steps": steps, "out": str(out)}, None)
+        settings = {"steps": steps, "out": str(out), "data_dir": str(args.data_dir)}
+        run = Run(out, {**dataclasses.asdict(args), **settings}, None)
         with run.phase(args.case):
             key = prng.purpose_key(jax.random.key(args.seed), "tasks")
             run.rows = CASES[args.case](args, key, config)

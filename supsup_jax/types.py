@@ -37,13 +37,10 @@ class Task(NamedTuple):
       dtype that holds only 0 and 1.
     state: the task's own normalisation statistics, like the network's state; None for a
       network without state.
-    num_labels: how many of the outputs, the first, are its labels, where tasks differ in that:
-      objectives of labels then count a task's own. All tasks of a store tell it, or none.
     """
 
     mask: PyTree
     state: PyTree = None
-    num_labels: int | None = None
 
 
 class Labelled(NamedTuple):
@@ -240,7 +237,7 @@ def as_data(batch: Any, what: str) -> TaskData:
     """
     if isinstance(batch, TaskData):
         return batch
-    arrays = all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(batch))
+    arrays = all(hasattr(leaf, "__array__") for leaf in jax.tree.leaves(batch))
     if isinstance(batch, tuple | list) and len(batch) == 2 and arrays:
         return TaskData(*batch)
     if (

@@ -1,5 +1,6 @@
 """Every function over a mesh of 8 devices against the same on one."""
 
+import dataclasses
 import re
 
 import jax
@@ -214,6 +215,8 @@ def test_tasks_learned_on_many_devices(net):
 
 def test_a_task_learned_from_batches_split_over_devices(norm_net):
     data, config = learning()
+    # In proportion to the gradient: RMSprop makes a step of the rounding of a gradient of 0.
+    config = dataclasses.replace(config, optimizer="sgd", learning_rate=0.1)
     key, mesh = jax.random.key(1), mesh_of(task=2, data=4)
     got = ss.train_task(key, norm_net, data, config, mesh=mesh)
     want = ss.train_task(key, norm_net, data, config)

@@ -311,8 +311,10 @@ def _judge(net, store, objective, x, slot):
         counts = store.label_counts or (None,)
         each = [objective if count is None else of_labels(objective, count) for count in counts]
         values = [-Uncertainty(net, one, task.state).values(task.mask, x) for one in each]
-        own = [task.num_labels == count for count in counts]
-        return jnp.select(own, values) if len(values) > 1 else values[0]
+        if len(values) == 1:
+            return values[0]
+        mine = store.num_labels[jnp.minimum(slot, store.capacity - 1)]
+        return jnp.select([mine == count for count in counts], values)
 
     return store.under(slot, judged)
 

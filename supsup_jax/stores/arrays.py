@@ -163,7 +163,7 @@ def read(bank, i, layout):
 
 def as_task(mask: PyTree, state: PyTree) -> Task:
     """A task as its owner knows it, of what a slot holds."""
-    return Task(mask, *state) if isinstance(state, Labelled) else Task(mask, state)
+    return Task(mask, state.state if isinstance(state, Labelled) else state)
 
 
 def mask_of(words: jax.Array, layout: Layout) -> PyTree:

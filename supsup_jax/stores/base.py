@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from supsup_jax.checks import check_int, is_traced
+from supsup_jax.checks import is_traced
 from supsup_jax.devices import ONE_DEVICE
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
@@ -131,7 +131,7 @@ def checked_mask(layout: Layout, mask: PyTree, what: str) -> list[jax.Array]:
 
 
 def checked_task(
-    task: Task | PyTree, layout: Layout, like_state: PyTree
+    task: Task | PyTree, layout: Layout, like_state: PyTree, num_labels: int | None = None
 ) -> tuple[list[jax.Array], PyTree]:
     """The leaves of a task's mask, in order, and its statistics, once they are seen to fit.
 
@@ -140,19 +140,16 @@ def checked_task(
     """
     if isinstance(task, TrainResult):
         raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
-    mask, state, num_labels = task if isinstance(task, Task) else Task(task)
+    mask, state = task if isinstance(task, Task) else (task, None)
     leaves = checked_mask(layout, mask, "the mask")
     if isinstance(like_state, Labelled):
         if num_labels is None:
-            raise ValueError("the store's tasks tell their num_labels: so must this Task")
-        if not is_traced(num_labels):
-            check_int("num_labels", int(num_labels), 1)
-        num_labels = jnp.asarray(num_labels, jnp.int32)
+            raise ValueError("the store knows the num_labels of each task: pass this one's, too")
         _, state = checked_task(Task(mask, state), layout, like_state.state)
-        return leaves, Labelled(state, num_labels)
+        return leaves, Labelled(state, jnp.int32(num_labels))
     if num_labels is not None:
         raise ValueError(
-            "the task tells its num_labels, and those in the store do not: all tell it, or none"
+            "num_labels is told of all tasks of a store or of none, and here those before have none"
         )
     if jax.tree.structure(state) != jax.tree.structure(like_state):
         if like_state is None:

@@ -133,18 +133,22 @@ class MaskStore(Owned, TaskStore):
         like = jax.tree.leaves(arrays.like_state(self._bank))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like)
 
-    def append(self, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
+    def append(
+        self, task: Task | PyTree, *, donate: bool = False, num_labels: int | None = None
+    ) -> "MaskStore":
         """This store and one more task, behind the others.
 
         Outside jit a full store grows first, to twice its capacity. Inside jit it cannot: a
         task that finds no room is dropped, and the next call on the host raises StoreError.
         task: a Task, or a bare mask where the network has no state.
+        num_labels: how many of the outputs, the first, are the task's labels, where tasks differ in
+          that: objectives of labels then count a task's own. Told of all tasks or of none.
         donate: consume this store's masks and statistics (in place, where nothing grows); its
           later use raises StoreError. Inside jit the caller's own donation decides.
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
         """
-        store = self._labelled(task)
-        task = store.checked(task)
+        store = self._labelled(num_labels)
+        task = store.checked(task, num_labels)
         if not self._traced and int(self._bank.num_tasks) == self.capacity:
             store = store._grown()
         moved = store._bank is not self._bank
@@ -154,17 +158,25 @@ class MaskStore(Owned, TaskStore):
             self.consume()
         return written
 
-    def replace(self, i: int, task: Task | PyTree, *, donate: bool = False) -> "MaskStore":
-        """This store with task i exchanged. donate as in `append`; raises as that and `mask`.
+    def replace(
+        self,
+        i: int,
+        task: Task | PyTree,
+        *,
+        donate: bool = False,
+        num_labels: int | None = None,
+    ) -> "MaskStore":
+        """This store with task i exchanged. Options as of `append`; raises as that and `mask`.
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i, store = self._index(i), self._labelled(task)
-        return store._written(i, store.checked(task), donate and not self._traced, append=False)
+        i, store = self._index(i), self._labelled(num_labels)
+        task = store.checked(task, num_labels)
+        return store._written(i, task, donate and not self._traced, append=False)
 
-    def _labelled(self, task):
-        """This store, that knows the task's number of labels to be one that there is."""
-        if not isinstance(task, Task) or task.num_labels is None:
+    def _labelled(self, num_labels):
+        """This store, with that number of labels among those that there are."""
+        if num_labels is None:
             return self
         store = self
         if self.num_labels is None and not self._traced and int(self._bank.num_tasks) == 0:
@@ -173,11 +185,8 @@ class MaskStore(Owned, TaskStore):
             store = self.with_bank(bank)
         if store.num_labels is None:
             return store
-        if is_traced(task.num_labels):
-            if not self.label_counts:
-                raise ValueError("num_labels of a task appended inside jit must be known before")
-            return store
-        counts = tuple(sorted({*self.label_counts, int(task.num_labels)}))
+        check_int("num_labels", num_labels, 1)
+        counts = tuple(sorted({*self.label_counts, int(num_labels)}))
         if counts == store.label_counts:
             return store
         store = store.with_bank(store._bank)
@@ -192,9 +201,9 @@ class MaskStore(Owned, TaskStore):
         i = self._index(i)
         return self.with_bank(arrays.remove(self.bank, i, self.layout, self.capacity))
 
-    def checked(self, task: Task | PyTree) -> Task:
-        """A task, its mask as leaves in the layout's order. Raises as `append`."""
-        return Task(*checked_task(task, self.layout, arrays.like_state(self.bank)))
+    def checked(self, task: Task | PyTree, num_labels: int | None = None) -> Task:
+        """A task as `arrays.write` takes it, mask and statistics. Raises as `append`."""
+        return Task(*checked_task(task, self.layout, arrays.like_state(self.bank), num_labels))
 
     def consume(self) -> None:
         """Frees the large arrays, wherever they are held: a later use raises StoreError."""

@@ -130,9 +130,9 @@ class ShardedStore(MaskStore):
         capacity = capacity or self.capacity
         return ShardedStore(bank, self.origin, capacity, self.mesh, self.label_counts)
 
-    def checked(self, task: Task | PyTree) -> Task:
+    def checked(self, task: Task | PyTree, num_labels: int | None = None) -> Task:
         """As `MaskStore.checked`; outside jit on every device."""
-        task, sharding = super().checked(task), devices.on_mesh(self.mesh, WHOLE)
+        task, sharding = super().checked(task, num_labels), devices.on_mesh(self.mesh, WHOLE)
         return task if self._traced else jax.device_put(task, sharding)
 
     def remove(self, i: int) -> "ShardedStore":
@@ -225,8 +225,8 @@ class _Shard(MaskStore):
     def __init__(self, bank, layout, capacity, mesh_devices, label_counts):
         first = mesh_devices.first(capacity)
         here = jnp.clip(bank.num_tasks - first, 0, capacity)
-        bank = bank._replace(num_tasks=here)
-        super().__init__(bank, Origin(layout), capacity, label_counts)
+        own = bank._replace(num_tasks=here)
+        super().__init__(own, Origin(layout), capacity, label_counts)
         self.devices, self.all_tasks = mesh_devices, bank.num_tasks
 
     def slot_of(self, ids):
