@@ -38,6 +38,14 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(names["mask"], names["task"].mask)
 
 
+def test_your_own_networks_run_as_they_stand():
+    text, names = (ROOT / "docs" / "networks.md").read_text(), {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, names)
+    assert names["belief"].scores.shape == (256, 64)
+    assert names["store"].num_labels[:2].tolist() == [4, 3]
+
+
 def smaller(num_outputs, *, rngs):
     return models.ResNet(
         models.BasicBlock, (1,), num_outputs, width=2, small_images=True, rngs=rngs
