@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from supsup_jax import roles
+from supsup_jax import prng, roles
 from supsup_jax.types import PyTree
 
 # How modules spell "training", and what each is set to.
@@ -58,10 +58,16 @@ def _logits(outputs):
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
+def _first_key():
+    """Of one generator, whatever the user's flags: it is part of what stores compare."""
+    return jax.random.key(0, impl="threefry2x32")
+
+
 def _next_key(state):
     """A key for this call, and the state of the next."""
     key = _wrap_keys(state[_CALLS])
-    return key, {**state, _CALLS: _unwrap_keys(jax.random.fold_in(key, 1))}
+    after = _unwrap_keys(prng.purpose_key(key, "next call"))
+    return prng.purpose_key(key, "this call"), {**state, _CALLS: after}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +157,7 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
     train_graphdef = nnx.graphdef(module)
     params, state = nnx.to_pure_dict(params), _unwrap_keys(nnx.to_pure_dict(state))
     if "rngs" in call.names:
-        state = {**state, _CALLS: _unwrap_keys(jax.random.key(0))}
+        state = {**state, _CALLS: _unwrap_keys(_first_key())}
     if not jax.tree.leaves(state):  # and so nothing random in it
         return NnxStateless(eval_graphdef, call), params, None, found
     return NnxStateful(train_graphdef, eval_graphdef, call), params, state, found
@@ -167,28 +173,29 @@ def _nnx_roles(module):
         for leaf, name in own.items():
             if name == "bias" or isinstance(layer, _NORMS):
                 found[leaf] = roles.NONE
-            elif name == "kernel" and (fan_in := _nnx_fan_in(layer)):
-                found[leaf] = roles.Role(True, fan_in)
+            elif name == "kernel" and (kernel := _nnx_kernel(layer)):
+                found[leaf] = roles.of_kernel(kernel)
             elif name == "embedding" and isinstance(layer, nnx.Embed):
                 table = roles.is_table(leaf.rpartition("/")[0])
-                found[leaf] = roles.Role(not table, 1)
+                found[leaf] = roles.of_embedding((layer.num_embeddings, layer.features), table)
     return found
 
 
-def _nnx_fan_in(layer):
-    """Inputs that one output of a layer's kernel sums over; stacked layers are counted once."""
+def _nnx_kernel(layer):
+    """A layer's kernel as [window..., in, out], however it lies; of stacked layers that of one."""
     if isinstance(layer, nnx.LinearGeneral):
-        return math.prod(layer.in_features)
+        return math.prod(layer.in_features), math.prod(layer.out_features)
     if isinstance(layer, nnx.Linear):
-        return layer.in_features
+        return layer.in_features, layer.out_features
     if isinstance(layer, nnx.Conv):
-        return math.prod(layer.kernel_shape[:-1])
+        return layer.kernel_shape
     if isinstance(layer, nnx.ConvTranspose):
-        return math.prod(layer.kernel_shape) // layer.out_features
+        return *layer.kernel_size, layer.in_features, layer.out_features
     if isinstance(layer, nnx.Einsum):
         operands, outputs = layer.einsum_str.replace(" ", "").split("->")
         axes = zip(operands.split(",")[1].replace(".", ""), layer.kernel_shape, strict=True)
-        return math.prod(size for axis, size in axes if axis not in outputs)
+        fan_in = math.prod(size for axis, size in axes if axis not in outputs)
+        return fan_in, math.prod(layer.kernel_shape) // fan_in
     return None
 
 
@@ -212,7 +219,7 @@ def split_linen(
             f"{sorted(_MODES)}; it takes {sorted(call.names)}"
         )
     # Whether it draws in training nobody knows before it is called: it has a key to draw from.
-    state = {**state, _CALLS: _unwrap_keys(jax.random.key(0))}
+    state = {**state, _CALLS: _unwrap_keys(_first_key())}
     return LinenStateful(module, call), params, state, {}
 
 
@@ -227,9 +234,8 @@ class _KeyData:
 
 def _unwrap_keys(tree):
     def unwrap(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if not is_key:
-            return leaf
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jnp.asarray(leaf)
         return _KeyData(jax.random.key_data(leaf), str(jax.random.key_impl(leaf)))
 
     return jax.tree.map(unwrap, tree)

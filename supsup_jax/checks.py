@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -32,6 +33,11 @@ def check_key(key: Any) -> None:
     """Raises TypeError unless `key` is an array, as random keys are."""
     if not hasattr(key, "dtype"):
         raise WrongTypeError(f"key must be a JAX random key, got {key!r}")
+
+
+def in_trace(*trees: Any) -> bool:
+    """Whether this runs inside jit and the like, whatever was closed over."""
+    return is_traced(trees) or isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
 
 
 def is_traced(tree: Any) -> bool:

@@ -40,6 +40,11 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def _shape(name, leaf):
+    del name
+    return leaf.shape
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Which leaves of a network are masked, and where each lies in the flat vector.
@@ -47,11 +52,20 @@ class Layout:
     treedef: structure of the params with None where a leaf is not masked.
     named_shapes: (name, shape) of each masked leaf, in order; `shapes` is the same as a dict.
     fan_ins: of each, how many inputs an output of it sums over; None where that has no meaning.
+    kernels: of each, its shape as [window..., in, out], for densities; its own where unknown.
     """
 
     treedef: Any
     named_shapes: tuple[tuple[str, tuple[int, ...]], ...]
     fan_ins: tuple[int | None, ...] = ()
+    kernels: tuple[tuple[int, ...], ...] = ()
+
+    @functools.cached_property
+    def _hash(self):
+        return hash((self.treedef, self.named_shapes))
+
+    def __hash__(self) -> int:  # once: every call of a jitted function asks
+        return self._hash
 
     @classmethod
     def of(
@@ -59,10 +73,11 @@ class Layout:
         params: PyTree,
         masked: Callable[[str, jax.Array], bool],
         fan_in: Callable[[str, jax.Array], int | None] | None = None,
+        kernel: Callable[[str, jax.Array], tuple[int, ...]] | None = None,
     ) -> "Layout":
         """The layout that masks the leaves for which `masked(name, leaf)` holds.
 
-        fan_in: what gives a leaf's; None: all axes but the last are inputs.
+        fan_in, kernel: what gives a leaf's; None: all axes but the last are inputs.
         Raises TypeError when it picks a leaf that is not of floats, ValueError when it picks none.
         """
 
@@ -83,7 +98,8 @@ class Layout:
             )
         fan_in = fan_in or (lambda name, leaf: math.prod(leaf.shape[:-1]))
         fan_ins = tuple(fan_in(name, leaf) for name, leaf in leaves.items())
-        return cls(jax.tree.structure(kept), shapes, fan_ins)
+        kernels = tuple(tuple((kernel or _shape)(name, leaf)) for name, leaf in leaves.items())
+        return cls(jax.tree.structure(kept), shapes, fan_ins, kernels)
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

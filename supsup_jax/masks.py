@@ -66,18 +66,15 @@ class ErdosRenyi:
 def kept_counts(layout: Layout, density: Density) -> dict[str, int]:
     """Weights kept of each masked leaf, by name, in the layout's order.
 
-    A density that is a function sees the shape [window..., in, out], or [in, out] of a leaf whose
-    axes lie otherwise.
+    A density that is a function sees each kernel's shape as [window..., in, out], however its axes
+    lie, and of stacked ones that of one.
 
     Raises ValueError, naming the layer, where a density is outside (0, 1] or keeps nothing.
     """
     counts = {}
-    for (name, shape), fan_in in zip(layout.named_shapes, layout.fan_ins, strict=True):
+    for (name, shape), kernel in zip(layout.named_shapes, layout.kernels, strict=True):
         try:
-            inputs_first = shape
-            if fan_in not in (None, 1, math.prod(shape[:-1])):  # outputs of several axes, or first
-                inputs_first = (fan_in, math.prod(shape) // fan_in)
-            share = density(inputs_first) if callable(density) else density
+            share = density(kernel) if callable(density) else density
             counts[name] = kept_count(share, math.prod(shape))
         except ValueError as error:
             raise ValueError(f"layer {name!r} of shape {shape}: {error}") from error

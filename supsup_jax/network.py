@@ -71,6 +71,7 @@ class Network:
             self.params,
             masked or (lambda name, leaf: found[name].connects),
             functools.partial(_fan_in, fan_in, found),
+            functools.partial(_kernel, fan_in, found),
         )
         self._fingerprint = None
 
@@ -258,6 +259,13 @@ def _fan_in(rule, found, name, leaf):
         return found[name].fan_in
     check_int(f"fan_in of {name!r}", fan_in, 1)
     return int(fan_in)
+
+
+def _kernel(rule, found, name, leaf):
+    fan_in = rule(name, leaf) if rule else None
+    if fan_in is not None:
+        return fan_in, leaf.size // fan_in
+    return found[name].kernel or leaf.shape
 
 
 def signed_constant(net: Network, seed: int) -> Network:

@@ -101,9 +101,14 @@ class Logarithm:
 
 
 def of_labels(
-    objective: Callable[[jax.Array], jax.Array], num_labels: int
+    objective: Callable[[jax.Array], jax.Array], num_labels: int | None
 ) -> Callable[[jax.Array], jax.Array]:
-    """The objective for a task of so many labels: G and the logit rules count a task's own."""
+    """The objective for a task of so many labels: G and the logit rules count a task's own.
+
+    None: the task does not tell, and the objective stays.
+    """
+    if num_labels is None:
+        return objective
     if isinstance(objective, Superfluous):
         return Superfluous(num_labels)
     return (

@@ -66,7 +66,7 @@ class TrainResult(NamedTuple):
 
     task: the Task to append to a store.
     scores: real-valued scores behind the mask, pytree like the mask.
-    loss: float32 [steps], mean cross-entropy in nats of each step's batch, before its update.
+    loss: float32 [steps], the mean loss of each step's batch, before its update.
     """
 
     task: Task
@@ -113,7 +113,12 @@ class Normalize:
             numbers = jnp.asarray(numbers, jnp.float32)
             return numbers.reshape((1,) * (images.ndim - numbers.ndim) + numbers.shape)
 
-        scale = self.scale or (255 if _is_bytes(images) else 1)
+        if not hasattr(images, "dtype"):
+            raise TypeError(f"Normalize is of one array of images, got {shapes_of(images)}")
+        known = images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating)
+        if self.scale is None and not known:
+            raise TypeError(f"Normalize needs scale= for pixels of {images.dtype}: their white")
+        scale = self.scale or (255 if images.dtype == jnp.uint8 else 1)
         return (images.astype(jnp.float32) / scale - broad(self.mean)) / broad(self.std)
 
     @property
@@ -176,6 +181,11 @@ class TaskData:
             raise ValueError(
                 "inputs must be [N, ...] and labels [N] or [N, ...], got "
                 f"{shapes_of(self.inputs)} and {jnp.shape(self.labels)}"
+            )
+        if self.transform is None and any(leaf.dtype == jnp.uint8 for leaf in inputs):
+            raise TypeError(
+                "bytes want a transform, and transform=None passes them as they are: cast tokens "
+                "to int32, or leave the default, which scales pixels to [0, 1]"
             )
         if not self.num_examples:
             raise ValueError("a task needs at least one example, got 0")

@@ -112,7 +112,7 @@ def test_each_dtype_under_the_default_rule_and_normalize():
     for images in (bytes_, floats):
         got = ss.Normalize(0.5, 0.5)(jnp.asarray(images))
         np.testing.assert_allclose(got, [[-1, -0.6, 1]], rtol=1e-5)
-    with pytest.raises(TypeError, match="int32 need a rule"):
+    with pytest.raises(TypeError, match="Normalize needs scale= for pixels of int32"):
         ss.Normalize(0.5, 0.5)(jnp.arange(3)[None])
     np.testing.assert_allclose(ss.Normalize(0, 1, 2)(jnp.arange(3)[None]), [[0, 0.5, 1]])
 

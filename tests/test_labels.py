@@ -1,5 +1,7 @@
 """Tasks of unequal numbers of labels: each task's score by its own F, in every form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +29,17 @@ def by_hand(net, masks, x):
     """Scores [B, T]: -d log G / da, less its mean over the tasks, G of each task's own labels."""
     mix = {name: np.mean([m[name] for m in masks], axis=0, dtype=np.float32) for name in masks[0]}
 
-    def slopes(row, count):
-        def log_g(mix):
-            logits = net(mix, row[None])[0]
-            labels = jax.lax.stop_gradient(logits[:count])
-            both = jnp.concatenate([labels, logits[count:]])
-            g = jax.nn.logsumexp(both) - jax.nn.logsumexp(labels)
-            return jnp.log(g + 1e-6)
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.grad, argnums=2)
+    def slope_of(row, count, mix):
+        logits = net(mix, row[None])[0]
+        labels = jax.lax.stop_gradient(logits[:count])
+        both = jnp.concatenate([labels, logits[count:]])
+        g = jax.nn.logsumexp(both) - jax.nn.logsumexp(labels)
+        return jnp.log(g + 1e-6)
 
-        slope = jax.grad(log_g)(mix)
+    def slopes(row, count):
+        slope = slope_of(row, count, mix)
         return [-sum(np.vdot(slope[k], np.asarray(m[k], np.float32)) for k in slope) for m in masks]
 
     rows = []
@@ -48,16 +52,14 @@ def by_hand(net, masks, x):
 @pytest.mark.parametrize("form", ["tangents", "gradients", "many"])
 def test_one_shot_by_each_tasks_own_labels(problem, form, monkeypatch):
     net, masks, store, x = problem
-    if form == "gradients":
-        x = x[:4]
+    # Of other shapes, so that each is traced here.
+    x = {"tangents": x[:18], "gradients": x[:4], "many": x[:17]}[form]
     if form == "many":  # as on a GPU
         default = lambda *args, cpu, default: default(*args)  # noqa: E731
         monkeypatch.setattr(jax.lax, "platform_dependent", default)
     decisions = schedule.Decisions(x[:, None])
     assert (decisions.num >= schedule.TANGENTS_FROM) == (form != "gradients")
-    jax.clear_caches()
     found = ss.one_shot(net, store, x, ss.Superfluous(5))
-    jax.clear_caches()
     want = by_hand(net, masks, x)
     np.testing.assert_allclose(found.scores[:, :5], want, rtol=1e-3, atol=1e-4)
     assert (found.scores[:, 5:] == -np.inf).all()
@@ -107,6 +109,8 @@ def test_numbers_go_where_the_tasks_go(problem, tmp_path):
     assert (numbers(again), again.label_counts) == (list(COUNTS), (2, 3, 5))
     assert numbers(store.remove(1)) == [2, 2, 5, 3]
     assert numbers(store.replace(0, masks[0], num_labels=7)) == [7, 3, 2, 5, 3]
+    assert store.remove(3).label_counts == (2, 3)
+    assert store.replace(3, masks[0], num_labels=2).label_counts == (2, 3)
     mesh = jax.make_mesh((2,), ("task",))
     shared = ss.shard(store, mesh)
     assert numbers(shared.gathered()) == list(COUNTS)
@@ -131,5 +135,15 @@ def test_bad_input(problem):
             store.append(masks[0], num_labels=count)
     with pytest.raises(ValueError, match="a certificate is of one gradient"):
         ss.one_shot(net, store, x, ss.Superfluous(5), implementation="certified")
+    with pytest.raises(ValueError, match="must have one number of labels"):
+        ss.one_shot_streamed(net, [store], x, ss.Superfluous(5))
+    alike = ss.MaskStore.create(net, 2).append(masks[0], num_labels=3)
+    alike = alike.append(masks[1], num_labels=3)
+    np.testing.assert_allclose(
+        ss.one_shot_streamed(net, [alike], x, ss.Superfluous(5)).scores,
+        ss.one_shot(net, alike, x, ss.Superfluous(5)).scores,
+        rtol=1e-4,
+        atol=1e-6,
+    )
     with pytest.raises(ValueError, match=r"Superfluous\(9\) needs more than 9 outputs"):
         ss.one_shot(net, store.replace(0, masks[0], num_labels=9), x, ss.Superfluous(5))

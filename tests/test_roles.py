@@ -142,11 +142,20 @@ def test_linen_attention_by_its_names(use_bias):
         ({"a": (2, 3), "b": (3, 4)}, {"a": 2, "b": 3}),
         ({"w": (5, 2), "pos": (9, 5), "cls": (1, 5), "token": (1, 1, 5)}, {"w": 5}),
         ({"w": (5, 2), "wpe": (9, 5), "wte": (99, 5)}, {"w": 5, "wte": 1}),
+        ({"embed/weight": (100, 8), "pos_embed/weight": (16, 8)}, {"embed/weight": 1}),
+        (
+            {"cls": (8, 10), "token_proj": (8, 4), "bias_w": (8, 3)},
+            dict.fromkeys(["cls", "token_proj", "bias_w"], 8),
+        ),
+        ({"0": (4, 3), "1": (1, 3)}, {"0": 4}),
         ({"w": (5, 2), "scale": (2, 2), "ln_bias": (2, 2), "gamma": (3, 3)}, {"w": 5}),
     ],
 )
 def test_names_and_biases_tell_the_rest(params, want):
-    arrays = {name: np.ones(shape, np.float32) for name, shape in params.items()}
+    arrays = {}
+    for name, shape in params.items():
+        *folder, last = name.split("/")
+        (arrays.setdefault(*folder, {}) if folder else arrays)[last] = np.ones(shape, np.float32)
     net = ss.Network(lambda params, x: x, arrays)
     assert dict(zip(net.layout.shapes, net.layout.fan_ins, strict=True)) == want
 
@@ -185,3 +194,12 @@ def test_densities_see_inputs_and_outputs():
     arrays = jax.tree.map(np.ones, params, is_leaf=lambda leaf: isinstance(leaf, tuple))
     ss.kept_counts(ss.Network(lambda params, x: x, arrays).layout, density)
     assert seen == [(6, 6), (5, 4)]
+    seen.clear()
+    more = {"weight": (16, 4, 3, 2), "scan": {"kernel": (7, 6, 4), "bias": (7, 4)}}
+    arrays = jax.tree.map(np.ones, more, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    ss.kept_counts(ss.Network(lambda params, x: x, arrays).layout, density)
+    assert seen == [(6, 4), (3, 2, 4, 16)]
+    seen.clear()
+    ss.kept_counts(ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0))).layout, density)
+    assert (64, 32) in seen  # out of attention, 4 heads of 16
+    assert (3, 3, 32, 16) in seen  # transposed

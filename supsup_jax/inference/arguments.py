@@ -63,7 +63,7 @@ def check_input(x: PyTree) -> PyTree:
         number = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
         if not number or dtype in (np.uint8, np.int8):
             raise TypeError(f"{wanted}{dtype}")
-    least = 2 if len(leaves) == 1 else 1
+    least = 2 if hasattr(x, "ndim") else 1  # a bare array of one axis is a slip
     if any(leaf.ndim < least or leaf.shape[:1] != leaves[0].shape[:1] for leaf in leaves):
         raise ValueError(f"x must be [B, ...] with one B, got shape {shapes_of(x)}")
     if not num_rows(x):

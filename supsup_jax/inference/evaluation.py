@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -144,9 +144,9 @@ def evaluate(
 ) -> list[Row]:
     """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.
 
-    stream: where memory does not hold a task's images, `stream[i]` may also be an iterable of
-      batches, each a TaskData or what `as_data` takes for one. Those who decide together, and the
-      contexts of statistics, are then filled up across batches.
+    stream: of each task a TaskData, or a pair (inputs, labels). Where memory does not hold them,
+      `stream[i]` may also be an iterable of batches, each what `as_data` takes for a TaskData.
+      Those who decide together, and the contexts of statistics, are then filled up across batches.
     protocol: "given" (GG); or inferred, "paper" (the first image of each batch names the task for
       the batch), "per_example" (every image its own), "batch-m" (m images decide together).
     objective: what the inference minimises.
@@ -170,6 +170,8 @@ def evaluate(
     check_pair(net, store)
     check_objective(objective)
     rule = parse_rule(rule)
+    if metric is not None:
+        check_objective(metric, "metric")
     store = store.untyped()
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
@@ -235,8 +237,9 @@ def _check_ids(tasks, ids, num_tasks, protocol):
 
 def _parts(task, name, decide):
     """The TaskData of one task of a stream, each with its name."""
-    if isinstance(task, TaskData):
-        yield name, task
+    pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[0], "__array__")
+    if pair or isinstance(task, TaskData | Mapping):
+        yield name, as_data(task, name)
         return
     if not isinstance(task, Iterable):
         raise TypeError(f"{name} must be a TaskData, or batches of them, got {type(task).__name__}")

@@ -23,7 +23,7 @@ from supsup_jax.inference import arguments, schedule
 from supsup_jax.inference.schedule import Decisions, single
 from supsup_jax.kernels import contraction
 from supsup_jax.network import Network
-from supsup_jax.objectives import entropy
+from supsup_jax.objectives import entropy, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, StoreError, TaskBelief, num_rows
 
@@ -100,6 +100,8 @@ def alpha_gradient(
     x: [B, ...]. per_example: [B, K], row b the gradient of objective(logits[b]); otherwise [K],
     the gradient of the batch's mean objective (`golden/one_shot.npz`).
     A stateful network uses the statistics of the whole x under the mixture, held constant.
+    Where tasks differ in their number of labels, and the objective counts them: derivatives of
+    each task's own, made comparable as `schedule.by_labels` says.
     Raises TypeError or ValueError for arguments that do not fit, and for an empty store.
     """
     x = arguments.check_call(net, store, x, objective)
@@ -235,13 +237,20 @@ def one_shot_streamed(
             "parts are gone through twice: pass a list, or an object whose __iter__ starts anew, "
             f"not a {type(parts).__name__}"
         )
-    counts, num_tasks = 0, 0
+    counts, num_tasks, own = 0, 0, set()
     for part in parts:
         arguments.check_pair(net, part)
+        own |= {of_labels(objective, count) for count in part.label_counts or (None,)}
         counts = counts + part.counts().astype(jnp.uint32)
         num_tasks += int(part.num_tasks)
     if not num_tasks:
         raise StoreError("parts hold no store: pass at least one")
+    if len(own) > 1:
+        raise ValueError(
+            "the tasks of parts must have one number of labels for an objective that counts them: "
+            "those of several are compared in one store only, by one_shot"
+        )
+    (objective,) = own
     mean = counts.astype(jnp.float32) / np.float32(num_tasks)
     v = _gradients(net, mean, x, objective=objective, per_example=per_example)
     scores = jnp.concatenate(

@@ -51,8 +51,7 @@ def by_labels(
     the mean, .38 by the derivatives as they are, .24 to .50 by G of one number for all.
     """
     if not differ(objective, store):
-        count = store.label_counts[:1]
-        return scores(of_labels(objective, *count) if count else objective)
+        return scores(of_labels(objective, *(store.label_counts[:1] or (None,))))
     chosen = 0.0
     for count in store.label_counts:
         own = of_labels(objective, count)

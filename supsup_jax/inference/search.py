@@ -309,7 +309,7 @@ def _judge(net, store, objective, x, slot):
 
     def judged(task):
         counts = store.label_counts or (None,)
-        each = [objective if count is None else of_labels(objective, count) for count in counts]
+        each = [of_labels(objective, count) for count in counts]
         values = [-Uncertainty(net, one, task.state).values(task.mask, x) for one in each]
         if len(values) == 1:
             return values[0]

@@ -142,7 +142,8 @@ class MaskStore(Owned, TaskStore):
         task that finds no room is dropped, and the next call on the host raises StoreError.
         task: a Task, or a bare mask where the network has no state.
         num_labels: how many of the outputs, the first, are the task's labels, where tasks differ in
-          that: objectives of labels then count a task's own. Told of all tasks or of none.
+          that: objectives of labels then count a task's own. Told of all tasks or of none, of the
+          first outside jit.
         donate: consume this store's masks and statistics (in place, where nothing grows); its
           later use raises StoreError. Inside jit the caller's own donation decides.
         Raises TypeError or ValueError for a mask of another network, or not of 0 and 1 only.
@@ -172,7 +173,16 @@ class MaskStore(Owned, TaskStore):
         """
         i, store = self._index(i), self._labelled(num_labels)
         task = store.checked(task, num_labels)
-        return store._written(i, task, donate and not self._traced, append=False)
+        return store._written(i, task, donate and not self._traced, append=False)._recounted()
+
+    def _recounted(self):
+        """This store, that knows the numbers of labels that are left."""
+        if self._traced or self.num_labels is None:
+            return self
+        held = devices.on_host(self.num_labels)[: int(self.num_tasks)]
+        store = self.with_bank(self._bank)
+        store.label_counts = tuple(np.unique(held).tolist())
+        return store
 
     def _labelled(self, num_labels):
         """This store, with that number of labels among those that there are."""
@@ -184,6 +194,8 @@ class MaskStore(Owned, TaskStore):
             bank = arrays.empty(self.layout, state, self.capacity)
             store = self.with_bank(bank)
         if store.num_labels is None:
+            if self._traced:
+                raise ValueError("the first task that tells its num_labels is appended outside jit")
             return store
         check_int("num_labels", num_labels, 1)
         counts = tuple(sorted({*self.label_counts, int(num_labels)}))
@@ -199,7 +211,7 @@ class MaskStore(Owned, TaskStore):
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
         i = self._index(i)
-        return self.with_bank(arrays.remove(self.bank, i, self.layout, self.capacity))
+        return self.with_bank(arrays.remove(self.bank, i, self.layout, self.capacity))._recounted()
 
     def checked(self, task: Task | PyTree, num_labels: int | None = None) -> Task:
         """A task as `arrays.write` takes it, mask and statistics. Raises as `append`."""

@@ -54,6 +54,8 @@ def start_training(
     Arguments and errors as in `train_task`, whose scores it draws.
     """
     init_scores = check_start(key, net, config, init_scores)
+    if config.balanced:
+        raise ValueError("balanced draws from a task's data, and batches are given: balance those")
     return _start(key, net, init_scores, config)
 
 
@@ -74,7 +76,7 @@ def train_on_batches(
       program serves all. Later ones may be shorter, as the last of a loader's pass is; each new
       length compiles anew. As many are taken as there are steps to go; a loader, which can be gone
       through again, is, and what is a list or a generator must not end early.
-    key, init_scores: as in `train_task`.
+    key, init_scores: as in `train_task`. config: its shuffle has no part, and balanced is refused.
     start: progress to go on from, with the same key, and `batches` from that step on: then the
       result is what it would have been without the interruption, to the last bit. Not consumed.
     on_step: called with the number of steps taken and the progress after each step. The next

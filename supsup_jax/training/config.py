@@ -45,7 +45,10 @@ class Made:
 
     def __init__(self, function: Callable, *args: Any, **kwargs: Any):
         self._words = function, args, tuple(sorted(kwargs.items()))
-        hash(self._words)  # now, and not deep in a jitted call
+        try:
+            hash(self._words)
+        except TypeError as error:
+            raise TypeError(f"what Made is told must be hashable, got {self!r}: {error}") from error
 
     def make(self) -> Any:
         function, args, kwargs = self._words
@@ -61,7 +64,8 @@ class Made:
     def __repr__(self) -> str:
         function, args, kwargs = self._words
         words = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs)]
-        return f"Made({', '.join([function.__name__, *words])})"
+        name = getattr(function, "__name__", repr(function))
+        return f"Made({', '.join([name, *words])})"
 
 
 def _made(value):
@@ -106,14 +110,15 @@ class TrainConfig:
         else:
             named.append(("optimizer", OPTIMIZERS))
         for name, allowed in named:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            if (value := getattr(self, name)) not in allowed:
+                more = ", a transformation of optax, or Made of one" if name == "optimizer" else ""
+                raise ValueError(f"{name} must be one of {allowed}{more}, got {value!r}")
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
             check_int(name, getattr(self, name), least)
         if callable(self.learning_rate) or isinstance(self.learning_rate, Made):
             if self.schedule != "constant" or self.warmup_steps:
                 raise ValueError("a learning_rate of the step is a schedule: name no other")
-        elif not 0 < self.learning_rate < math.inf:
+        elif isinstance(self.learning_rate, str) or not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise ValueError(f"clip_norm must be positive, got {self.clip_norm!r}")
@@ -141,7 +146,11 @@ class TrainConfig:
             raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
 
     def _check_unnamed(self):
-        """Raises ValueError for fields that an optimizer of the user's own has no part in."""
+        """Raises TypeError for what makes no transformation, and ValueError for fields that an
+        optimizer of the user's own has no part in.
+        """
+        if not isinstance(made := _made(self.optimizer), optax.GradientTransformation):
+            raise TypeError(f"optimizer must make a transformation of optax, got {made!r}")
         for field in dataclasses.fields(self):
             if field.name in _OF_NAMED and getattr(self, field.name) != field.default:
                 raise ValueError(
@@ -151,7 +160,7 @@ class TrainConfig:
 
     @property
     def takes_classes(self) -> bool:
-        """Whether labels are the numbers of classes: by the default loss."""
+        """Whether labels are the numbers of classes: of any CrossEntropy."""
         return isinstance(self.loss, CrossEntropy)
 
     @property

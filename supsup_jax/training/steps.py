@@ -232,7 +232,7 @@ def check_start(key, net, config, init_scores):
     check_key(key)
     check_types(net, config)
     if isinstance(init_scores, str):
-        init_scores = whole_network(net, init_scores)
+        init_scores = whole_network(net, config, init_scores)
     if isinstance(init_scores, ScoreMean):
         check_scores(net.layout, init_scores.mean)
     elif init_scores is not None:
@@ -240,13 +240,18 @@ def check_start(key, net, config, init_scores):
     return init_scores
 
 
-def whole_network(net: Network, name: str = ALL) -> PyTree:
+def whole_network(net: Network, config: TrainConfig, name: str = ALL) -> PyTree:
     """The scores that `train_task` starts from by init_scores="all": each weight's magnitude.
 
     None is negative, so by the threshold all weights are kept; by top-k the largest are.
     """
     if name != ALL:
         raise ValueError(f"init_scores must be {ALL!r}, scores or a ScoreMean, got {name!r}")
+    if net.initializer is not None and config.rule == "topk":
+        raise ValueError(
+            f"init_scores={ALL!r} keeps the largest weights by topk, and those of "
+            f"{net.initializer} are all as large: leave init_scores out"
+        )
     leaves = named_leaves(net.params)
     return net.layout.tree(
         [jnp.abs(leaves[each].astype(jnp.float32)) for each in net.layout.shapes]

@@ -77,6 +77,8 @@ class StreamConfig:
             raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
         check_objective(self.objective)
         check_type("train", self.train, TrainConfig)
+        if self.train.balanced:
+            raise ValueError("balanced has no part in a stream, whose windows are given")
 
     def threshold(self, allocated: int) -> float:
         """What max nu must reach for T = `allocated` masks to know a batch."""

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from supsup_jax import devices, prng
-from supsup_jax.checks import check_type, is_traced
+from supsup_jax.checks import check_type, in_trace
 from supsup_jax.network import Network, primitives
 from supsup_jax.training.batches import TrainProgress, begin, finish
 from supsup_jax.training.config import TrainConfig
@@ -76,7 +76,7 @@ def train_task(
     check_type("data", data, TaskData)
     data.check()
     check_labels(net, data, config)
-    traced = is_traced((key, net, data, init_scores))
+    traced = in_trace(key, net, data, init_scores)
     if traced and on_step is not None:
         raise ValueError("on_step is called by the host: it has no meaning inside jit")
     single = not traced and mesh is None and slow_in_loops(net, data)
@@ -143,14 +143,14 @@ def train_tasks(
             "ones; call train_task on one after another to start from a ScoreMean"
         )
     if isinstance(init_scores, str):
-        one = whole_network(net, init_scores)
+        one = whole_network(net, config, init_scores)
         init_scores = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), one)
     if init_scores is not None:
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks, config)
     check_labels(net, _one_task(data, num_tasks, config), config)
-    traced = is_traced((keys, net, data, init_scores))
+    traced = in_trace(keys, net, data, init_scores)
     if on_step is not None and (traced or mesh is not None):
         raise ValueError("on_step is called by the host: it has no meaning inside jit or on a mesh")
     single = not traced and mesh is None and slow_in_loops(net, _one_task(data, num_tasks, config))
@@ -363,6 +363,8 @@ def _own_fields(data, num_tasks, config):
     if not config.takes_classes:  # labels of several axes may be shared, too
         leading = {leaf.shape[:2] for leaf in jax.tree.leaves((data.inputs, data.labels))}
         own = leading == {data.labels.shape[:2]} and len(data.labels) == num_tasks
+        bare = isinstance(data.inputs, jax.Array) and data.inputs.ndim < 3
+        own = own and data.view is None and not bare
     if own:
         return {"inputs": data.inputs, "labels": data.labels}
     return {} if data.view is None else {"view": data.view}

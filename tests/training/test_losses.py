@@ -115,6 +115,10 @@ def test_balanced_draws_every_class_alike():
     assert len(np.unique(index[labels[index] == 0])) > 360
     with pytest.raises(ValueError, match="balanced draws its own order"):
         ss.TrainConfig(balanced=True, shuffle=False)
+    with pytest.raises(ValueError, match="balanced has no part in a stream"):
+        ss.stream.StreamConfig(train=config)
+    with pytest.raises(ValueError, match="batches are given: balance those"):
+        ss.start_training(KEY, relu_net((6, 5)), config)
 
 
 def test_an_optimizer_of_ones_own_is_the_named_one(small_net):
@@ -128,6 +132,14 @@ def test_an_optimizer_of_ones_own_is_the_named_one(small_net):
         jax.tree.map(np.testing.assert_array_equal, got, want)
     with pytest.raises(ValueError, match="weight_decay is a field of the named optimizers"):
         dataclasses.replace(plain, optimizer=made, weight_decay=0.1)
+    for optimizer, error, message in (
+        (optax.adamw, ValueError, "a transformation of optax, or Made of one"),
+        (ss.Made(optax.constant_schedule, 0.1), TypeError, "must make a transformation"),
+    ):
+        with pytest.raises(error, match=message):
+            ss.TrainConfig(optimizer=optimizer)
+    with pytest.raises(TypeError, match="must be hashable"):
+        ss.Made(optax.chain, [1])
 
 
 def test_equal_words_make_equal_optimizers_that_trace_once(small_net):
@@ -165,7 +177,7 @@ def test_starting_from_the_whole_network(rule):
     given = {name: np.asarray(leaf) for name, leaf in scores_of(relu_net((6, 6, 5))).items()}
     net = ss.Network(relu_net((6, 6, 5)).apply, given)
     config = dataclasses.replace(FAST, rule=rule, density=0.5 if rule == "topk" else None)
-    start = steps.whole_network(net)
+    start = steps.whole_network(net, config)
     mask = config.mask(net.layout, start)
     for name, leaf in given.items():
         smallest = np.sort(np.abs(leaf).ravel())[leaf.size - round(leaf.size / 2)]
@@ -178,6 +190,9 @@ def test_starting_from_the_whole_network(rule):
     np.testing.assert_array_equal(together.loss[0], by_name.loss)
     with pytest.raises(ValueError, match="init_scores must be 'all'"):
         ss.train_task(KEY, net, toy_data(), config, "half")
+    if rule == "topk":
+        with pytest.raises(ValueError, match="are all as large"):
+            ss.train_task(KEY, relu_net((6, 6, 5)), toy_data(), config, "all")
 
 
 def test_signs_of_life_change_nothing(small_net):
@@ -205,6 +220,8 @@ def test_signs_of_life_change_nothing(small_net):
     )
     with pytest.raises(ValueError, match="no meaning inside jit"):
         jax.jit(lambda key: ss.train_task(key, small_net, toy_data(), FAST, on_step=on_step))(KEY)
+    with pytest.raises(ValueError, match="no meaning inside jit"):
+        jax.jit(lambda: ss.train_task(KEY, small_net, toy_data(), FAST, on_step=on_step))()
 
 
 class Convolves(nnx.Module):
@@ -231,6 +248,8 @@ def test_a_convolution_outside_loops_and_call_by_call_arguments():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
     many = ss.train_tasks(KEY[None], net, data, config)
     np.testing.assert_allclose(many.loss[0], got.loss, rtol=1e-5)
+    closed_over = jax.jit(lambda: ss.train_task(KEY, net, data, config).loss)()
+    np.testing.assert_allclose(closed_over, got.loss, rtol=1e-4)
     # Dropout draws anew at each step, and not at all in prediction.
     start, after = jax.tree.leaves(net.state), jax.tree.leaves(got.task.state)
     assert any((a != b).any() for a, b in zip(start, after, strict=True))
