@@ -13,7 +13,9 @@ pretrained   a conv net trained on five classes; masks on its weights, from the 
              (init_scores="all") and from drawn scores, learn the other five. Beside them masks on
              random weights, and all weights trained on; with the bytes that each takes a task.
 
-Writes result.json to --out and prints its rows.
+Writes result.json to --out and prints its rows. Seed 0: text GG .916, task accuracy by one gradient
+.21 (chance .20); pretrained .741 from the whole backbone, .708 from drawn scores, .720 on random
+weights, .760 for all weights, which take 32 times the bytes.
 """
 
 import dataclasses
