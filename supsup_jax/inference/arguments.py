@@ -65,7 +65,9 @@ def check_input(x: PyTree) -> PyTree:
             raise TypeError(f"{wanted}{dtype}")
     least = 2 if hasattr(x, "ndim") else 1  # a bare array of one axis is a slip
     if any(leaf.ndim < least or leaf.shape[:1] != leaves[0].shape[:1] for leaf in leaves):
-        raise ValueError(f"x must be [B, ...] with one B, got shape {shapes_of(x)}")
+        raise ValueError(
+            f"x must be [B, ...] with one B, got shape {shapes_of(x)}: a single example is x[None]"
+        )
     if not num_rows(x):
         raise ValueError(f"x must be [B, ...] with B >= 1, got shape {shapes_of(x)}")
     return x

@@ -154,7 +154,10 @@ def split_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], memoryview]
     text = data[: data.find(b"\n")]
     check, rest = data[len(text) + 1 : len(text) + 66], memoryview(data)[len(text) + 66 :]
     if check != sha256(text).hex().encode() + b"\n":
-        raise StoreError(f"{file} does not match its checksum: it is damaged, or of something else")
+        raise StoreError(
+            f"{file} does not match its checksum: it is damaged, or of something else; restore it "
+            "from a copy"
+        )
     try:
         manifest = json.loads(text)
         if not isinstance(manifest, dict):
@@ -204,7 +207,10 @@ def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
     path = Path(path)
     manifest, data = split_manifest(path.read_bytes(), path)
     if len(data) < HEAD_BYTES + SHA_BYTES or checksum(data) is None:
-        raise StoreError(f"{path}: the record in it does not match its checksum: it is damaged")
+        raise StoreError(
+            f"{path}: the record in it does not match its checksum: it is damaged or cut short; "
+            "restore it from a copy"
+        )
     return manifest, parse_record(data, 0, path)
 
 

@@ -116,8 +116,8 @@ def train_tasks(
     """Learns T tasks in one program: what `train_task` learns of each key and view, to rounding.
 
     keys: random keys [T], one a task.
-    data: images [N, ...] and labels [N] that all tasks share, never copied; its view is
-      [T, ...], one a task, or None where the tasks differ in their keys only. Or images
+    data: inputs [N, ...] and labels [N] that all tasks share, never copied; its view is
+      [T, ...], one a task, or None where the tasks differ in their keys only. Or inputs
       [T, N, ...] and labels [T, N], each task its own, without a view.
     init_scores: where scores start, each leaf [T, ...]; drawn when None. It is not consumed.
     mesh: deals the tasks out to all its devices, an even share of consecutive ones to each, which
