@@ -1,10 +1,15 @@
 """The one place that knows how a mask becomes bits.
 
-The masked leaves of a network, in the pytree's own order, form one flat vector of n weights.
+The masked leaves of a network, in the pytree's own order, hold n weights.
 
-*Words.* n weights fill nw = ceil(n / 32) uint32 words in bit-plane order: weight j is bit
-j // nw of word j % nw. Unpacking is then a shift and a reshape [32, nw] -> [n], with nothing to
-interleave, and any float vector over the weights lines up with the words as reshape(32, nw).
+*Words.* A word of 32 bits holds 32 inputs of one unit, so that its weights have no gradient where
+the unit is dead: of a single image's gradient nearly half of the words are zero. A leaf
+[..., in, out] is a matrix [rows, out] of G = ceil(rows / 32) words a column, side by side: row r of
+column o is bit r // G of the column's word r % G. The words of one leaf after another are the nw
+of a mask. Leaves whose rows would leave more than an eighth of the bits unused are one column.
+
+*Vectors.* A float for each bit, [32 nw], 0 where a bit stands for no weight, lines up with the
+words as reshape(32, nw). `ravel` makes one of a pytree and `unravel` the reverse.
 
 *Tiles.* A store keeps its tasks as [num_tiles, nw, lanes] words, the task axis minor: task i is
 lane i % lanes of tile i // lanes. The lanes of a tile are the vector lanes of the arithmetic, and
@@ -113,7 +118,7 @@ class Layout:
     @property
     def num_words(self) -> int:
         """nw."""
-        return -(-self.num_weights // WORD_BITS)
+        return sum(words * columns for _, words, columns in self.columns)
 
     def leaves(self, tree: PyTree, what: str) -> list[jax.Array]:
         """The leaves of a mask-like `tree` in order.
@@ -137,23 +142,40 @@ class Layout:
         """A mask-like pytree of `leaves`, None where not masked."""
         return jax.tree.unflatten(self.treedef, leaves)
 
+    @functools.cached_property
+    def columns(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each leaf as a matrix: rows, words of a column, columns."""
+        return tuple(_columns(shape) for _, shape in self.named_shapes)
+
     def ravel(self, tree: PyTree, what: str) -> jax.Array:
-        """A mask-like pytree as one flat vector [n]."""
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in self.leaves(tree, what)])
+        """A mask-like pytree as a vector [32 nw], 0 where a bit stands for no weight."""
+        return self.ravel_leaves(self.leaves(tree, what))
+
+    def ravel_leaves(self, leaves: list[jax.Array]) -> jax.Array:
+        """As `ravel`, of leaves in order."""
+        planes = []
+        for leaf, (rows, words, columns) in zip(leaves, self.columns, strict=True):
+            matrix = jnp.pad(leaf.reshape(rows, columns), [(0, WORD_BITS * words - rows), (0, 0)])
+            matrix = matrix.reshape(WORD_BITS, words, columns)
+            planes.append(matrix.swapaxes(1, 2).reshape(WORD_BITS, -1))
+        return jnp.concatenate(planes, axis=1).reshape(-1)
 
     def unravel(self, flat: jax.Array) -> PyTree:
-        """The mask-like pytree of a vector [n, or longer: padding is dropped]."""
-        leaves, start = [], 0
-        for _, shape in self.named_shapes:
-            size = math.prod(shape)
-            leaves.append(flat[start : start + size].reshape(shape))
-            start += size
+        """The mask-like pytree of a vector [32 nw]."""
+        leaves, start, planes = [], 0, flat.reshape(WORD_BITS, -1)
+        for (_, shape), (rows, words, columns) in zip(self.named_shapes, self.columns, strict=True):
+            mine = planes[:, start : start + words * columns]
+            mine = mine.reshape(WORD_BITS, columns, words).swapaxes(1, 2)
+            leaves.append(mine.reshape(-1, columns)[:rows].reshape(shape))
+            start += words * columns
         return self.tree(leaves)
 
-    def pad(self, flat: jax.Array) -> jax.Array:
-        """[..., n] -> [..., 32 nw], zeros behind."""
-        spare = WORD_BITS * self.num_words - self.num_weights
-        return jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, spare)])
+
+def _columns(shape):
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    if -rows % WORD_BITS > rows / 8:
+        rows, columns = rows * columns, 1
+    return rows, -(-rows // WORD_BITS), columns
 
 
 def pack(bits: jax.Array) -> jax.Array:

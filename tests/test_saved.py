@@ -184,7 +184,7 @@ def test_a_file_of_the_former_format_says_what_reads_it(net, kind, tmp_path):
     np.savez(tmp_path / "s.npz", manifest=np.frombuffer(text + bytes(32), np.uint8), a=np.ones(3))
     with pytest.raises(
         ss.StoreError,
-        match=r"s\.npz was written by supsup_jax 0\.1\.0 in format 1; this release reads format 2: "
+        match=r"s\.npz was written by supsup_jax 0\.1\.0 in format 1; this release reads format 3: "
         r"load it with supsup_jax 0\.1\.0",
     ):
         KINDS[kind].load(tmp_path / "s.npz", net)

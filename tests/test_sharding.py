@@ -66,14 +66,13 @@ def test_contiguous_blocks_of_tasks_there_and_back(net, num_tasks):
     store = filled_store(net, masks, capacity=16)
     sharded = ss.shard(store, mesh_of(task=8))
     assert sharded.capacity == 8 * -(-num_tasks // 8)
-    each, flat = sharded.capacity // 8, np.zeros((sharded.capacity, net.layout.num_weights))
+    each, flat = sharded.capacity // 8, np.zeros((sharded.capacity, 32 * net.layout.num_words))
     for task, mask in enumerate(masks):
-        flat[task] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(mask)])
+        flat[task] = net.layout.ravel(mask, "it")
     for s, part in enumerate(sharded.bank.words.addressable_shards):
         rows = np.moveaxis(np.asarray(part.data), 1, 2).reshape(-1, net.layout.num_words)[:each]
         bits = rows[:, None] >> np.arange(32, dtype=np.uint32)[:, None] & 1
-        bits = bits.reshape(each, -1)[:, : net.layout.num_weights]
-        np.testing.assert_array_equal(bits, flat[s * each : (s + 1) * each])
+        np.testing.assert_array_equal(bits.reshape(each, -1), flat[s * each : (s + 1) * each])
     assert_same_tasks(sharded.gathered(), store)
 
 

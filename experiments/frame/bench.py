@@ -59,25 +59,32 @@ def network(name: str, seed: int) -> ss.Network:
 def random_store(
     net: ss.Network, num_tasks: int, learned: ss.MaskStore | None = None
 ) -> ss.MaskStore:
-    """`num_tasks` masks: those of `learned` first, the others independent fair bits.
+    """`num_tasks` masks: those of `learned` first, the others of independent bits.
 
-    To a network, another task's mask is little else: two masks learned by the threshold rule
-    agree on half of the weights.
+    Each bit is as often 1 as in the learned masks, to a sixteenth; without these in half of all.
+    To a network, another task's mask is little else.
     """
     first = min(num_tasks, int(learned.num_tasks)) if learned is not None else 0
     store = ss.MaskStore.create(net, num_tasks)
     tiles, num_words, lanes = store.bank.words.shape
-    # 1 wherever a bit stands for a weight: the last words may hold fewer than 32.
-    whole = pack(net.layout.pad(jnp.ones(net.layout.num_weights, bool)))
+    layout = net.layout
+    half = layout.tree([jnp.full(shape, 0.5) for shape in layout.shapes.values()])
+    sixteenths = jnp.round(16 * layout.ravel(learned.mixture() if first else half, "the mean"))
+    # Words of the digits of each bit's frequency, the lowest first.
+    sixteenths = jnp.minimum(sixteenths, 15).astype(jnp.int32)
+    digits = [pack((sixteenths >> digit) & 1)[:, None] for digit in range(4)]
 
     @jax.jit
     def draw():
         def tile(i):
-            words = jax.random.bits(
-                jax.random.fold_in(jax.random.key(0), i), (num_words, lanes), jnp.uint32
-            )
+            key = jax.random.fold_in(jax.random.key(0), i)
+            words = jnp.zeros((num_words, lanes), jnp.uint32)
+            # A digit that is 1 makes of the chance so far (1 + p) / 2, one that is 0 makes p / 2.
+            for n, digit in enumerate(digits if first else digits[-1:]):
+                more = jax.random.bits(jax.random.fold_in(key, n), words.shape, jnp.uint32)
+                words = (words & more) | (digit & (words | more))
             task = i * lanes + jnp.arange(lanes)
-            return jnp.where((task < num_tasks)[None], words & whole[:, None], 0)
+            return jnp.where((task < num_tasks)[None], words, 0)
 
         return jax.lax.map(tile, jnp.arange(tiles, dtype=jnp.int32))
 

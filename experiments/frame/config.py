@@ -111,10 +111,12 @@ def saved_config(out: Path) -> Config:
     """The config of the run in `out`. Raises UsageError where there is none."""
     fields = Run.saved(out)["config"]
     tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    trainings = {
-        name: fields[name] and ss.TrainConfig(**fields[name]) for name in ("train", "later")
-    }
+    trainings = {name: fields[name] and _training(fields[name]) for name in ("train", "later")}
     return Config(**{**fields, **tuples, **trainings})
+
+
+def _training(fields):
+    return ss.TrainConfig(**{**fields, "loss": ss.losses.CrossEntropy(**fields["loss"])})
 
 
 def load(config: Any, args: Args) -> data.Dataset:

@@ -19,6 +19,7 @@ from supsup_jax.baselines.sharing import (
     put_leaves,
 )
 from supsup_jax.checks import check_int
+from supsup_jax.kernels.race import Finish
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
@@ -141,7 +142,7 @@ class FactorStore(TaskStore):
         return dataclasses.replace(self, factors=factors, states=states, num_tasks=num_tasks)
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
-        """<v, t_i s_i'> for every task: [..., K] of v [..., n]; one form, so any name does."""
+        """<v, t_i s_i'> for every task: [..., K] of v [..., 32 nw]; one form, so any name does."""
         del implementation
         if v.ndim > 1:
             return jax.vmap(self.contract)(v)
@@ -153,6 +154,7 @@ class FactorStore(TaskStore):
         ]
         return jnp.where(self.slots, sum(scores), 0)
 
-    def certified_scores(self, v: jax.Array) -> jax.Array:
-        """As `contract`, -inf where there is no task: nothing here is coarse."""
-        return jnp.where(self.slots, self.contract(v), -jnp.inf)
+    def best_scores(self, v: jax.Array, error: float | None = None) -> Finish:
+        """As of `MaskStore`; all scores are exact, whatever the error."""
+        del error
+        return Finish(jnp.where(self.slots, self.contract(v), -jnp.inf), jnp.float32(1))

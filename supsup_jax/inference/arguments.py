@@ -1,6 +1,8 @@
 """What the rules of inference are called with, checked before anything is compiled."""
 
+import numbers
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,29 @@ from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, num_rows, shapes_of
 
-# An implementation that is no form of contraction: see `kernels.certify`.
 CERTIFIED = "certified"
+
+
+class Race(NamedTuple):
+    """An implementation that is no form of contraction: `kernels.race`, at this error."""
+
+    error: float | None = None
+
+
+def how_to_contract(implementation: str | None, error: float | None) -> str | Race | None:
+    """Of the two arguments of `one_shot`. Raises TypeError or ValueError for what is none."""
+    if error is not None:
+        if isinstance(error, bool) or not isinstance(error, numbers.Real):
+            raise TypeError(f"error must be a probability between 0 and 1, got {error!r}")
+        if not 0 < error < 1:
+            raise ValueError(f"error must lie between 0 and 1, both excluded, got {error}")
+        if implementation is not None:
+            raise ValueError(
+                f"error is for implementation=None, got {implementation!r}, which makes none"
+            )
+        return Race(float(error))
+    contraction.check_implementation(implementation, CERTIFIED)
+    return Race() if implementation == CERTIFIED else implementation
 
 
 def check_call(
@@ -20,14 +43,12 @@ def check_call(
     store: TaskStore,
     x: PyTree,
     objective: Objective,
-    implementation: str | None = None,
 ) -> PyTree:
     """x of `check_input`. Raises TypeError or ValueError for arguments that do not fit, and for an
     empty store.
     """
     check_pair(net, store)
     check_objective(objective)
-    contraction.check_implementation(implementation, CERTIFIED)
     return check_input(x)
 
 

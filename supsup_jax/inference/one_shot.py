@@ -61,25 +61,30 @@ def one_shot(
     objective: Objective = entropy,
     per_example: bool = True,
     implementation: str | None = None,
+    error: float | None = None,
 ) -> TaskBelief:
     """The task whose coefficient most lowers the uncertainty: argmax_i -dF/da_i at a = 1/T.
 
     per_example: task [B], scores [B, K], each row of x for itself; otherwise one decision of the
     whole batch, task [] and scores [K]. Statistics and errors as `alpha_gradient`.
     implementation: how the gradient meets the masks. None: exact (float32), by whatever is fast
-      for the device and the sizes. "certified": twice as fast on CPU; the same task, found from
-      coarse scores with a proven bound on their error (see `certify`), which come back coarse but
-      for those in doubt. Any name of `contraction.contract` forces that form.
-    Raises as `alpha_gradient`, and ValueError for "certified" where tasks differ in their number of
-    labels and the objective counts them: a certificate is of one gradient.
+      for the device and the sizes. "certified": the same task with certainty, from coarse scores,
+      on CPU; those of tasks that have lost stay as they were read. Any name of
+      `contraction.contract` forces that form.
+    error: the accepted probability, of each decision, of another task than the exact one, such as
+      1e-6: on CPU a share of the masks' bits is read. `kernels.race` says under what assumption.
+    Raises as `alpha_gradient`, and ValueError for an error outside (0, 1) or beside an
+    implementation, and for either where tasks differ in their number of labels and the objective
+    counts them: a bound is on one gradient.
     """
-    x = arguments.check_call(net, store, x, objective, implementation)
-    if implementation == arguments.CERTIFIED and schedule.differ(objective, store):
+    how = arguments.how_to_contract(implementation, error)
+    x = arguments.check_call(net, store, x, objective)
+    if isinstance(how, arguments.Race) and schedule.differ(objective, store):
         raise ValueError(
-            "implementation must be None or a form of contraction where tasks differ in their "
-            "number of labels: a certificate is of one gradient"
+            "implementation must be None or a form of contraction, and error None, where tasks "
+            "differ in their number of labels: a certificate is of one gradient"
         )
-    return _one_shot(net, store, x, objective, per_example, implementation)
+    return _one_shot(net, store, x, objective, per_example, how)
 
 
 @schedule.compiled(num_options=1)
@@ -179,7 +184,7 @@ class Uncertainty:
         return values.astype(jnp.float32)
 
     def gradient(self, mixture: PyTree, x: PyTree) -> jax.Array:
-        """dF/dW_eff * W as one vector [n], F the mean over x [m, ...].
+        """dF/dW_eff * W as one vector [32 nw], F the mean over x [m, ...].
 
         As W_eff = W * mixture, that is the gradient in the mixture.
         """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
-from supsup_jax.inference.arguments import CERTIFIED
+from supsup_jax.inference.arguments import Race
 from supsup_jax.network import primitives
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -194,8 +194,8 @@ def fastest(function: Callable, store: TaskStore, x: PyTree) -> PyTree:
     exact = functools.partial(function, implementation=None)
     if _few_tasks(store, Decisions(x)) or len(store.label_counts) > 1:
         return exact(x)
-    certified = functools.partial(function, implementation=CERTIFIED)
-    return lax.platform_dependent(x, cpu=certified, default=exact)
+    race = functools.partial(function, implementation=Race())
+    return lax.platform_dependent(x, cpu=race, default=exact)
 
 
 def piece_size(store: TaskStore) -> int:
@@ -204,16 +204,18 @@ def piece_size(store: TaskStore) -> int:
 
 
 def _product(store, implementation):
-    """dF/da [..., K] of v [..., n], or [n] and [d, n].
+    """dF/da [..., K] of v [..., 32 nw].
 
-    Scores are -dF/da, higher is better: `certified_scores` is one of them, hence its two minuses.
+    Scores are -dF/da, higher is better: `best_scores` is one of them, hence its two minuses.
     """
 
-    def certified(v):
-        return lax.map(certified, v) if v.ndim > 1 else -store.certified_scores(-v)
+    def race(v):
+        if v.ndim > 1:
+            return lax.map(race, v)
+        return -store.best_scores(-v, implementation.error).scores
 
-    if implementation == CERTIFIED:
-        return certified
+    if isinstance(implementation, Race):
+        return race
     return functools.partial(store.contract, implementation=implementation)
 
 

@@ -199,7 +199,7 @@ def write(
 
 
 def _bits(leaves, layout):
-    return layout.pad(jnp.concatenate([jnp.ravel(leaf) != 0 for leaf in leaves]))
+    return layout.ravel_leaves([leaf != 0 for leaf in leaves])
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))

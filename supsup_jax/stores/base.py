@@ -19,7 +19,7 @@ class TaskStore:
     """What inference asks of the tasks it chooses among: a MaskStore, or a baseline's like it.
 
     A subclass, a pytree, has `layout`, `capacity` (K, static), `num_tasks` (int32 []), `task(i)`,
-    `mixture(alphas)`, `contract(v, implementation)`, `certified_scores(v)` and `taken(ids,
+    `mixture(alphas)`, `contract(v, implementation)`, `best_scores(v, error)` and `taken(ids,
     num_tasks)` as MaskStore has; its masks may hold any real numbers.
 
     The rest is here as it is for a store on one device. Over a mesh (see `sharded`) every device

@@ -11,7 +11,7 @@ import numpy as np
 from supsup_jax import devices
 from supsup_jax.checks import check_int, check_type, is_traced
 from supsup_jax.devices import SLOTS, WHOLE
-from supsup_jax.kernels import certify, contraction
+from supsup_jax.kernels import contraction, race
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays
 from supsup_jax.stores.base import TaskStore, checked_task
@@ -263,19 +263,21 @@ class MaskStore(Owned, TaskStore):
         return self.bank.counts
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
-        """<v, M_i> for every task: [..., K] of v [..., n] in the layout's order; 0 if no task.
+        """<v, M_i> for every task: [..., K] of v [..., 32 nw] as `Layout.ravel`; 0 if no task.
 
         implementation: as in `contraction.contract`; None chooses.
         """
         bank = self.bank
-        s = contraction.contract(bank.words, self.layout.pad(v), bank.num_tasks, implementation)
+        s = contraction.contract(bank.words, v, bank.num_tasks, implementation)
         return s[..., : self.capacity]
 
-    def certified_scores(self, v: jax.Array) -> jax.Array:
-        """[K] of v [n], whose argmax is that of `contract`: see `certify`. -inf if no task."""
-        bank, v = self.bank, self.layout.pad(v)
-        scores = certify.best_scores(bank.words, v, bank.num_tasks, self.devices)
-        return scores[: self.capacity]
+    def best_scores(self, v: jax.Array, error: float | None = None) -> race.Finish:
+        """Scores [K] of v [32 nw] whose argmax is that of `contract`, -inf if no task, and the
+        share of the masks' words that was read. error: as of `race.best_scores`.
+        """
+        bank = self.bank
+        finish = race.best_scores(bank.words, v, bank.num_tasks, error, self.devices)
+        return finish._replace(scores=finish.scores[: self.capacity])
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Writes the store to the file `path`, wholly or not at all; `docs/format.md` is its page.

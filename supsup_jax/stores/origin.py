@@ -23,8 +23,9 @@ from supsup_jax.stores import records
 from supsup_jax.types import Labelled, PyTree, StoreError
 from supsup_jax.version import __version__
 
-VERSION = 2  # of all that is written: folders, files, coded masks
-_FORMER, _FORMER_WRITER = 1, "supsup_jax 0.1.0"
+VERSION = 3  # of all that is written: folders, files, coded masks
+# Format 1 was framed otherwise; in 2 a word held weights from all over the network.
+_FORMER = {1: "supsup_jax 0.1.0", 2: "an earlier supsup_jax 0.2.0"}
 
 # Of one task's statistics, by name.
 States = dict[str, tuple[np.dtype, tuple[int, ...]]]
@@ -200,10 +201,11 @@ def read_manifest(
 
 def check_version(what: Any, version: Any) -> None:
     """Raises StoreError, saying what reads it, unless `what` is of the version read here."""
-    if version == _FORMER:
+    if version in _FORMER:
+        writer = _FORMER[version]
         raise StoreError(
-            f"{what} was written by {_FORMER_WRITER} in format {_FORMER}; this release reads "
-            f"format {VERSION}: load it with {_FORMER_WRITER}"
+            f"{what} was written by {writer} in format {version}; this release reads "
+            f"format {VERSION}: load it with {writer}"
         )
     if version != VERSION:
         raise StoreError(
@@ -247,7 +249,7 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[recor
     with open(path, "rb") as file:
         start = file.read(1024)
     if start.startswith(b"PK\3\4") and b'"supsup_jax.' in start:  # a NumPy archive of ours
-        check_version(path, _FORMER)
+        check_version(path, 1)
     manifest, record = records.read_alone(path)
     _, states = read_manifest(manifest, kind, path, net)
     return record, like_state(net, "num_labels" in states)

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from supsup_jax import devices
 from supsup_jax.checks import check_int, check_type
 from supsup_jax.devices import DATA, ROWS, SLOTS, TASK, WHOLE
+from supsup_jax.kernels import race
 from supsup_jax.layout import WORD_BITS
 from supsup_jax.network import Network
 from supsup_jax.stores import arrays
@@ -147,16 +148,16 @@ class ShardedStore(MaskStore):
         return _mixture(self, alphas)  # a sum over all devices, n floats
 
     def contract(self, v: jax.Array, implementation: str | None = None) -> jax.Array:
-        """As `MaskStore.contract`: [..., K] along `task`, of v [..., n] on every device."""
+        """As `MaskStore.contract`: [..., K] along `task`, of v [..., 32 nw] on every device."""
         self.check_usable()
         return _contract(self, v, implementation)
 
-    def certified_scores(self, v: jax.Array) -> jax.Array:
-        """As `MaskStore.certified_scores`: devices tell each other their best, and how many doubts
-        they have.
+    def best_scores(self, v: jax.Array, error: float | None = None) -> race.Finish:
+        """As `MaskStore.best_scores`: after each round devices tell each other their best, and how
+        many tasks are left.
         """
         self.check_usable()
-        return _certified_scores(self, v)
+        return _best_scores(self, v, error)
 
     def gathered(self) -> MaskStore:
         """The same tasks in one store on one device."""
@@ -284,9 +285,10 @@ def _contract(store, v, implementation):
     return store.spread(lambda store, v: store.contract(v, implementation), (v, WHOLE), out=out)
 
 
-@jax.jit
-def _certified_scores(store, v):
-    return store.spread(lambda store, v: store.certified_scores(v), (v, WHOLE), out=SLOTS)
+@functools.partial(jax.jit, static_argnames="error")
+def _best_scores(store, v, error):
+    out = race.Finish(SLOTS, WHOLE)
+    return store.spread(lambda store, v: store.best_scores(v, error), (v, WHOLE), out=out)
 
 
 def _tiled_anew(store, new_capacity, new_parts):

@@ -1,0 +1,197 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from supsup_jax.kernels import fixed_point, race
+from tests.test_contraction import contract, problem, tiled
+
+ENDS = {  # (planes, SHORTLIST) that lead to each way in which a race ends
+    "certain": (20, 16),
+    "rescored": (3, 64),
+    "all exact": (3, 1),
+}
+
+
+def finish(words, v, num_tasks, error=None):
+    return race.best_scores(words, v, num_tasks, error)
+
+
+@pytest.fixture(params=ENDS)
+def end(request, monkeypatch):
+    planes, shortlist = ENDS[request.param]
+    monkeypatch.setattr(race, "CERTAIN_PLANES", planes)
+    monkeypatch.setattr(race, "PLANES", min(planes, 12))
+    monkeypatch.setattr(race, "FEW", 1)
+    monkeypatch.setattr(race, "SHORTLIST", shortlist)
+    return request.param
+
+
+@pytest.mark.parametrize("error", [None, 1e-6])
+def test_names_the_exact_task(end, error):
+    best = jax.jit(functools.partial(finish, error=error))
+    for seed in range(10):
+        words, masks, v, num_tasks = problem(9, 2, 16, 27, seed=seed)
+        exact = masks @ v.astype(np.float64)
+        scores = np.asarray(best(words, v, num_tasks).scores)
+        assert scores.argmax() == exact[:27].argmax()
+        assert (scores[27:] == -np.inf).all()
+        np.testing.assert_allclose(
+            scores.max(), exact[:27].max(), rtol=1e-4, atol=0.05 if end == "certain" else 1e-4
+        )
+        if end == "all exact":
+            np.testing.assert_allclose(scores[:27], exact[:27], rtol=1e-4, atol=1e-4)
+
+
+def long_problem(unit, seed=0, rows=900):
+    """40 masks, a third of whose words have v = 0; the score of mask `unit` stands out."""
+    words, masks, v, num_tasks = problem(rows, 1, 48, 40, seed=seed)
+    values = v.reshape(32, rows)
+    values[:, rows * 2 // 3 :] = 0
+    masks[unit] = np.where(np.random.default_rng(seed).random(v.size) < 0.2, v > 0, masks[unit])
+    return tiled(masks, 48), masks, values.reshape(-1), num_tasks
+
+
+def test_words_of_zeros_are_never_read_and_a_likely_answer_costs_less():
+    """Of 900 words, 4 rounds, 600 are not 0: 3 rounds are read for certainty."""
+    assert 3 < 900 / (race.RUN_ROWS * race.ROUND_RUNS) < 4
+    certain, likely = (jax.jit(functools.partial(finish, error=error)) for error in (None, 1e-6))
+    for unit in range(5):
+        words, masks, v, num_tasks = long_problem(unit, seed=unit)
+        exact = (masks @ v.astype(np.float64))[:40]
+        assert exact.argmax() == unit
+        for best, most in ((certain, 3 / 4), (likely, 2 / 4)):
+            found = best(words, v, num_tasks)
+            assert int(found.scores.argmax()) == unit and found.share <= most
+
+
+@pytest.mark.parametrize("error", [None, 1e-3])
+def test_scores_and_slack_after_each_round_are_those_of_a_plain_loop(error):
+    """The sums are of the words read, and no two masks' differ from what they are for v itself by
+    more than is held against them; what is held against unread words is the closed form.
+    """
+    words, masks, v, num_tasks = long_problem(3)
+    rounds, values = race._course(v, error).runs, v.reshape(32, -1).astype(np.float64)
+    energy = np.pad((values**2).sum(0), (0, -900 % race.RUN_ROWS)).reshape(-1, race.RUN_ROWS).sum(1)
+    order = np.asarray(rounds).reshape(-1)
+    assert sorted(order) == list(range(len(order)))
+    energy = np.pad(energy, (0, len(order) - len(energy)))
+    assert (np.diff(energy[order]) <= 1e-3).all()
+
+    @jax.jit
+    def after(words, v, num_tasks, count):
+        course = race._course(v, error)
+        slack = race._slack(v, course, error, num_tasks)
+        start = jnp.zeros((1, race.ROUND_RUNS, 48), jnp.float32)
+        standing = race.Standing(jnp.int32(0), start, jnp.float32(0), num_tasks)
+        read = functools.partial(race._add_round, words, v, course)
+        standing = jax.lax.fori_loop(0, count, lambda _, s: read(s, error, num_tasks), standing)
+        return standing.sums.sum(1)[0], slack(standing)
+
+    planes = race.PLANES if error else race.CERTAIN_PLANES
+    step = np.abs(values).max(0) / (2 ** (planes - 1) - 1)
+    log = np.log(2 * 40 * len(rounds)) - np.log(error or 1)
+    for count in range(4):
+        scores, slack = map(np.asarray, after(words, v, num_tasks, count))
+        read = np.repeat(np.isin(np.arange(len(order)), order[: count * race.ROUND_RUNS]), 16)[:900]
+        left = values[:, ~read]
+        if error:
+            dither = np.sqrt(log / 2 * (step**2 * (values != 0).sum(0))[read].sum())
+            want = dither + np.sqrt(log * (left**2).sum())
+        else:
+            rounded = np.round(values / np.where(step > 0, step, 1)) * step
+            want = np.abs(values - rounded)[:, read].sum() + np.abs(left).sum()
+        assert want <= slack <= want + 1e-3 * np.abs(v).sum()
+        exact = masks @ np.where(read, values, 0).reshape(-1)
+        off = (scores - exact)[:40]
+        assert np.ptp(off) <= (dither if error else slack)
+    assert not left.any()
+
+
+@pytest.mark.parametrize("planes", [3, 4, 8, 12])
+def test_the_certain_slack_is_met_by_the_worst_pair(planes, monkeypatch):
+    monkeypatch.setattr(race, "CERTAIN_PLANES", planes)
+    _, _, v, _ = problem(9, 1, 2, 2)
+    left = np.asarray(fixed_point.residual(v.reshape(32, 9), planes))
+    worst = np.stack([left.reshape(-1) > 0, left.reshape(-1) < 0])
+    coarse = contract(tiled(worst, 2), v, np.int32(2), "popcount", planes)
+    moved = (worst @ v.astype(np.float64)) - coarse
+    np.testing.assert_allclose(np.ptp(moved), np.abs(left).sum(), rtol=1e-2)
+
+
+def test_the_dither_is_uniform_and_of_mean_zero_in_what_it_rounds():
+    u = np.asarray(fixed_point.dither(np.arange(32 * 4096, dtype=np.uint32)))
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 1 / 2) < 5 / np.sqrt(12 * u.size)  # five deviations of a uniform's mean
+    assert abs((u[1:] * u[:-1]).mean() - 1 / 4) < 5 / np.sqrt(20 * u.size)
+    assert abs((u[32:] * u[:-32]).mean() - 1 / 4) < 5 / np.sqrt(20 * u.size)
+    values = np.random.default_rng(0).standard_normal((32, 4096)).astype(np.float32)
+    values[3] = 0
+    planes = fixed_point.bit_planes(values, 5, u.reshape(32, 4096))
+    ones = np.full((4096, 1), 2**32 - 1, np.uint32)
+    off = np.asarray(fixed_point.word_sums(ones, planes))[:, 0] - values.sum(0, dtype=np.float64)
+    spread = np.sqrt(32 * np.asarray(planes.step) ** 2 / 6)  # a dithered value's mean variance
+    assert abs((off / spread).mean()) < 5 / np.sqrt(4096)
+    assert 0.9 < (off / spread).std() < 1.1
+    bits = np.asarray(planes.bits)
+    assert not (bits >> 3 & 1).any()  # 0 stays 0
+
+
+def test_ties_go_to_the_lower_task(end):
+    words, masks, _, num_tasks = problem(9, 1, 16, 16)
+    words[:, :, 3] = words[:, :, 11]
+    v = np.where(masks[11], 1, -1).astype(np.float32)
+    assert int(jax.jit(finish)(words, v, num_tasks).scores.argmax()) == 3
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 17, 40])
+@pytest.mark.parametrize("error", [None, 1e-6])
+def test_stores_and_gradients_made_to_mislead(num_tasks, error):
+    best = jax.jit(functools.partial(finish, error=error))
+    words, masks, v, _ = long_problem(0, seed=3)
+    v[5] = 1e4  # one huge entry
+    masks = masks.astype(bool)
+    almost = masks.copy()
+    almost[num_tasks - 1] = almost[0]
+    nearest = np.argmin(np.where(v == 0, np.inf, np.abs(v)))
+    almost[num_tasks - 1, nearest] ^= True  # two masks that differ in the bit of the least weight
+    for held, vector in (
+        (masks, v),
+        (almost, v),
+        (almost, np.zeros_like(v)),
+        (almost, np.ones_like(v)),
+    ):
+        exact = (held @ vector.astype(np.float64))[:num_tasks]
+        task = int(best(tiled(held, 48), vector, np.int32(num_tasks)).scores.argmax())
+        # Of equal ones the lower; scores that float32 cannot tell apart count as equal.
+        assert exact[task] >= exact.max() - 1e-6 * np.abs(vector).sum() and task < num_tasks
+        if (exact == exact.max()).sum() > 1:
+            assert task == exact.argmax()
+
+
+@pytest.mark.parametrize("mapped", [jax.vmap, lambda best: functools.partial(jax.lax.map, best)])
+def test_inside_jit_with_map_and_vmap(mapped, monkeypatch):
+    """With 4 planes races end in all ways, and vmap computes all of them."""
+    monkeypatch.setattr(race, "CERTAIN_PLANES", 4)
+    monkeypatch.setattr(race, "SHORTLIST", 5)
+    words, masks, v, num_tasks = problem(9, 2, 16, 27, batch=20)
+    best = jax.jit(mapped(lambda v: finish(words, v, num_tasks).scores))
+    want = (masks @ v.T.astype(np.float64))[:27].argmax(axis=0)
+    np.testing.assert_array_equal(np.argmax(best(v), axis=1), want)
+
+
+def test_a_vector_that_is_not_finite_names_some_task():
+    words, _, v, num_tasks = problem(9, 1, 16, 5)
+    v[3] = np.nan
+    scores = np.asarray(jax.jit(finish)(words, v, num_tasks).scores)
+    assert 0 <= np.where(np.arange(16) < 5, scores, -np.inf).argmax() < 5
+
+
+def test_off_the_cpu_there_is_no_loop_and_no_unpacked_mask():
+    """Lowered for a GPU: exact scores from one reduction, whatever the error."""
+    words, _, v, num_tasks = problem(64, 2, 16, 27)
+    program = jax.jit(functools.partial(finish, error=1e-6)).trace(words, v, num_tasks)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert "while" not in text and "tensor<32x64x16x" not in text
