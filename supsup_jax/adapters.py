@@ -167,9 +167,9 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
     # Setting the mode writes to the module, and this one is the caller's.
     module = nnx.clone(module)
     call, found = _Call.of(module), _nnx_roles(module)
-    module.eval()
+    _set_mode(module, False)
     eval_graphdef, params, state = nnx.split(module, nnx.Param, ...)
-    module.train()
+    _set_mode(module, True)
     train_graphdef = nnx.graphdef(module)
     params, state = nnx.to_pure_dict(params), prng.unwrap_keys(nnx.to_pure_dict(state))
     if "rngs" in call.names:
@@ -177,6 +177,15 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
     if not jax.tree.leaves(state):  # and so nothing random in it
         return NnxStateless(eval_graphdef, call), params, None, found
     return NnxStateful(train_graphdef, eval_graphdef, call), params, state, found
+
+
+def _set_mode(module, train):
+    """As module.train() and eval() do, and of flags that layers hold under names they overlook."""
+    (nnx.Module.train if train else nnx.Module.eval)(module)
+    for _, layer in nnx.iter_graph(module):
+        for name, mode in _MODES.items() if isinstance(layer, nnx.Module) else ():
+            if isinstance(vars(layer).get(name), bool):
+                setattr(layer, name, mode(train))
 
 
 def _nnx_roles(module):

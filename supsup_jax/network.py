@@ -106,8 +106,9 @@ class Network:
 
         `variables["params"]` becomes params, every other collection state. A module that differs
         in training takes one of the arguments train, training, deterministic or
-        use_running_average, as one with state must; its dropout draws from a key that is kept in
-        the state. Inputs and outputs as of `from_nnx`.
+        use_running_average, as one with state must, or else it or the modules in its fields, such
+        as a Sequential's, have such a field, which is then set. Its dropout draws from a key that
+        is kept in the state. Inputs and outputs as of `from_nnx`.
         masked, fan_in: as of `Network`; which axes are inputs follows from the names that Linen
         gives, and where a kernel has no bias to tell its outputs, the last axis is taken for them.
         Raises TypeError or ValueError when it does not, or when there are no params.
@@ -399,7 +400,7 @@ def _refusal(applied, x, error, layout):
 
 def _others(x, layout):
     """What may have been meant by an x that a network does not take, and how it is made of x."""
-    if not hasattr(x, "ndim") or x.ndim < 2:
+    if not hasattr(x, "ndim") or x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         return
     num, *rest, last = x.shape
     ways = []
@@ -408,6 +409,7 @@ def _others(x, layout):
         ways.append((swapped, ", channels last: numpy.transpose(inputs, (0, 2, 3, 1))"))
     if rest:
         ways.append(((num, math.prod(rest) * last), ": inputs.reshape(len(inputs), -1)"))
+    ways.append(((*x.shape, 1), ": inputs[..., None]"))
     widths = {shape[-2] for shape in layout.shapes.values() if len(shape) > 1}
     ways += [((num, *rest, width), "") for width in sorted(widths | {*layout.fan_ins} - {None})]
     for shape, how in ways:

@@ -55,15 +55,17 @@ def wrap_keys(tree: Any) -> Any:
 
 def own_keys(key: jax.Array, tree: Any) -> Any:
     """A state whose keys, such as dropout's, follow from `key`, a task's, each in its own way."""
-    number = jax.random.bits(purpose_key(key, "state"))
 
-    def fold(leaf):
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        keys = jax.vmap(lambda each: jax.random.fold_in(each, number))(leaf.reshape(-1))
-        return keys.reshape(leaf.shape)
+    def fold(node):
+        if isinstance(node, KeyData):
+            return unwrap_keys(fold(wrap_keys(node)))
+        if not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            return node
+        number = jax.random.bits(purpose_key(key, "state"))
+        keys = jax.vmap(lambda each: jax.random.fold_in(each, number))(node.reshape(-1))
+        return keys.reshape(node.shape)
 
-    return unwrap_keys(jax.tree.map(fold, wrap_keys(tree)))
+    return jax.tree.map(fold, tree, is_leaf=lambda node: isinstance(node, KeyData))
 
 
 def pinned_signs(seed: jax.Array, purpose: str, shapes: list[tuple[int, ...]]) -> list[jax.Array]:

@@ -242,7 +242,7 @@ def _check_ids(tasks, ids, num_tasks, protocol):
 
 def _parts(task, name, decide, check):
     """The TaskData of one task of a stream, each with its name; check(data, name) as they come."""
-    pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[0], "__array__")
+    pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[1], "__array__")
     if pair or isinstance(task, TaskData | Mapping):
         check(data := as_data(task, name), name)
         yield name, data

@@ -284,24 +284,25 @@ def check_labels(
     ):
         raise TypeError(f"balanced wants integer labels [N], got {data.labels.dtype}")
     if not config.takes_classes:
-        _check_loss(config.loss, known.num_outputs, data.labels)
+        _check_loss(config, known.num_outputs, data.labels)
     return known
 
 
-def _check_loss(loss, num_outputs, labels):
+def _check_loss(config, num_outputs, labels):
     """Raises ValueError unless a loss of the user's takes these labels, example by example."""
-    num = 1 + max(num_outputs, *labels.shape[1:], 1)  # unlike any other axis
+    num = config.batch_size
     logits = jax.ShapeDtypeStruct((num, num_outputs), jnp.float32)
     y = jax.ShapeDtypeStruct((num, *labels.shape[1:]), labels.dtype)
     said = f"for logits {kinds_of(logits)} and labels {kinds_of(y)}"
     try:
-        jaxpr, value = jax.make_jaxpr(loss, return_shape=True)(logits, y)
+        jaxpr, value = jax.make_jaxpr(config.loss, return_shape=True)(logits, y)
     except Exception as error:
         raise ValueError(f"the loss fails {said}: {cause(error)}") from error
     made = [value.shape]
     if num_outputs == 1:  # inside it, too, where it returns the mean
         made += [var.aval.shape for each in equations(jaxpr.jaxpr) for var in each.outvars]
-    if any(shape.count(num) > 1 for shape in made):
+    alone = num not in (1, num_outputs, *y.shape[1:])  # an axis of that length is of examples
+    if alone and any(shape.count(num) > 1 for shape in made):
         raise ValueError(
             f"the loss pairs each example with each other, [B, B], {said}, as arrays of unequal "
             "axes do: give labels the shape of the logits, or reshape them in the loss"

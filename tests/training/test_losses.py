@@ -353,6 +353,23 @@ def test_linen_modes_that_are_fields(make):
     np.testing.assert_allclose(net(mask, x, net.state), quiet, rtol=1e-5, atol=1e-6)
 
 
+class Flagged(nnx.Module):
+    def __init__(self, *, rngs):
+        self.training = False
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(x)) * (2 if self.training else 1)
+
+
+def test_flags_that_nnx_modules_hold():
+    net = ss.Network.from_nnx(Flagged(rngs=nnx.Rngs(0)))
+    x, mask = np.ones((2, 6), np.float32), net.layout.tree([np.ones((6, 5))])
+    quiet = net(mask, x, net.state)
+    np.testing.assert_allclose(net.train_logits(mask, net.state, x)[0], 2 * quiet, rtol=1e-6)
+
+
 def test_a_linen_module_that_always_drops_is_refused():
     class Hard(linen.Module):
         @linen.compact
