@@ -128,9 +128,9 @@ def test_numbers_go_where_the_tasks_go(problem, tmp_path):
             assert (numbers(loaded), loaded.label_counts) == (want, (2, 3, 4, 5))
             np.testing.assert_array_equal(ss.one_shot(net, loaded, x).task.shape, (3,))
         disk.append(masks[0], labels=["paid", "open"])
-        for tasks, lacks in (None, "lacks"), ([5, 0], "has"):
+        for tasks, on, lacks in (None, None, "lacks"), ([5, 0], None, "has"), (None, mesh, "lacks"):
             with pytest.raises(ss.StoreError, match=f"or of none, and task . {lacks} it"):
-                disk.load(tasks)
+                disk.load(tasks, mesh=on)
         assert disk.load([5]).num_labels is None
     grown = ss.MaskStore.create(net, 1).append(masks[0], num_labels=2)
     assert numbers(grown.append(masks[1], num_labels=3)) == [2, 3]

@@ -283,12 +283,13 @@ class DiskStore:
         ids = held[tasks or slice(None)] if isinstance(tasks, slice | None) else tasks
         if not (ids := list(map(as_index, ids))):
             raise ValueError(f"{tasks} leaves none of the {len(held)} tasks to load")
-        labelled = self.info(ids[0]).num_labels is not None
+        labelled = self._log.metadata(ids[0]).get("num_labels") is not None
         fields = functools.partial(self._fields, labelled)
         if mesh is None:
             return MaskStore.of_tasks(net, len(ids), map(fields, ids), labelled)
-        count = functools.partial(self._count, labelled)
-        counts = [int(self._read(i, count)[0]) for i in ids] if labelled else ()
+        counts = [self._log.metadata(i).get("num_labels") for i in ids] if labelled else ()
+        for i, count in zip(ids, counts, strict=False):  # on each host alike
+            _check_told(labelled, i, count)
         return sharded.of_tasks(
             net, len(ids), lambda slots: (fields(ids[slot]) for slot in slots), mesh, counts
         )
@@ -347,17 +348,13 @@ class DiskStore:
 
     def _fields(self, labelled, i):
         """The words and the leaves of the statistics of task i, and its number of labels."""
-        form, count = self._form, functools.partial(self._count, labelled)
-        return self._read(i, lambda each: (form.words(each), form.state(each) + count(each)))
 
-    def _count(self, labelled, coded):
-        """The number of labels of a task, as a leaf of its statistics, where it must tell it."""
-        if (coded.num_labels is not None) != labelled:
-            raise StoreError(
-                f"num_labels must be told of all tasks that are loaded or of none, and task "
-                f"{coded.i} {'lacks' if labelled else 'has'} it: load others, or replace it"
-            )
-        return [np.int32(coded.num_labels)] if labelled else []
+        def fields(coded):
+            _check_told(labelled, i, coded.num_labels)
+            count = [np.int32(coded.num_labels)] if labelled else []
+            return self._form.words(coded), self._form.state(coded) + count
+
+        return self._read(i, fields)
 
     def _read(self, i, use=lambda coded: coded):
         """Task i, or what `use` makes of it: again where a writer exchanges it or its base."""
@@ -368,6 +365,14 @@ class DiskStore:
         if self._base[0] != (entry := self._log.entry(as_index(i))):
             self._base = entry, self._read(i, self._form.leaves)
         return self._base[1]
+
+
+def _check_told(labelled, i, num_labels):
+    if (num_labels is not None) != labelled:
+        raise StoreError(
+            f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
+            f"{'lacks' if labelled else 'has'} it: load others, or replace it"
+        )
 
 
 class Parts:
