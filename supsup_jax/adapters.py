@@ -5,16 +5,17 @@ definition share one compiled program.
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import linen, nnx
+from flax import errors, linen, nnx
 
 from supsup_jax import prng, roles
+from supsup_jax.checks import cause
 from supsup_jax.types import PyTree
 
 # How modules spell "training", and what each is set to.
@@ -48,9 +49,18 @@ class _Call:
     def __call__(self, function: Any, x: PyTree, train: bool, **named: Any) -> Any:
         if self.mode:
             named[self.mode] = _MODES[self.mode](train)
-        if isinstance(x, Mapping) and set(x) <= set(self.names):
+        if not isinstance(x, Mapping):
+            return function(x, **named)
+        if set(x) <= set(self.names):
             return function(**x, **named)
-        return function(x, **named)
+        try:
+            return function(x, **named)
+        except Exception as error:
+            others = sorted(set(x) - set(self.names))
+            raise TypeError(
+                f"__call__ takes {list(self.names)}, none of which is {others}, and so the dict as "
+                f"a whole: {cause(error)}"
+            ) from error
 
 
 def _logits(outputs):
@@ -65,8 +75,8 @@ def _first_key():
 
 def _next_key(state):
     """A key for this call, and the state of the next."""
-    key = _wrap_keys(state[_CALLS])
-    after = _unwrap_keys(prng.purpose_key(key, "next call"))
+    key = prng.wrap_keys(state[_CALLS])
+    after = prng.unwrap_keys(prng.purpose_key(key, "next call"))
     return prng.purpose_key(key, "this call"), {**state, _CALLS: after}
 
 
@@ -97,10 +107,10 @@ class NnxStateful:
             state = {name: leaf for name, leaf in state.items() if name != _CALLS}
             moved = {_CALLS: moved[_CALLS]}
         graphdef = self.train_graphdef if train else self.eval_graphdef
-        module = nnx.merge(graphdef, params, _wrap_keys(state))
+        module = nnx.merge(graphdef, params, prng.wrap_keys(state))
         logits = _logits(self.call(module, x, train, **named))
         _, _, state = nnx.split(module, nnx.Param, ...)
-        return logits, {**_unwrap_keys(nnx.to_pure_dict(state)), **moved}
+        return logits, {**prng.unwrap_keys(nnx.to_pure_dict(state)), **moved}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,13 @@ class LinenStateless:
         def function(*args, **named):
             return self.module.apply({"params": params}, *args, **named)
 
-        return _logits(self.call(function, x, False))
+        try:
+            return _logits(self.call(function, x, False))
+        except errors.InvalidRngError as error:
+            raise ValueError(
+                f"{type(self.module).__name__} draws, and nothing tells it training from "
+                f"prediction: give its __call__, or its fields, one of {sorted(_MODES)}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +145,7 @@ class LinenStateful:
         collections = {name: tree for name, tree in state.items() if name != _CALLS}
 
         def function(*args, **named):
-            return self.module.apply(
+            return _in_mode(self.module, self.call, train).apply(
                 {"params": params, **collections},
                 *args,
                 **named,
@@ -151,16 +167,25 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
     # Setting the mode writes to the module, and this one is the caller's.
     module = nnx.clone(module)
     call, found = _Call.of(module), _nnx_roles(module)
-    module.eval()
+    _set_mode(module, False)
     eval_graphdef, params, state = nnx.split(module, nnx.Param, ...)
-    module.train()
+    _set_mode(module, True)
     train_graphdef = nnx.graphdef(module)
-    params, state = nnx.to_pure_dict(params), _unwrap_keys(nnx.to_pure_dict(state))
+    params, state = nnx.to_pure_dict(params), prng.unwrap_keys(nnx.to_pure_dict(state))
     if "rngs" in call.names:
-        state = {**state, _CALLS: _unwrap_keys(_first_key())}
+        state = {**state, _CALLS: prng.unwrap_keys(_first_key())}
     if not jax.tree.leaves(state):  # and so nothing random in it
         return NnxStateless(eval_graphdef, call), params, None, found
     return NnxStateful(train_graphdef, eval_graphdef, call), params, state, found
+
+
+def _set_mode(module, train):
+    """As module.train() and eval() do, and of flags that layers hold under names they overlook."""
+    (nnx.Module.train if train else nnx.Module.eval)(module)
+    for _, layer in nnx.iter_graph(module):
+        for name, mode in _MODES.items() if isinstance(layer, nnx.Module) else ():
+            if isinstance(vars(layer).get(name), bool):
+                setattr(layer, name, mode(train))
 
 
 def _nnx_roles(module):
@@ -211,40 +236,34 @@ def split_linen(
         )
     params, call = variables["params"], _Call.of(module)
     state = {name: tree for name, tree in variables.items() if name != "params"}
-    if not state and not call.mode:
-        return LinenStateless(module, call), params, None, {}
-    if not call.mode:
+    if not call.mode and _in_mode(module, call, True) == _in_mode(module, call, False):
+        if not state:
+            return LinenStateless(module, call), params, None, {}
         raise ValueError(
-            f"{type(module).__name__} has state {sorted(state)}, so its __call__ must take one of "
-            f"{sorted(_MODES)}; it takes {sorted(call.names)}"
+            f"{type(module).__name__} has state {sorted(state)}, so its __call__, or its fields, "
+            f"must have one of {sorted(_MODES)}; its __call__ takes {sorted(call.names)}"
         )
     # Whether it draws in training nobody knows before it is called: it has a key to draw from.
-    state = {**state, _CALLS: _unwrap_keys(_first_key())}
+    state = {**state, _CALLS: prng.unwrap_keys(_first_key())}
     return LinenStateful(module, call), params, state, {}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _KeyData:
-    """Where a typed PRNG key stood: state is stored, stacked and saved as plain numbers."""
+def _in_mode(module, call, train):
+    """A module whose __call__ is not told whether it trains, but whose fields are, or their own."""
 
-    data: jax.Array
-    impl: str = dataclasses.field(metadata={"static": True})
+    def told(name, value):
+        if isinstance(value, linen.Module):
+            return _in_mode(value, call, train)
+        return _MODES[name](train) if name in _MODES and isinstance(value, bool) else value
 
-
-def _unwrap_keys(tree):
-    def unwrap(leaf):
-        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-            return jnp.asarray(leaf)
-        return _KeyData(jax.random.key_data(leaf), str(jax.random.key_impl(leaf)))
-
-    return jax.tree.map(unwrap, tree)
-
-
-def _wrap_keys(tree):
-    def wrap(node):
-        if not isinstance(node, _KeyData):
-            return node
-        return jax.random.wrap_key_data(node.data, impl=node.impl)
-
-    return jax.tree.map(wrap, tree, is_leaf=lambda node: isinstance(node, _KeyData))
+    if call.mode:
+        return module
+    own = {each.name for each in dataclasses.fields(module)} - {"parent", "name"}
+    fields = {name: getattr(module, name) for name in own}
+    return module.clone(
+        **{
+            name: jax.tree.map(functools.partial(told, name), value)
+            for name, value in fields.items()
+            if jax.tree.leaves(value)
+        }
+    )

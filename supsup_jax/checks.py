@@ -35,6 +35,11 @@ def check_key(key: Any) -> None:
         raise WrongTypeError(f"key must be a JAX random key, got {key!r}")
 
 
+def cause(error: Exception) -> str:
+    """What an error of others says, in a line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def in_trace(*trees: Any) -> bool:
     """Whether this runs inside jit and the like, whatever was closed over."""
     return is_traced(trees) or isinstance(jnp.zeros(()) + 0, jax.core.Tracer)

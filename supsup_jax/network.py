@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from supsup_jax import prng, roles
-from supsup_jax.checks import check_int
+from supsup_jax.checks import cause, check_int
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.types import PyTree, TaskData, num_rows, shapes_of
+from supsup_jax.types import PyTree, TaskData, kinds_of, num_rows, shapes_of
 
 SIGNED_CONSTANT = "signed_constant"
 # A power of two, so that multiplying by it is exact, halfway to overflow.
@@ -106,8 +106,9 @@ class Network:
 
         `variables["params"]` becomes params, every other collection state. A module that differs
         in training takes one of the arguments train, training, deterministic or
-        use_running_average, as one with state must; its dropout draws from a key that is kept in
-        the state. Inputs and outputs as of `from_nnx`.
+        use_running_average, as one with state must, or else it or the modules in its fields, such
+        as a Sequential's, have such a field, which is then set. Its dropout draws from a key that
+        is kept in the state. Inputs and outputs as of `from_nnx`.
         masked, fan_in: as of `Network`; which axes are inputs follows from the names that Linen
         gives, and where a kernel has no bias to tell its outputs, the last axis is taken for them.
         Raises TypeError or ValueError when it does not, or when there are no params.
@@ -141,11 +142,23 @@ class Network:
 
         What every use of `apply` comes down to; state is None for a network without.
         """
-        if self.state is None:
-            logits, state = self.apply(weights, x), None
-        else:
-            logits, state = self.apply(weights, state, x, train)
+        logits, state = self._applied(weights, state, x, train)
         return check_logits(logits, x), state
+
+    def _applied(self, weights, state, x, train):
+        """What apply gives; of what it fails on, what came and, where a trial tells, was wanted."""
+
+        def applied(x):
+            if self.state is None:
+                return self.apply(weights, x), None
+            return self.apply(weights, state, x, train)
+
+        try:
+            return applied(x)
+        except (jax.errors.JAXTypeError, FloatingPointError, RuntimeError):
+            raise  # of values, not of what the inputs are like
+        except Exception as error:
+            raise ValueError(_refusal(applied, x, error, self.layout)) from error
 
     def superpose(self, mask: PyTree) -> PyTree:
         """The params with each masked leaf multiplied by its mask or mixture."""
@@ -173,7 +186,7 @@ class Network:
                 self.state,
                 moves,
             )
-            return self.apply(weights, old, x, True)[1]
+            return self._applied(weights, old, x, True)[1]
 
         def batch(leaf, move, from_zero, from_huge):
             if not move:
@@ -190,7 +203,7 @@ class Network:
         moves = []
 
         def watch(state):
-            new = self.apply(weights, state, x, True)[1]
+            new = self._applied(weights, state, x, True)[1]
             for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
                 floating = jnp.issubdtype(before.dtype, jnp.floating)
                 moves.append(floating and after is not before)
@@ -329,32 +342,75 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
     return logits
 
 
-def primitives(jaxpr: Any) -> Iterator[str]:
-    """The names of a jaxpr's operations, also of those within others."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """A jaxpr's operations, also those within others."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for param in jax.tree.leaves(equation.params):
             inner = getattr(param, "jaxpr", param)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner)
+                yield from equations(inner)
 
 
-def num_outputs(net: Network, data: TaskData) -> int:
-    """C, found without computing anything. Raises ValueError unless logits are [B, C]."""
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of `equations`."""
+    return {equation.primitive.name for equation in equations(jaxpr)}
 
-    def logits(net, data):
-        x, _ = data.batch(jnp.zeros(2, jnp.int32))
-        ones = [jnp.ones(shape) for shape in net.layout.shapes.values()]
-        return net.train_logits(net.layout.tree(ones), net.state, x)[0]
 
-    try:
-        return jax.eval_shape(logits, net, data).shape[1]
-    except Exception as error:
-        shape = getattr(data.inputs, "shape", ())
-        if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4):
-            raise ValueError(
-                f"the network does not take inputs of shape {shape}, which look like [N, channels, "
-                "height, width]: Flax wants [N, height, width, channels], which is "
-                "numpy.transpose(inputs, (0, 2, 3, 1))"
-            ) from error
-        raise
+class Trial(NamedTuple):
+    """What a trace of a network tells.
+
+    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves, by
+      `lax.conv_general_dilated`: the gradient of its kernel is computed by several cores outside
+      loops, and by one, naively, within.
+    """
+
+    num_outputs: int
+    slow_in_loops: bool
+
+
+def trial(net: Network, data: TaskData) -> Trial:
+    """What is known of a network on such data before anything is computed.
+
+    Raises ValueError unless the network takes the inputs and returns logits [B, C].
+    """
+    traced = _train_logits.trace(net, data)
+    convolves = "conv_general_dilated" in primitives(traced.jaxpr.jaxpr)
+    return Trial(traced.out_info.shape[1], convolves and jax.default_backend() == "cpu")
+
+
+@jax.jit
+def _train_logits(net, data):
+    x, _ = data.batch(jnp.zeros(2, jnp.int32))
+    ones = [jnp.ones(shape) for shape in net.layout.shapes.values()]
+    return net.train_logits(net.layout.tree(ones), net.state, x)[0]
+
+
+def _refusal(applied, x, error, layout):
+    """That a network does not take x, in one sentence."""
+    said = f"the network fails on inputs {kinds_of(x)}: "
+    for other, how in _others(x, layout):
+        try:
+            check_logits(jax.eval_shape(applied, other)[0], other)
+        except Exception:
+            continue
+        return f"{said}it takes {kinds_of(other)}{how}"
+    return f"{said}{cause(error)}"
+
+
+def _others(x, layout):
+    """What may have been meant by an x that a network does not take, and how it is made of x."""
+    if not hasattr(x, "ndim") or x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return
+    num, *rest, last = x.shape
+    ways = []
+    if len(rest) == 2:
+        swapped = (num, rest[1], last, rest[0])
+        ways.append((swapped, ", channels last: numpy.transpose(inputs, (0, 2, 3, 1))"))
+    if rest:
+        ways.append(((num, math.prod(rest) * last), ": inputs.reshape(len(inputs), -1)"))
+    ways.append(((*x.shape, 1), ": inputs[..., None]"))
+    widths = {shape[-2] for shape in layout.shapes.values() if len(shape) > 1}
+    ways += [((num, *rest, width), "") for width in sorted(widths | {*layout.fan_ins} - {None})]
+    for shape, how in ways:
+        yield jax.ShapeDtypeStruct(shape, x.dtype), how

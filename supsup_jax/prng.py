@@ -5,8 +5,10 @@ then wins nearly every inference (100 tasks: accuracy .9995 -> .13). So no draw 
 uses a caller's key or seed as it came: each folds in the name of its purpose first.
 """
 
+import dataclasses
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,52 @@ from jax.extend.random import threefry_2x32
 def purpose_key(key: jax.Array, purpose: str) -> jax.Array:
     """The key of `key` for one purpose; different purposes give independent draws."""
     return jax.random.fold_in(key, _number(purpose))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyData:
+    """Where a typed PRNG key stood: state is stored, stacked and saved as plain numbers."""
+
+    data: jax.Array
+    impl: str = dataclasses.field(metadata={"static": True})
+
+
+def unwrap_keys(tree: Any) -> Any:
+    """A tree with its typed keys as KeyData."""
+
+    def unwrap(leaf):
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jnp.asarray(leaf)
+        return KeyData(jax.random.key_data(leaf), str(jax.random.key_impl(leaf)))
+
+    return jax.tree.map(unwrap, tree)
+
+
+def wrap_keys(tree: Any) -> Any:
+    """What was unwrapped, as it was."""
+
+    def wrap(node):
+        if not isinstance(node, KeyData):
+            return node
+        return jax.random.wrap_key_data(node.data, impl=node.impl)
+
+    return jax.tree.map(wrap, tree, is_leaf=lambda node: isinstance(node, KeyData))
+
+
+def own_keys(key: jax.Array, tree: Any) -> Any:
+    """A state whose keys, such as dropout's, follow from `key`, a task's, each in its own way."""
+
+    def fold(node):
+        if isinstance(node, KeyData):
+            return unwrap_keys(fold(wrap_keys(node)))
+        if not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            return node
+        number = jax.random.bits(purpose_key(key, "state"))
+        keys = jax.vmap(lambda each: jax.random.fold_in(each, number))(node.reshape(-1))
+        return keys.reshape(node.shape)
+
+    return jax.tree.map(fold, tree, is_leaf=lambda node: isinstance(node, KeyData))
 
 
 def pinned_signs(seed: jax.Array, purpose: str, shapes: list[tuple[int, ...]]) -> list[jax.Array]:

@@ -80,20 +80,26 @@ def unit_range(inputs: PyTree) -> PyTree:
     Raises TypeError for other integers, whose range nobody can know: tokens, or pixels of 16 bits.
     """
 
+    for leaf in jax.tree.leaves(inputs):
+        if leaf.dtype != jnp.uint8 and jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise TypeError(
+                f"inputs of dtype {leaf.dtype} need a rule: transform=None where the network takes "
+                "them as they are, such as tokens, Normalize(mean, std, scale) for pixels, or a "
+                "function of your own"
+            )
+    return bytes_scaled(inputs)
+
+
+def bytes_scaled(inputs: PyTree) -> PyTree:
+    """Bytes to float32 in [0, 1]; all others pass, integers as the tokens that they are.
+
+    The transform of batches that come without one (`as_data`).
+    """
+
     def scaled(leaf):
-        return leaf.astype(jnp.float32) / 255 if _is_bytes(leaf) else leaf
+        return leaf.astype(jnp.float32) / 255 if leaf.dtype == jnp.uint8 else leaf
 
     return jax.tree.map(scaled, inputs)
-
-
-def _is_bytes(leaf):
-    if leaf.dtype != jnp.uint8 and jnp.issubdtype(leaf.dtype, jnp.integer):
-        raise TypeError(
-            f"inputs of dtype {leaf.dtype} need a rule: transform=None where the network takes "
-            "them as they are, such as tokens, Normalize(mean, std, scale) for pixels, or a "
-            "function of your own"
-        )
-    return leaf.dtype == jnp.uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +163,8 @@ class TaskData:
         # lengths are checked by `check`, since a vmapped record carries an extra axis.
         for name in ("inputs", "labels", "view"):
             field = getattr(self, name)
-            if isinstance(field, list | tuple | str) and not _holds_arrays(field):
+            several = isinstance(field, list | tuple | str | Mapping)
+            if several and (name != "inputs" or not _holds_arrays(field)):
                 raise TypeError(f"{name} must be an array, got a {type(field).__name__}")
             put = jax.tree.map(functools.partial(_on_device, name), field)
             object.__setattr__(self, name, put)
@@ -242,21 +249,21 @@ def as_data(batch: Any, what: str) -> TaskData:
     """A batch as a TaskData: one as it is, a pair (inputs, labels), or a dict with labels in it.
 
     A dict, such as datasets of Hugging Face or TFDS give, has one entry of `_LABELS`; the others
-    are the inputs, as a dict where they are several. Bytes are scaled to [0, 1].
+    are the inputs, as a dict where they are several. Bytes are scaled to [0, 1], tokens pass.
     Raises TypeError for what is none of these.
     """
     if isinstance(batch, TaskData):
         return batch
     arrays = all(hasattr(leaf, "__array__") for leaf in jax.tree.leaves(batch))
     if isinstance(batch, tuple | list) and len(batch) == 2 and arrays:
-        return TaskData(*batch)
+        return TaskData(*batch, transform=bytes_scaled)
     if (
         isinstance(batch, Mapping)
         and len(names := [name for name in _LABELS if name in batch]) == 1
     ):
         inputs = {name: value for name, value in batch.items() if name != names[0]}
         inputs = next(iter(inputs.values())) if len(inputs) == 1 else inputs
-        return TaskData(inputs, batch[names[0]])
+        return TaskData(inputs, batch[names[0]], transform=bytes_scaled)
     got = f"a dict of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
     raise TypeError(
         f"{what} must be a TaskData, a pair (inputs, labels), or a dict with one of {_LABELS}, "
@@ -273,6 +280,15 @@ def shapes_of(tree: PyTree) -> PyTree:
     """The shapes of the arrays in a tree, for messages."""
     shapes = jax.tree.map(lambda leaf: tuple(getattr(leaf, "shape", ())), tree)
     return shapes if jax.tree.leaves(tree) else "no array"
+
+
+def kinds_of(tree: PyTree) -> str:
+    """dtype and [B, ...] of each array in a tree of batches, for messages."""
+
+    def kind(leaf):
+        return f"{leaf.dtype} [{', '.join(map(str, ('B', *leaf.shape[1:])))}]"
+
+    return kind(tree) if hasattr(tree, "dtype") else str(jax.tree.map(kind, tree)).replace("'", "")
 
 
 def _holds_arrays(field):

@@ -208,6 +208,9 @@ def test_a_task_may_come_in_batches(problem):
         evaluate(net, store, [[stream[0], 1]] * 3)
     with pytest.raises(ValueError, match=r"stream\[1\] must hold at least one batch, got none"):
         evaluate(net, store, [stream[0], [], stream[2]])
+    x, y = np.ones((3, 6), np.float32), np.zeros(3, int)
+    with pytest.raises(ValueError, match=r"got 9 to 9 in batch 1 of stream\[0\]"):
+        evaluate(net, store, [[(x, y), (x, y + 9), (x, y)]] * 3, "batch-2")
 
 
 def test_bad_input(problem):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import supsup_jax as ss
 from tests.conftest import filled_store, random_masks
@@ -136,8 +137,10 @@ def test_arrays_of_other_libraries():
         data = ss.types.as_data(batch, "batch 0")
         np.testing.assert_array_equal(data.inputs, x)
         np.testing.assert_array_equal(data.labels, y)
-    data = ss.types.as_data({"ids": y[:, None], "mask": x, "label": y}, "batch 0")
-    assert set(data.inputs) == {"ids", "mask"}
+    data = ss.types.as_data({"ids": y[:, None], "pixels": x.astype(np.uint8), "label": y}, "it")
+    seen, _ = data.batch(np.arange(4))  # tokens pass, bytes are scaled
+    np.testing.assert_array_equal(seen["ids"], y[:, None])
+    np.testing.assert_allclose(seen["pixels"], x / 255)
     with pytest.raises(
         TypeError, match=r"batch 3 must be a TaskData, .* got a dict of \['a', 'b'\]"
     ):
@@ -173,5 +176,45 @@ def test_channels_first_are_named():
 
     net = ss.Network(apply, {"w": np.ones((3, 3, 3, 5), np.float32)})
     data = ss.TaskData(images, np.zeros(8, int))
-    with pytest.raises(ValueError, match=r"\(8, 3, 16, 16\), which look like .*transpose\(inputs"):
+    with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]: it takes .*transpose\(inputs"):
+        ss.train_task(jax.random.key(0), net, data)
+
+
+def test_inputs_of_another_width_are_told_what_is_taken(problem):
+    net, store, x = problem
+    wide = np.zeros((8, 7), np.float32)
+    match = r"fails on inputs float32 \[B, 7\]: it takes float32 \[B, 6\]"
+    data = ss.TaskData(wide, np.zeros(8, int))
+    for call in (
+        lambda: ss.train_task(jax.random.key(0), net, data),
+        lambda: ss.one_shot(net, store, wide),
+        lambda: ss.predict(net, store, wide, 0),
+        lambda: ss.evaluate(net, store, [data] * 5, metric=lambda logits, y: logits[:, 0]),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(ValueError, match=r"\[B, 6\]: inputs.reshape\(len\(inputs\), -1\)"):
+        ss.one_shot(net, store, x.reshape(20, 2, 3))
+
+
+class Named(nnx.Module):
+    def __init__(self, *, rngs):
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, ids, mask):
+        return self.head(ids * mask)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        (lambda x: {"ids": x}, "{ids: float32 .*missing .* argument: 'mask'"),
+        (lambda x: {"ids": x, "m": x}, r"takes \['ids', 'mask'\], none of which is \['m'\]"),
+        (lambda x: (x, x), r"\(float32 \[B, 3\], float32 \[B, 3\]\): .* argument: 'mask'"),
+    ],
+)
+def test_trees_that_are_no_arguments(inputs, match):
+    net = ss.Network.from_nnx(Named(rngs=nnx.Rngs(0)))
+    data = ss.TaskData(inputs(np.ones((4, 3), np.float32)), np.zeros(4, int))
+    with pytest.raises(ValueError, match=match):
         ss.train_task(jax.random.key(0), net, data)

@@ -119,6 +119,19 @@ def test_numbers_go_where_the_tasks_go(problem, tmp_path):
     np.testing.assert_array_equal(here.task, there.task)
     here, there = (np.asarray(each.scores)[:, :5] for each in (here, there))
     np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
+    with ss.DiskStore.open(tmp_path / "tasks", net, mode="a") as disk:
+        disk.extend(store)
+        disk.replace(1, masks[1], num_labels=4)
+        assert disk.info(1).num_labels == 4
+        want = [2, 4, 2, 5, 3]
+        for loaded in (disk.load(), disk.load(mesh=mesh)):
+            assert (numbers(loaded), loaded.label_counts) == (want, (2, 3, 4, 5))
+            np.testing.assert_array_equal(ss.one_shot(net, loaded, x).task.shape, (3,))
+        disk.append(masks[0], labels=["paid", "open"])
+        for tasks, on, lacks in (None, None, "lacks"), ([5, 0], None, "has"), (None, mesh, "lacks"):
+            with pytest.raises(ss.StoreError, match=f"or of none, and task . {lacks} it"):
+                disk.load(tasks, mesh=on)
+        assert disk.load([5]).num_labels is None
     grown = ss.MaskStore.create(net, 1).append(masks[0], num_labels=2)
     assert numbers(grown.append(masks[1], num_labels=3)) == [2, 3]
 

@@ -17,7 +17,7 @@ from supsup_jax.inference.arguments import check_objective, check_pair
 from supsup_jax.inference.one_shot import Uncertainty, task_ids
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule
-from supsup_jax.network import Network, num_outputs
+from supsup_jax.network import Network, trial
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import (
@@ -187,14 +187,19 @@ def evaluate(
         how = How(decide, objective, rule, metric or is_right)
         return _inferred(net, store, data, how=how)
 
-    outcomes, counts, outputs = [], [], None
+    known = None
+
+    def check(data, name):
+        nonlocal known
+        data.check()
+        known = known or trial(net, data)
+        if metric is None:
+            data.check_classes(known.num_outputs, name)
+
+    outcomes, counts = [], []
     for i in progress(tasks):
         counts.append(0)
-        for name, data in _parts(stream[i], f"stream[{i}]", decide):
-            data.check()
-            if metric is None:
-                outputs = outputs or num_outputs(net, data)
-                data.check_classes(outputs, name)
+        for name, data in _parts(stream[i], f"stream[{i}]", decide, check):
             first = not counts[-1]  # the last may be what is left over
             if first and decide is not None and data.num_examples < decide.deciders:
                 raise ValueError(
@@ -235,19 +240,19 @@ def _check_ids(tasks, ids, num_tasks, protocol):
         )
 
 
-def _parts(task, name, decide):
-    """The TaskData of one task of a stream, each with its name."""
-    pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[0], "__array__")
+def _parts(task, name, decide, check):
+    """The TaskData of one task of a stream, each with its name; check(data, name) as they come."""
+    pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[1], "__array__")
     if pair or isinstance(task, TaskData | Mapping):
-        yield name, as_data(task, name)
+        check(data := as_data(task, name), name)
+        yield name, data
         return
     if not isinstance(task, Iterable):
         raise TypeError(f"{name} must be a TaskData, or batches of them, got {type(task).__name__}")
     whole, rest = decide.context if decide else 1, None
     for number, batch in enumerate(task):
         what = f"batch {number} of {name}"
-        data = as_data(batch, what)
-        data.check()
+        check(data := as_data(batch, what), what)
         data = data if rest is None else _behind(rest, data)
         end = data.num_examples - data.num_examples % whole
         rest = _part(data, slice(end, None)) if end < data.num_examples else None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from supsup_jax.checks import check_int
 from supsup_jax.layout import Layout
 from supsup_jax.stores import arrays, codecs
 from supsup_jax.stores.base import as_index
@@ -28,6 +29,7 @@ class TaskInfo(NamedTuple):
     kept: how many weights the mask keeps, by leaf.
     mask_bytes, state_bytes, score_bytes: on disk, of the coded mask, of the statistics, and of the
       scores, 0 where they were not kept.
+    num_labels: how many of the outputs are its labels, None where that was not told.
     """
 
     name: str | None
@@ -38,6 +40,7 @@ class TaskInfo(NamedTuple):
     mask_bytes: int
     state_bytes: int
     score_bytes: int
+    num_labels: int | None = None
 
 
 class Coded(NamedTuple):
@@ -50,6 +53,7 @@ class Coded(NamedTuple):
     mask: memoryview
     state: memoryview
     scores: memoryview
+    num_labels: int | None
 
 
 class Form:
@@ -78,6 +82,7 @@ class Form:
         labels: Sequence[str] | None,
         codec: str,
         base: int | None,
+        num_labels: int | None,
     ) -> tuple[dict[str, Any], list[Any]]:
         """Metadata and body of a task, of `checked_task`, that becomes task i.
 
@@ -86,6 +91,8 @@ class Form:
         leaves, state = task
         scores = [] if scores is None else _checked_scores(self.layout, scores)
         _check_names(name, labels)
+        if num_labels is not None:
+            check_int("num_labels", num_labels, 1)
         leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
         base = None if base is None else as_index(base)
         codec, mask = self._encoded(leaves, codec, base)
@@ -100,6 +107,8 @@ class Form:
             "mask_bytes": len(mask),
             "score_bytes": sum(leaf.nbytes for leaf in scores),
         }
+        if num_labels is not None:
+            metadata["num_labels"] = int(num_labels)
         return metadata, [mask, *map(as_bytes, [*jax.tree.leaves(state), *scores])]
 
     def alone(self, coded: Coded) -> tuple[dict[str, Any], list[Any]]:
@@ -119,6 +128,10 @@ class Form:
                 raise ValueError(f"task {i} in codec {codec!r} with base {base!r}")
             if base is not None and not (type(base) is int and 0 <= base < i):
                 raise ValueError(f"the base {base!r}, no task before {i}")
+            if (count := record.metadata.get("num_labels")) is not None and not (
+                type(count) is int and 0 < count < 2**31
+            ):
+                raise ValueError(f"task {i} of {count!r} labels")
             if type(scored) is not int or scored not in (0, 4 * self.layout.num_weights):
                 raise ValueError(f"task {i} with scores of {scored!r} bytes")
             if type(size) is not int or size != len(record.body) - self.state_bytes - scored:
@@ -130,7 +143,7 @@ class Form:
                 raise ValueError(f"task {i} in {size:,} bytes, not {self.layout.num_words} words")
         end = size + self.state_bytes
         parts = record.body[:size], record.body[size:end], record.body[end:]
-        return Coded(i, record.metadata, codec, base, *parts)
+        return Coded(i, record.metadata, codec, base, *parts, count)
 
     def info(self, coded: Coded) -> TaskInfo:
         """What its metadata say."""
@@ -146,6 +159,7 @@ class Form:
                 len(coded.mask),
                 len(coded.state),
                 len(coded.scores),
+                coded.num_labels,
             )
 
     def state(self, coded: Coded) -> list[np.ndarray]:

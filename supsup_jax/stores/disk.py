@@ -1,5 +1,6 @@
 """Tasks on disk, appended one by one and loaded by the slice: a store that outlives its process."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ class DiskStore:
         *,
         name: str | None = None,
         labels: Sequence[str] | None = None,
+        num_labels: int | None = None,
         codec: str = codecs.AUTO,
         base: int | None = None,
         durable: bool = True,
@@ -125,6 +127,8 @@ class DiskStore:
         scores: a TrainResult's, float32 pytree like the mask, kept so that training can go on; 32
           times the bytes of packed masks, which loading reads past.
         name, labels: what people call the task and its outputs.
+        num_labels: as of `MaskStore.append`, and told of all tasks that are loaded together or of
+          none; `labels` do not tell it.
         codec: one of CODECS. "auto" is "words", which loads fastest, unless another saves a tenth.
         base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
@@ -134,7 +138,7 @@ class DiskStore:
         holds what it held.
         """
         task = self._checked(task)
-        record = self._form.record(len(self), task, scores, name, labels, codec, base)
+        record = self._form.record(len(self), task, scores, name, labels, codec, base, num_labels)
         return self._log.append(*record, durable=durable)
 
     def replace(
@@ -145,6 +149,7 @@ class DiskStore:
         *,
         name: str | None = None,
         labels: Sequence[str] | None = None,
+        num_labels: int | None = None,
         codec: str = codecs.AUTO,
         base: int | None = None,
         durable: bool = True,
@@ -157,7 +162,7 @@ class DiskStore:
         """
         self._log.entry(i := as_index(i))
         task = self._checked(task)
-        record = self._form.record(i, task, scores, name, labels, codec, base)
+        record = self._form.record(i, task, scores, name, labels, codec, base, num_labels)
         self._recode(i)
         self._log.replace(i, *record, durable=durable)
 
@@ -190,15 +195,17 @@ class DiskStore:
     def extend(self, store: MaskStore, names: Sequence[str] | None = None) -> range:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
 
-        names: one a task. Raises as `append`.
+        names: one a task; numbers of labels as the store tells them. Raises as `append`.
         """
         store.check_fits(self._network())
         names = [None] * int(store.num_tasks) if names is None else names
         if len(names) != int(store.num_tasks):
             raise ValueError(f"names must be {int(store.num_tasks)}, one a task, got {len(names)}")
         first = len(self)
+        told = store.num_labels
         for i, name in enumerate(names):
-            self.append(store.task(i), name=name, durable=False)
+            count = None if told is None else int(told[i])
+            self.append(store.task(i), name=name, num_labels=count, durable=False)
         self.flush()
         return range(first, len(self))
 
@@ -268,19 +275,24 @@ class DiskStore:
 
         mesh: spreads them over the devices along its axis `task`, as `shard` does; each process
           reads only what its own devices hold, and all of them must make the call.
-        Every checksum is compared. Raises as `task`, ValueError where no task is left, and as
-        `shard` for the mesh.
+        Every checksum is compared. Raises as `task`, ValueError where no task is left, StoreError
+        where some tell their num_labels and others do not, and as `shard` for the mesh.
         """
         net = self._network()
         held = self._log.ids
         ids = held[tasks or slice(None)] if isinstance(tasks, slice | None) else tasks
         if not (ids := list(map(as_index, ids))):
             raise ValueError(f"{tasks} leaves none of the {len(held)} tasks to load")
-        if mesh is not None:
-            return sharded.of_tasks(
-                net, len(ids), lambda slots: (self._fields(ids[slot]) for slot in slots), mesh
-            )
-        return MaskStore.of_tasks(net, len(ids), map(self._fields, ids))
+        labelled = self._log.metadata(ids[0]).get("num_labels") is not None
+        fields = functools.partial(self._fields, labelled)
+        if mesh is None:
+            return MaskStore.of_tasks(net, len(ids), map(fields, ids), labelled)
+        counts = [self._log.metadata(i).get("num_labels") for i in ids] if labelled else ()
+        for i, count in zip(ids, counts, strict=False):  # on each host alike
+            _check_told(labelled, i, count)
+        return sharded.of_tasks(
+            net, len(ids), lambda slots: (fields(ids[slot]) for slot in slots), mesh, counts
+        )
 
     def parts(self, size: int = 1024) -> "Parts":
         """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
@@ -334,10 +346,15 @@ class DiskStore:
             if j > i and self._log.metadata(j).get("base") == i:
                 self._log.replace(j, *self._read(j, self._form.alone))
 
-    def _fields(self, i):
-        """The words and the leaves of the statistics of task i."""
-        form = self._form
-        return self._read(i, lambda coded: (form.words(coded), form.state(coded)))
+    def _fields(self, labelled, i):
+        """The words and the leaves of the statistics of task i, and its number of labels."""
+
+        def fields(coded):
+            _check_told(labelled, i, coded.num_labels)
+            count = [np.int32(coded.num_labels)] if labelled else []
+            return self._form.words(coded), self._form.state(coded) + count
+
+        return self._read(i, fields)
 
     def _read(self, i, use=lambda coded: coded):
         """Task i, or what `use` makes of it: again where a writer exchanges it or its base."""
@@ -348,6 +365,14 @@ class DiskStore:
         if self._base[0] != (entry := self._log.entry(as_index(i))):
             self._base = entry, self._read(i, self._form.leaves)
         return self._base[1]
+
+
+def _check_told(labelled, i, num_labels):
+    if (num_labels is not None) != labelled:
+        raise StoreError(
+            f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
+            f"{'lacks' if labelled else 'has'} it: load others, or replace it"
+        )
 
 
 class Parts:

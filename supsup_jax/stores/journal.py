@@ -233,23 +233,34 @@ class TaskLog(Files):
           writer has exchanged record i meanwhile.
         Raises as `entry`, StoreError when the record is damaged.
         """
+
+        def whole(entry):
+            return use(records.parse_record(self._whole(i, entry), i, self._file))
+
+        return self._as_it_is(i, whole)
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """Of record i, without a look at its body or its checksum. Raises as `read`."""
+
+        def head(entry):
+            self._check_within(i, entry)
+            return records.read_metadata(self._records, entry, i, self._file)
+
+        return self._as_it_is(i, head)
+
+    def _as_it_is(self, i, read):
+        """read(the entry of record i), again where a writer exchanged it meanwhile."""
         self._check_open()
         if not self.writes and not os.fstat(self._records).st_nlink:
             self.refresh()  # compacted: what was removed since must not be read
         while True:
             entry = self.entry(i)
             try:
-                return use(records.parse_record(self._whole(i, entry), i, self._file))
+                return read(entry)
             except StoreError:
                 self.refresh()
                 if self._entries[i] == entry:
                     raise
-
-    def metadata(self, i: int) -> dict[str, Any]:
-        """Of record i, without a look at its body or its checksum. Raises as `read`."""
-        entry = self.entry(i)
-        self._check_within(i, entry)
-        return records.read_metadata(self._records, entry, i, self._file)
 
     def _check_within(self, i, entry):
         if entry is None:

@@ -12,7 +12,7 @@ each device has all rows.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from supsup_jax.network import Network
 from supsup_jax.stores import arrays
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import Origin
+from supsup_jax.stores.origin import Origin, like_state
 from supsup_jax.types import PyTree, Task
 
 
@@ -59,22 +59,25 @@ def shard(store: MaskStore, mesh: Mesh, capacity: int | None = None) -> "Sharded
     return _moved(store.with_bank(_tiled_anew(store, capacity, parts), capacity), mesh)
 
 
-def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "ShardedStore":
+def of_tasks(
+    net: Network, num_tasks: int, read: Callable, mesh: Mesh, num_labels: Sequence[int] = ()
+) -> "ShardedStore":
     """A store of tasks that come from files, of which each process reads those of its own devices.
 
     read: range of ids -> words uint32 [nw] and the leaves of the statistics, one task after another
+    num_labels: of each task, behind its statistics; none where tasks do not tell.
     Raises as `shard`.
     """
     devices.check_mesh(mesh, TASK)
-    parts = mesh.shape[TASK]
+    parts, state = mesh.shape[TASK], like_state(net, bool(num_labels))
     each = -(-num_tasks // parts)
-    devices.check_room(arrays.nbytes(net.layout, net.state, each), parts * each)
+    devices.check_room(arrays.nbytes(net.layout, state, each), parts * each)
     tiles, num_words, lanes = arrays.tiling(net.layout, each)
 
     @functools.cache
     def part(s):
         ids = range(s * each, min((s + 1) * each, num_tasks))
-        words, states, _ = arrays.tiled(net.layout, net.state, each, read(ids))
+        words, states, _ = arrays.tiled(net.layout, state, each, read(ids))
         return words, states
 
     def placed(shape, size, take):
@@ -85,7 +88,7 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
 
         return jax.make_array_from_callback(shape, devices.on_mesh(mesh, SLOTS), rows)
 
-    like, treedef = jax.tree.flatten(net.state)
+    like, treedef = jax.tree.flatten(state)
     states = [
         placed((parts * each, *leaf.shape), each, lambda held, j=j: jax.tree.leaves(held[1])[j])
         for j, leaf in enumerate(like)
@@ -97,7 +100,8 @@ def of_tasks(net: Network, num_tasks: int, read: Callable, mesh: Mesh) -> "Shard
         np.int32(num_tasks),
         np.int32(0),
     )
-    return _counted(_moved(MaskStore(bank, Origin.of(net), parts * each), mesh))
+    counts = tuple(sorted(set(num_labels)))
+    return _counted(_moved(MaskStore(bank, Origin.of(net), parts * each, counts), mesh))
 
 
 @jax.tree_util.register_pytree_with_keys_class

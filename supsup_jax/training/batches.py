@@ -110,7 +110,7 @@ def train_on_batches(
 
 def _checked(batches, net, config, done) -> Iterator[TaskData]:
     """The batches of the steps after `done`, each a TaskData."""
-    outputs = None
+    known = None
     for i, batch in zip(range(done, config.steps), _endless(batches, config, done), strict=False):
         what = f"batch {i}"
         batch = as_data(batch, what)
@@ -120,7 +120,7 @@ def _checked(batches, net, config, done) -> Iterator[TaskData]:
             raise ValueError(
                 f"{what} must hold config.batch_size = {config.batch_size} examples, got {size}"
             )
-        outputs = check_labels(net, batch, config, outputs, what)
+        known = check_labels(net, batch, config, known, what)
         yield batch
 
 
@@ -160,7 +160,7 @@ def _check_progress(start, key, net, config):
 @functools.partial(jax.jit, static_argnames="config")
 def _start(key, net, init_scores, config):
     scores = start_scores(key, net, init_scores)
-    return begin(init_train_state(config, scores, net.state), config)
+    return begin(init_train_state(key, config, scores, net.state), config)
 
 
 def begin(state: TrainState, config: TrainConfig) -> TrainProgress:

@@ -14,12 +14,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 from supsup_jax import devices, masks, prng
-from supsup_jax.checks import check_key, check_type, is_traced
+from supsup_jax.checks import cause, check_key, check_type, is_traced
 from supsup_jax.layout import named_leaves
 from supsup_jax.masks import kept_counts
-from supsup_jax.network import Network, num_outputs
+from supsup_jax.network import Network, Trial, equations, trial
 from supsup_jax.training.config import TrainConfig
-from supsup_jax.types import PyTree, Task, TaskData, TrainResult
+from supsup_jax.types import PyTree, Task, TaskData, TrainResult, kinds_of
 
 # Where scores start that keep the whole network.
 ALL = "all"
@@ -88,9 +88,14 @@ def start_scores(key: jax.Array, net: Network, init_scores: PyTree | ScoreMean |
     return drawn if init_scores is None else init_scores.start(drawn)
 
 
-def init_train_state(config: TrainConfig, start: PyTree, state: PyTree) -> TrainState:
-    """The state before the first step: what is trained at `start`, the network at `state`."""
-    return TrainState(start, config.transformation().init(start), state)
+def init_train_state(
+    key: jax.Array, config: TrainConfig, start: PyTree, state: PyTree
+) -> TrainState:
+    """The state before the first step: what is trained at `start`, the network at `state`.
+
+    key: the task's, from which the keys in the network's state, such as dropout's, then follow.
+    """
+    return TrainState(start, config.transformation().init(start), prng.own_keys(key, state))
 
 
 def mask_loss(net: Network, config: TrainConfig) -> Loss:
@@ -118,7 +123,7 @@ def fit(
     augment_key = prng.purpose_key(key, "augment")
     batches = batch_indices(key, data.num_examples, config, data.labels)
     step = functools.partial(data_step, augment_key, loss, data, config)
-    before = init_train_state(config, start, state)
+    before = init_train_state(key, config, start, state)
     return lax.scan(step, before, (jnp.arange(config.steps), batches))
 
 
@@ -258,12 +263,17 @@ def whole_network(net: Network, config: TrainConfig, name: str = ALL) -> PyTree:
     )
 
 
-def check_labels(net, data, config, outputs=None, where=""):
-    """Raises TypeError or ValueError unless the labels are what config's loss takes; returns C."""
-    outputs = outputs or num_outputs(net, data)
+def check_labels(
+    net: Network, data: TaskData, config: TrainConfig, known: Trial | None = None, where: str = ""
+) -> Trial:
+    """Raises TypeError or ValueError unless the network takes the inputs, and config's loss labels.
+
+    known: what is returned, of earlier batches. where: which batch, for messages.
+    """
+    known = known or trial(net, data)
     if config.takes_classes:
-        data.check_classes(outputs, where)
-        if (weights := config.loss.weights) is not None and len(weights) < outputs:
+        data.check_classes(known.num_outputs, where)
+        if (weights := config.loss.weights) is not None and len(weights) < known.num_outputs:
             high = int(np.max(data.labels)) if not is_traced(data.labels) else 0
             if high >= len(weights):
                 raise ValueError(
@@ -273,7 +283,30 @@ def check_labels(net, data, config, outputs=None, where=""):
         data.labels.ndim != 1 or not jnp.issubdtype(data.labels.dtype, jnp.integer)
     ):
         raise TypeError(f"balanced wants integer labels [N], got {data.labels.dtype}")
-    return outputs
+    if not config.takes_classes:
+        _check_loss(config, known.num_outputs, data.labels)
+    return known
+
+
+def _check_loss(config, num_outputs, labels):
+    """Raises ValueError unless a loss of the user's takes these labels, example by example."""
+    num = config.batch_size
+    logits = jax.ShapeDtypeStruct((num, num_outputs), jnp.float32)
+    y = jax.ShapeDtypeStruct((num, *labels.shape[1:]), labels.dtype)
+    said = f"for logits {kinds_of(logits)} and labels {kinds_of(y)}"
+    try:
+        jaxpr, value = jax.make_jaxpr(config.loss, return_shape=True)(logits, y)
+    except Exception as error:
+        raise ValueError(f"the loss fails {said}: {cause(error)}") from error
+    made = [value.shape]
+    if num_outputs == 1:  # inside it, too, where it returns the mean
+        made += [var.aval.shape for each in equations(jaxpr.jaxpr) for var in each.outvars]
+    alone = num not in (1, num_outputs, *y.shape[1:])  # an axis of that length is of examples
+    if alone and any(shape.count(num) > 1 for shape in made):
+        raise ValueError(
+            f"the loss pairs each example with each other, [B, B], {said}, as arrays of unequal "
+            "axes do: give labels the shape of the logits, or reshape them in the loss"
+        )
 
 
 def check_types(net, config):

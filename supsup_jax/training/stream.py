@@ -91,7 +91,6 @@ class StreamState(NamedTuple):
     store: max(T, floor) masks; the first T are allocated, the others decoys.
     slots: of each mask in the store scores, optimizer state and statistics, in NumPy.
     allocated: T. windows: seen so far. skipped: of these, not learned from (budget, "skip").
-    num_outputs: C, 0 until the first window.
     key: draws the scores of every slot, and augments.
     """
 
@@ -100,7 +99,6 @@ class StreamState(NamedTuple):
     allocated: int
     windows: int
     skipped: int
-    num_outputs: int
     key: jax.Array
 
     def __repr__(self) -> str:
@@ -174,7 +172,7 @@ def restore_stream(
     for slot in slots:
         net.layout.leaves(slot.scores, "the scores of a slot")
         store = store.append(_task(net, slot, config=config.train), donate=True)
-    return StreamState(store, tuple(slots), allocated, windows, skipped, 0, key)
+    return StreamState(store, tuple(slots), allocated, windows, skipped, key)
 
 
 def fresh_slot(key: jax.Array, i: int, net: Network, config: StreamConfig) -> TrainState:
@@ -228,16 +226,16 @@ def observe(
     donate: consume the state's store, as `MaskStore.append` does, where its copy would cost more
       than the window; an error leaves it as it was. Without it `state` is as before.
     Equal shapes compile once, for all masks and windows, and again each time a store without a
-    budget doubles.
+    budget doubles. The host calls each step for a convolution on a CPU, as `train_task` does.
     Raises TypeError or ValueError before computing for what does not fit, such as a stream of one
     class, and ValueError when training ends with scores or losses that are not finite.
     """
     _check_types(state.key, net, config)
-    num_outputs = _check_window(state, net, data, index, config)
+    single = _check_window(state, net, data, index, config).slow_in_loops
     allocated = state.allocated
     slot, winner, max_nu = _choose(state, net, data, index, config)
     threshold = config.threshold(allocated)
-    state = state._replace(windows=state.windows + 1, num_outputs=num_outputs)
+    state = state._replace(windows=state.windows + 1)
     if slot is None:
         skipped = state._replace(skipped=state.skipped + 1)
         return skipped, Decision(-1, False, max_nu, threshold, None)
@@ -247,11 +245,16 @@ def observe(
         slots.append(fresh_slot(state.key, slot, net, config))
     if winner != slot:
         slots[slot], slots[winner] = slots[winner], slots[slot]
-    after, task, loss, finite = _learn(
-        state.key, net, data, index, slots[slot], np.int32(state.windows - 1), config=config.train
-    )
-    after, loss, finite = jax.device_get((after, loss, finite))
-    if not finite:
+    after, task, loss, finite = slots[slot], None, [], True
+    size = 1 if single else len(index)
+    for i in range(0, len(index), size):
+        step = np.int32((state.windows - 1) * len(index) + i)
+        after, task, some, finite = _learn(
+            state.key, net, data, index[i : i + size], after, step, config=config.train
+        )
+        loss.append(jax.device_get(some))
+    after, finite, loss = *jax.device_get((after, finite)), np.concatenate(loss)
+    if not (finite and np.isfinite(loss).all()):
         raise diverged(config.train, f" at window {state.windows - 1}")
     # From here on nothing fails, so that an error leaves a donated store as it was.
     if winner != slot:
@@ -299,20 +302,25 @@ def _ask(net, store, data, index, allocated, eps, *, objective):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _learn(key, net, data, index, before, window, *, config):
-    """The slot after a window, its task, losses [window], and whether all of it is finite."""
-    steps = window * len(index) + jnp.arange(len(index))
+def _learn(key, net, data, index, before, first, *, config):
+    """The slot after some batches of a window, of which `first` is the number of the first; its
+    task, the losses, and whether the scores are finite.
+    """
     augment_key = prng.purpose_key(key, "augment")
     step = functools.partial(data_step, augment_key, mask_loss(net, config), data, config)
-    after, loss = lax.scan(step, before, (steps, index))
-    return after, _task(net, after, config=config), loss, all_finite((after.scores, loss))
+    if len(index) == 1:  # in no loop
+        after, loss = step(before, (first, index[0]))
+        loss = loss[None]
+    else:
+        after, loss = lax.scan(step, before, (first + jnp.arange(len(index)), index))
+    return after, _task(net, after, config=config), loss, all_finite(after.scores)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _fresh(key, i, net, *, config):
     key = jax.random.fold_in(prng.purpose_key(key, "slots"), i)
     scores = masks.draw_scores(key, net.layout)
-    return init_train_state(config, scores, net.state)
+    return init_train_state(key, config, scores, net.state)
 
 
 _task = functools.partial(jax.jit, static_argnames="config")(task_of)
@@ -338,12 +346,12 @@ def _check_counts(allocated, num_slots, config):
 
 
 def _check_window(state, net, data, index, config):
-    """Raises unless the window is one of this learner's; returns C."""
+    """Raises unless the window is one of this learner's."""
     check_type("data", data, TaskData)
     check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()
-    num_outputs = check_labels(net, data, config.train, state.num_outputs)
+    known = check_labels(net, data, config.train)
     want = (config.window, config.train.batch_size)
     if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):
         got = getattr(index, "dtype", type(index).__name__)
@@ -362,4 +370,4 @@ def _check_window(state, net, data, index, config):
             f"a window must hold labels of at least two classes, got only class {labels.min()}: "
             "there is nothing to tell apart, and any mask would seem to know it"
         )
-    return num_outputs
+    return known

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from supsup_jax import devices, prng
 from supsup_jax.checks import check_type, in_trace
-from supsup_jax.network import Network, primitives
+from supsup_jax.network import Network
 from supsup_jax.training.batches import TrainProgress, begin, finish
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.training.steps import (
@@ -56,7 +56,8 @@ def train_task(
 ) -> TrainResult:
     """Learns one task: config's loss over all C outputs, with the network's weights fixed.
 
-    key: draws the scores and the order of the examples, each from a key of its own.
+    key: draws the scores, the order of the examples and what the network drops, each from a key
+      of its own.
     init_scores: where scores start, pytree like a mask; drawn when None. A ScoreMean starts them
       at the mean of earlier tasks' scores (the paper's transfer). It is not consumed. "all" starts
       from the whole network, by the magnitudes of its weights (`whole_network`): what weights that
@@ -75,11 +76,11 @@ def train_task(
     init_scores = check_start(key, net, config, init_scores)
     check_type("data", data, TaskData)
     data.check()
-    check_labels(net, data, config)
+    slow_in_loops = check_labels(net, data, config).slow_in_loops
     traced = in_trace(key, net, data, init_scores)
     if traced and on_step is not None:
         raise ValueError("on_step is called by the host: it has no meaning inside jit")
-    single = not traced and mesh is None and slow_in_loops(net, data)
+    single = not traced and mesh is None and slow_in_loops
     if mesh is None and (on_step is not None or single):
         result = _from_host(key, net, data, init_scores, config, on_step, single)
     elif mesh is None:
@@ -149,11 +150,11 @@ def train_tasks(
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks, config)
-    check_labels(net, _one_task(data, num_tasks, config), config)
+    slow_in_loops = check_labels(net, _one_task(data, num_tasks, config), config).slow_in_loops
     traced = in_trace(keys, net, data, init_scores)
     if on_step is not None and (traced or mesh is not None):
         raise ValueError("on_step is called by the host: it has no meaning inside jit or on a mesh")
-    single = not traced and mesh is None and slow_in_loops(net, _one_task(data, num_tasks, config))
+    single = not traced and mesh is None and slow_in_loops
     if on_step is not None or single:
         result = _in_groups(keys, net, data, init_scores, config, on_step, single)
     elif mesh is None:
@@ -168,20 +169,6 @@ def train_tasks(
             some = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise diverged(config, f" in {len(bad)} of {num_tasks} tasks ({some})")
     return result
-
-
-def slow_in_loops(net: Network, data: TaskData) -> bool:
-    """Whether this is a CPU and the network convolves, by `lax.conv_general_dilated`: the gradient
-    of its kernel is computed by several cores outside loops, and by one, naively, within.
-    """
-    if jax.default_backend() != "cpu":
-        return False
-
-    def logits(net, data):
-        x, _ = data.batch(jnp.zeros(2, jnp.int32))
-        return net.forward(net.params, net.state, x, train=True)
-
-    return "conv_general_dilated" in primitives(jax.make_jaxpr(logits)(net, data).jaxpr)
 
 
 def _from_host(key, net, data, init_scores, config, on_step, single=False, mesh=None):
@@ -206,7 +193,7 @@ def _from_host(key, net, data, init_scores, config, on_step, single=False, mesh=
 
 @functools.partial(jax.jit, static_argnames="config")
 def _begin(key, net, data, init_scores, config):
-    state = init_train_state(config, start_scores(key, net, init_scores), net.state)
+    state = init_train_state(key, config, start_scores(key, net, init_scores), net.state)
     order = batch_indices(key, data.num_examples, config, data.labels)
     # Copies, as the first call consumes them.
     return jax.tree.map(jnp.copy, begin(state, config)), order
@@ -343,7 +330,7 @@ def working_bytes(net: Network, data: TaskData, config: TrainConfig) -> int:
     """
 
     def step(key, net, data, scores, batch):
-        before = init_train_state(config, scores, net.state)
+        before = init_train_state(key, config, scores, net.state)
         return data_step(key, mask_loss(net, config), data, config, before, batch)
 
     array = jax.ShapeDtypeStruct

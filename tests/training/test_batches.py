@@ -136,6 +136,21 @@ def test_dropout_keys_are_state_too():
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-4)
 
 
+def test_each_task_drops_by_its_own_key():
+    net = ss.Network.from_nnx(NormNet(dropout=0.5, rngs=nnx.Rngs(0)))
+    data = ss.TaskData(np.ones((8, 6), np.float32), np.arange(8) % 5)
+    config = dataclasses.replace(CONFIG, steps=1, shuffle=False)
+    scores = jax.tree.map(lambda leaf: leaf + 1, ss.ScoreMean.create(net).mean)
+    keys = jax.random.split(KEY, 2)
+    one, same, other = (
+        ss.train_task(keys[i], net, data, config, scores).loss[0] for i in (0, 0, 1)
+    )
+    assert one == same != other
+    start = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), scores)
+    both = ss.train_tasks(keys, net, data, config, start).loss[:, 0]
+    np.testing.assert_allclose(both, [one, other], rtol=1e-5)
+
+
 def test_one_program_serves_every_step_and_task(conv_net):
     _step.clear_cache()
     for seed in range(2):

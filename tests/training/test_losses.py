@@ -11,7 +11,9 @@ from flax import linen, nnx
 
 import supsup_jax as ss
 from supsup_jax import losses, objectives
+from supsup_jax.network import trial
 from supsup_jax.training import steps, train
+from supsup_jax.training.steps import check_labels
 from tests.conftest import relu_net
 from tests.training.test_train import FAST, toy_data
 
@@ -93,6 +95,41 @@ def test_the_first_loss_is_the_losss_mean_and_metrics_judge(small_net, loss, obj
         ss.evaluate(net, store, test)
     with pytest.raises(ValueError, match=r"metric must return \[B\]"):
         ss.evaluate(net, store, test, metric=lambda logits, labels: 0)
+
+
+def difference(logits, y):
+    return (logits - y) ** 2
+
+
+def mean_difference(logits, y):
+    return difference(logits, y).mean()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "shape", "match"),
+    [
+        (5, optax.sigmoid_binary_cross_entropy, (8, 3), r"\[B, 5\] and labels float32 \[B, 3\]: "),
+        (1, optax.squared_error, (8,), r"the loss fails for .*: ValueError: Shape mismatch"),
+        (1, difference, (8,), r"pairs each example with each other, .* \[B, 1\] and .* \[B\]"),
+        (1, mean_difference, (8,), "pairs each example with each other"),
+        (1, mean_difference, (8, 1), None),
+        (5, mean_difference, (8, 5), None),
+    ],
+)
+def test_labels_that_a_loss_would_not_take_as_meant(outputs, loss, shape, match):
+    net, config = relu_net((6, 6, outputs)), ss.TrainConfig(loss=loss)
+    data = ss.TaskData(np.ones((8, 6), np.float32), np.ones(shape, np.float32))
+    if match is None:
+        assert check_labels(net, data, config).num_outputs == outputs
+        return
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=match):
+        ss.train_task(KEY, net, data, config)
+
+
+@pytest.mark.parametrize("labels", [{"y": np.zeros(8)}, (np.zeros(8), np.zeros(8))])
+def test_labels_are_one_array(labels):
+    with pytest.raises(TypeError, match=r"labels must be an array, got a (dict|tuple)"):
+        ss.TaskData(np.ones((8, 6)), labels)
 
 
 def scores_of(net):
@@ -241,8 +278,8 @@ def test_a_convolution_outside_loops_and_call_by_call_arguments():
     images = np.random.default_rng(0).normal(size=(16, 6, 6, 1)).astype(np.float32)
     data = ss.TaskData(images, np.arange(16) % 4)
     config = ss.TrainConfig(steps=4, batch_size=8, optimizer="sgd", learning_rate=0.1)
-    assert train.slow_in_loops(net, data)
-    assert not train.slow_in_loops(relu_net((6, 6, 5)), toy_data())
+    assert trial(net, data) == (4, True)
+    assert trial(relu_net((6, 6, 5)), toy_data()) == (5, False)
     got = ss.train_task(KEY, net, data, config)
     want = train._train(KEY, net, data, None, config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
@@ -286,6 +323,63 @@ def test_linen_dropout_draws_in_training(norm):
     result = ss.train_task(KEY, net, toy_data(), FAST)
     store = ss.MaskStore.create(net, 2).append(result.task)
     assert ss.one_shot(net, store, x).task.shape == (40,)
+
+
+class LinenField(linen.Module):
+    train: bool = True
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(5)(linen.Dropout(0.5, deterministic=not self.train)(x))
+
+
+def sequential(train):
+    dropout = linen.Dropout(0.5, deterministic=not train)
+    return linen.Sequential(
+        [linen.Dense(8), linen.BatchNorm(use_running_average=not train), dropout, linen.Dense(5)]
+    )
+
+
+@pytest.mark.parametrize("make", [LinenField, sequential])
+def test_linen_modes_that_are_fields(make):
+    x = np.random.default_rng(0).standard_normal((40, 6), np.float32)
+    given = make(True).init({"params": KEY, "dropout": KEY}, x)
+    net = ss.Network.from_linen(make(True), given)
+    mask = net.layout.tree([np.ones(shape) for shape in net.layout.shapes.values()])
+    first, state = net.train_logits(mask, net.state, x)
+    second, _ = net.train_logits(mask, state, x)
+    assert not np.allclose(first, second)
+    quiet = make(False).apply(given, x)
+    np.testing.assert_allclose(net(mask, x, net.state), quiet, rtol=1e-5, atol=1e-6)
+
+
+class Flagged(nnx.Module):
+    def __init__(self, *, rngs):
+        self.training = False
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(x)) * (2 if self.training else 1)
+
+
+def test_flags_that_nnx_modules_hold():
+    net = ss.Network.from_nnx(Flagged(rngs=nnx.Rngs(0)))
+    x, mask = np.ones((2, 6), np.float32), net.layout.tree([np.ones((6, 5))])
+    quiet = net(mask, x, net.state)
+    np.testing.assert_allclose(net.train_logits(mask, net.state, x)[0], 2 * quiet, rtol=1e-6)
+
+
+def test_a_linen_module_that_always_drops_is_refused():
+    class Hard(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(5)(linen.Dropout(0.5, deterministic=False)(x))
+
+    x = np.ones((4, 6), np.float32)
+    net = ss.Network.from_linen(Hard(), Hard().init({"params": KEY, "dropout": KEY}, x))
+    with pytest.raises(ValueError, match="Hard draws, and nothing tells it training from pred"):
+        ss.train_task(KEY, net, ss.TaskData(x, np.zeros(4, int)))
 
 
 def variables(net):
