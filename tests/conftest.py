@@ -1,5 +1,6 @@
 """Settings that must stand before JAX starts, and the small networks that many tests share."""
 
+import gc
 import itertools
 import os
 import subprocess
@@ -31,6 +32,7 @@ if "XLA_FLAGS" not in os.environ:  # xdist's workers inherit what was found
 
 import jax  # noqa: E402
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the million, few of them in cycles
 jax.config.update("jax_num_cpu_devices", 8)  # for shard_map
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
