@@ -57,6 +57,14 @@ def batches_of(key, data, config):
         yield dataclasses.replace(data, inputs=images[index], labels=labels[index])
 
 
+def test_one_program_serves_every_step_and_task(conv_net):
+    _step.clear_cache()
+    for seed in range(2):
+        key = jax.random.key(seed)
+        ss.train_on_batches(key, conv_net, batches_of(key, photographs(seed=seed), CONFIG), CONFIG)
+    assert _step._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -134,14 +142,6 @@ def test_dropout_keys_are_state_too():
     want = ss.train_task(KEY, net, data, CONFIG)
     got = ss.train_on_batches(KEY, net, batches_of(KEY, data, CONFIG), CONFIG)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-4)
-
-
-def test_one_program_serves_every_step_and_task(conv_net):
-    _step.clear_cache()
-    for seed in range(2):
-        key = jax.random.key(seed)
-        ss.train_on_batches(key, conv_net, batches_of(key, photographs(seed=seed), CONFIG), CONFIG)
-    assert _step._cache_size() == 1
 
 
 def test_no_more_batches_are_taken_than_steps_and_none_ahead(conv_net):
