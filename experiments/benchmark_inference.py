@@ -90,7 +90,7 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         return -one_shot.Uncertainty(net, ss.entropy).gradient(store.mixture(), x)
 
     contract = jax.jit(lambda store, v: store.contract(v))
-    certified = jax.jit(lambda store, v: store.certified_scores(v))
+    certified = jax.jit(lambda store, v: store.best_scores(v))
     decide = functools.partial(ss.one_shot, net, store)
     v = gradient(net, store, x)
     packed = np.asarray(store._bank.words)

@@ -1,21 +1,35 @@
 """Settings that must stand before JAX starts, and the small networks that many tests share."""
 
+import gc
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is LLVM's, over programs that run for milliseconds: nearly half is saved
 # by asking it for less. Flags of your own, such as --xla_cpu_max_isa=AVX2, bring full optimisation.
-os.environ.setdefault(
-    "XLA_FLAGS",
+FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+
+
+def known(flags):
+    """Whether this jaxlib has the flags: XLA aborts over one that it does not know."""
+    parse = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    env = os.environ | {"XLA_FLAGS": flags}
+    return not subprocess.call([sys.executable, "-c", parse], env=env, stderr=subprocess.DEVNULL)
+
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "XLA_FLAGS" not in os.environ:  # xdist's workers inherit what was found
+    os.environ["XLA_FLAGS"] = FLAGS if known(FLAGS) else " ".join(filter(known, FLAGS.split()))
 
 import jax  # noqa: E402
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the million, few of them in cycles
 jax.config.update("jax_num_cpu_devices", 8)  # for shard_map
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))

@@ -47,15 +47,14 @@ def contract(words, v, num_tasks, *how):
 SIZES = [(1, 1, 1, 1), (5, 3, 4, 6)]
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-@pytest.mark.parametrize("size", SIZES)
-def test_products_equal_numpy(batch, size, platform):
+@pytest.mark.parametrize(("size", "batch"), [(SIZES[0], None), (SIZES[1], None), (SIZES[1], 3)])
+def test_products_equal_numpy(size, batch, platform):
     words, masks, v, num_tasks = problem(*size, batch)
     alphas = np.random.default_rng(1).random((*v.shape[:-1], len(masks)))
     check_products(IMPLEMENTATIONS, words, masks, v, alphas, num_tasks)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("rows", [1, 5, 8])
 def test_blocks_that_do_not_divide_the_words(rows, monkeypatch):
     """Of 9 word rows; popcount and select share rows between blocks, the others have a rest."""
     lanes = 6

@@ -33,7 +33,7 @@ def values(seed=0, num_words=9):
     return v.astype(np.float32)
 
 
-@pytest.mark.parametrize("planes", range(2, 25))
+@pytest.mark.parametrize("planes", [2, 3, 4, 8, 11, 16, 17, 20, 23, 24])
 def test_planes_hold_the_nearest_integers(planes):
     v = np.concatenate([values(seed) for seed in range(3)], axis=1)
     got, left = taken_apart(v, planes)

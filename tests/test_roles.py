@@ -74,8 +74,13 @@ BY_HAND = {
 
 
 @pytest.fixture(scope="module")
-def layers():
-    return ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0)))
+def module():
+    return nnx.jit(lambda: Layers(rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="module")
+def layers(module):
+    return ss.Network.from_nnx(module)
 
 
 def leaves_of(net):
@@ -160,22 +165,22 @@ def test_names_and_biases_tell_the_rest(params, want):
     assert dict(zip(net.layout.shapes, net.layout.fan_ins, strict=True)) == want
 
 
-def test_a_rule_of_ones_own_goes_first(layers):
+def test_a_rule_of_ones_own_goes_first(module):
     def fan_in(name, leaf):
         return leaf.shape[-1] if "embedding" in name else None
 
-    net = ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0)), fan_in=fan_in)
+    net = ss.Network.from_nnx(module, fan_in=fan_in)
     found = dict(zip(net.layout.shapes, net.layout.fan_ins, strict=True))
     assert found["embed/embedding"] == 32
     assert found["attention/out/kernel"] == 64
     with pytest.raises(ValueError, match=r"fan_in of .* must be an int of at least 1"):
-        ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0)), fan_in=lambda name, leaf: 0)
+        ss.Network.from_nnx(module, fan_in=lambda name, leaf: 0)
     with pytest.raises(TypeError, match="fan_in must be a function"):
-        ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0)), fan_in=3)
+        ss.Network.from_nnx(module, fan_in=3)
 
 
-def test_what_has_no_fan_in_is_masked_by_name_and_stays_as_given(layers):
-    net = ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0)), masked=lambda name, leaf: True)
+def test_what_has_no_fan_in_is_masked_by_name_and_stays_as_given(module):
+    net = ss.Network.from_nnx(module, masked=lambda name, leaf: True)
     given, drawn = leaves_of(net), leaves_of(ss.signed_constant(net, 0))
     assert set(net.layout.shapes) == set(BY_HAND)
     for name in ("norm/scale", "attention/query/bias", "positions"):
@@ -183,7 +188,7 @@ def test_what_has_no_fan_in_is_masked_by_name_and_stays_as_given(layers):
     assert np.ptp(np.abs(drawn["attention/query/kernel"])) == 0
 
 
-def test_densities_see_inputs_and_outputs():
+def test_densities_see_inputs_and_outputs(layers):
     seen = []
 
     def density(shape):
@@ -200,6 +205,6 @@ def test_densities_see_inputs_and_outputs():
     ss.kept_counts(ss.Network(lambda params, x: x, arrays).layout, density)
     assert seen == [(6, 4), (3, 2, 4, 16)]
     seen.clear()
-    ss.kept_counts(ss.Network.from_nnx(Layers(rngs=nnx.Rngs(0))).layout, density)
+    ss.kept_counts(layers.layout, density)
     assert (64, 32) in seen  # out of attention, 4 heads of 16
     assert (3, 3, 32, 16) in seen  # transposed

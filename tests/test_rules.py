@@ -55,8 +55,7 @@ def test_inside_shard_map(problem):
     x = jnp.concatenate([x, x[::-1]])  # 20 rows a device: the form of large batches
     ids = jnp.arange(40) % 5
     got = jax.jit(jax.shard_map(everything, mesh=mesh, in_specs=split, out_specs=split))(x, ids)
-    alone = jax.jit(everything)
-    halves = alone(x[:20], ids[:20]), alone(x[20:], ids[20:])
+    halves = everything(x[:20], ids[:20]), everything(x[20:], ids[20:])
     for result, *want in zip(got, *halves, strict=True):
         np.testing.assert_allclose(result, np.concatenate(want), rtol=RTOL, atol=ATOL)
 

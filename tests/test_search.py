@@ -155,8 +155,8 @@ def fresh_program():
 def test_survivors_copied_together_search_on(problem, monkeypatch, fresh_program):
     """Stores larger than SMALL are narrowed to ever smaller ones; here in steps of several."""
     net, _, x = problem
-    masks = random_masks(net, 60)
-    stores = [filled_store(net, masks[:num_tasks], capacity=64) for num_tasks in (3, 40, 60)]
+    masks = random_masks(net, 30)
+    stores = [filled_store(net, masks[:num_tasks], capacity=32) for num_tasks in (3, 20, 30)]
     want = [ss.binary_search(net, store, x[:2]).scores for store in stores]
     monkeypatch.setattr(search, "SMALL", 4)
     monkeypatch.setattr(search, "SHRINK", 3)

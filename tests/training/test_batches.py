@@ -57,6 +57,14 @@ def batches_of(key, data, config):
         yield dataclasses.replace(data, inputs=images[index], labels=labels[index])
 
 
+def test_one_program_serves_every_step_and_task(conv_net):
+    _step.clear_cache()
+    for seed in range(2):
+        key = jax.random.key(seed)
+        ss.train_on_batches(key, conv_net, batches_of(key, photographs(seed=seed), CONFIG), CONFIG)
+    assert _step._cache_size() == 1
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -149,14 +157,6 @@ def test_each_task_drops_by_its_own_key():
     start = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), scores)
     both = ss.train_tasks(keys, net, data, config, start).loss[:, 0]
     np.testing.assert_allclose(both, [one, other], rtol=1e-5)
-
-
-def test_one_program_serves_every_step_and_task(conv_net):
-    _step.clear_cache()
-    for seed in range(2):
-        key = jax.random.key(seed)
-        ss.train_on_batches(key, conv_net, batches_of(key, photographs(seed=seed), CONFIG), CONFIG)
-    assert _step._cache_size() == 1
 
 
 def test_no_more_batches_are_taken_than_steps_and_none_ahead(conv_net):

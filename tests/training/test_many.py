@@ -57,6 +57,16 @@ def assert_same(got, want):
     assert least > 1e-5  # else rounding might choose, and the test would hang on luck
 
 
+def test_many_tasks_trace_once():
+    train._train_tasks.clear_cache()
+    train._train.clear_cache()
+    for seed in range(3):
+        keys, data = many_data(seed=seed)
+        ss.train_tasks(keys, relu_net((6, 6, 5), seed), data, FAST)
+    assert train._train_tasks._cache_size() == 1
+    assert train._train._cache_size() <= 1
+
+
 # The platform's form (on a CPU one by one), and batches: with a remainder, of all.
 @pytest.mark.parametrize("together", [None, 2, 8])
 def test_many_tasks_equal_each_alone(small_net, together):
@@ -108,16 +118,6 @@ def test_many_tasks_in_a_store(small_net):
         store = store.append(jax.tree.map(lambda leaf, i=i: leaf[i], result.task))
     np.testing.assert_array_equal(store.mask(2)["kernel0"], result.task.mask["kernel0"][2])
     assert result.loss.shape == (5, FAST.steps)
-
-
-def test_many_tasks_trace_once():
-    train._train_tasks.clear_cache()
-    train._train.clear_cache()
-    for seed in range(3):
-        keys, data = many_data(seed=seed)
-        ss.train_tasks(keys, relu_net((6, 6, 5), seed), data, FAST)
-    assert train._train_tasks._cache_size() == 1
-    assert train._train._cache_size() <= 1
 
 
 def test_many_tasks_under_jit_and_by_raw_keys(small_net):

@@ -127,12 +127,16 @@ def test_every_epoch_shows_every_example_once(num, count, batch_size):
         assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_same_key_same_task_other_key_other_task(small_net):
-    data = toy_data()
-    one = ss.train_task(jax.random.key(0), small_net, data, FAST)
-    chex.assert_trees_all_equal(one, ss.train_task(jax.random.key(0), small_net, data, FAST))
-    other = ss.train_task(jax.random.key(1), small_net, data, FAST)
-    assert not np.array_equal(one.scores["kernel0"], other.scores["kernel0"])
+def test_one_compilation_serves_every_task_with_or_without_earlier_ones():
+    train._train.clear_cache()
+    mean = ss.ScoreMean.create(relu_net((6, 6, 5)))
+    for seed in range(3):
+        net = relu_net((6, 6, 5), seed)
+        view = jnp.asarray(np.random.default_rng(seed).permutation(6))
+        data = toy_data(view=view, seed=seed)
+        result = ss.train_task(jax.random.key(seed), net, data, FAST, init_scores=mean)
+        mean = mean.include(result.scores)
+    assert train._train._cache_size() == 1
 
 
 def test_every_draw_has_a_key_of_its_own(small_net, monkeypatch):
@@ -146,6 +150,14 @@ def test_every_draw_has_a_key_of_its_own(small_net, monkeypatch):
     train._train.clear_cache()
     ss.train_task(jax.random.key(0), small_net, toy_data(), FAST)
     assert len(purposes) == len(set(purposes)) == 3  # scores, batches, augmentation
+
+
+def test_same_key_same_task_other_key_other_task(small_net):
+    data = toy_data()
+    one = ss.train_task(jax.random.key(0), small_net, data, FAST)
+    chex.assert_trees_all_equal(one, ss.train_task(jax.random.key(0), small_net, data, FAST))
+    other = ss.train_task(jax.random.key(1), small_net, data, FAST)
+    assert not np.array_equal(one.scores["kernel0"], other.scores["kernel0"])
 
 
 def test_a_view_is_the_images_gathered_by_hand(small_net):
@@ -179,18 +191,6 @@ def test_normalisation():
     images = jnp.asarray([[0, 51, 255]], jnp.uint8)
     want = (np.asarray([[0, 0.2, 1.0]]) - 0.1307) / 0.3081
     np.testing.assert_allclose(ss.Normalize(0.1307, 0.3081)(images), want, rtol=1e-5)
-
-
-def test_one_compilation_serves_every_task_with_or_without_earlier_ones():
-    train._train.clear_cache()
-    mean = ss.ScoreMean.create(relu_net((6, 6, 5)))
-    for seed in range(3):
-        net = relu_net((6, 6, 5), seed)
-        view = jnp.asarray(np.random.default_rng(seed).permutation(6))
-        data = toy_data(view=view, seed=seed)
-        result = ss.train_task(jax.random.key(seed), net, data, FAST, init_scores=mean)
-        mean = mean.include(result.scores)
-    assert train._train._cache_size() == 1
 
 
 def test_one_step_equals_the_formula(small_net):
