@@ -1,24 +1,29 @@
 """Time and memory of one decision against the number of tasks K, 10 to 100,000.
 
-    python -m experiments.benchmark_inference
+    python -m experiments.benchmark_inference --run RUN --data-dir DIR
     python -m experiments.benchmark_inference --network fc-500
 
-Task 0 is learned (1,000 steps on scikit-learn's digits, enlarged and permuted), so that there is
-something to find; the other masks are synthetic, independent fair bits. For each K:
+With --run the first masks are those that a run of experiments.permuted has learned, and the others
+of independent bits, each as often 1 as in the learned ones; images of a learned task decide.
+Without, task 0 is learned (1,000 steps on scikit-learn's digits, enlarged and permuted), and the
+other masks are fair bits. For each K:
 
     read           the packed masks read once by NumPy on one core: the floor of any rule
     gradient       forward and backward pass of a shared batch of 128 under the mixture
     contraction    the product of that gradient with all masks, float32-class
-    certified      the same, for the task only: coarse planes, a proven bound, doubts settled
+    certified      the same, for the task only, from as few bits as prove it
+    error          the same, from as few as make another task's chance 1e-6
     shared         the whole decision of a batch of 128: gradient, contraction, argmax
-    shared/cert    the same, certified
+    shared/cert, shared/error    the same, certified, and at error=1e-6
     1, 8, 128      that many decisions in one call, each example for itself
-    128/cert       the same, certified
+    128/cert, 128/error          the same, certified, and at error=1e-6
     predict        logits of 128 examples under the masks of 128 different tasks
     oracle         K forward passes of the batch, one under each mask
     dense          the product with masks kept as float32, as a direct port does, while they fit
 
-Each K has a process of its own, so that its peak of resident memory (without "dense") is its own.
+Beside times the share of the masks' bits that each race read, and how many of its decisions
+differ from the exact ones. Each K has a process of its own, so that its peak of resident memory
+(without "dense") is its own.
 Last, the contraction among 1,000 tasks and more, all numbers in the same rounds of one process:
 whether time is linear in K shows there, free of the machine's faster and slower minutes.
 Writes benchmark_inference.json and .png to --out, and ends with a table. 10 minutes on 2 CPU
@@ -46,6 +51,7 @@ from supsup_jax import data, devices
 from supsup_jax.inference import one_shot
 
 DENSE_BYTES = 3 * 2**30
+ERROR = 1e-6
 # Of the device's memory; the store is held once, and made tile by tile.
 FRACTION = 0.6
 
@@ -55,6 +61,10 @@ class Args:
     """Times one-shot decisions among K tasks."""
 
     network: Literal[bench.NETWORKS] = "lenet-100"
+    """Without --run, which has its own."""
+    run: Path | None = None
+    """Folder of a run of experiments.permuted, finished or not."""
+    data_dir: Path | None = None
     tasks: tuple[int, ...] = (10, 50, 250, 1000, 2500, 10_000, 100_000)
     rounds: int = 9
     oracle_tasks: int = 2500
@@ -75,14 +85,23 @@ def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
     return tuple(dataclasses.replace(task, view=view) for task in (dataset.train, dataset.test))
 
 
-def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool, seed: int) -> dict:
+def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, ss.TaskData]:
+    """The network, the masks that were learned, and test data of the first of them."""
+    if args.run is not None:
+        net, store, stream = bench.learned(args.run, args)
+        return net, store, stream.test[0]
+    net = bench.network(args.network, args.seed)
+    train, test = digits_task(784, args.seed)
+    config = ss.TrainConfig(steps=20 if args.tiny else 1000)
+    learned = ss.train_task(jax.random.key(args.seed), net, train, config)
+    return net, ss.MaskStore.create(net, 1).append(learned.task), test
+
+
+def measure(args: Args, num_tasks: int) -> dict:
     """One row: everything at this number of tasks."""
-    net = bench.network(network, seed)
-    train, test = digits_task(784, seed)
-    config = ss.TrainConfig(steps=steps)
-    learned = ss.train_task(jax.random.key(seed), net, train, config)
-    store = ss.MaskStore.create(net, 1).append(learned.task)
-    store = bench.random_store(net, num_tasks, store)
+    rounds = args.rounds
+    net, learned, test = learned_masks(args)
+    store = bench.random_store(net, num_tasks, learned)
     x, _ = test.batch(jnp.arange(128))
 
     @jax.jit
@@ -90,9 +109,9 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         return -one_shot.Uncertainty(net, ss.entropy).gradient(store.mixture(), x)
 
     contract = jax.jit(lambda store, v: store.contract(v))
-    certified = jax.jit(lambda store, v: store.best_scores(v))
+    race = jax.jit(lambda store, v, error: store.best_scores(v, error), static_argnames="error")
     decide = functools.partial(ss.one_shot, net, store)
-    v = gradient(net, store, x)
+    v, each = gradient(net, store, x), [gradient(net, store, row) for row in x[:, None]]
     packed = np.asarray(store._bank.words)
     start = time.perf_counter()
     shared = jax.block_until_ready(decide(x, per_example=False))
@@ -101,22 +120,37 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         "read": lambda: np.bitwise_or.reduce(packed, axis=None),
         "gradient": lambda: gradient(net, store, x),
         "contraction": lambda: contract(store, v),
-        "certified": lambda: certified(store, v),
+        "certified": lambda: race(store, v, None),
+        "error": lambda: race(store, v, ERROR),
         "shared": lambda: decide(x, per_example=False),
         "shared/cert": lambda: decide(x, per_example=False, implementation="certified"),
+        "shared/error": lambda: decide(x, per_example=False, error=ERROR),
         "1": lambda: decide(x[:1]),
         "8": lambda: decide(x[:8]),
         "128": lambda: decide(x),
         "128/cert": lambda: decide(x, implementation="certified"),
+        "128/error": lambda: decide(x, error=ERROR),
         "predict": lambda: ss.predict(net, store, x, jnp.arange(128) % num_tasks),
     }
-    if oracle:
+    if num_tasks <= args.oracle_tasks:
         measures["oracle"] = lambda: ss.oracle(net, store, x, per_example=False)
     seconds = bench.medians(measures, rounds)
+    exact = decide(x).task
+    races = {"certified": None, "error": ERROR}
     row = {
-        "network": network,
+        "network": args.network if args.run is None else str(args.run),
         "tasks": num_tasks,
-        "right_of_128": int((decide(x).task == 0).sum()),
+        "learned": min(num_tasks, int(learned.num_tasks)),
+        "right_of_128": int((exact == 0).sum()),
+        "share_read": {name: float(race(store, v, error).share) for name, error in races.items()},
+        "share_read_single": {
+            name: float(np.mean([race(store, v, error).share for v in each]))
+            for name, error in races.items()
+        },
+        "differ_of_128": {
+            "certified": int((decide(x, implementation="certified").task != exact).sum()),
+            "error": int((decide(x, error=ERROR).task != exact).sum()),
+        },
         "shared_right": bool(shared.task == 0),
         "compile_seconds": compile_seconds,
         "store_bytes": store.nbytes,
@@ -135,16 +169,17 @@ def measure(network: str, num_tasks: int, rounds: int, steps: int, oracle: bool,
         seconds["dense"] = beside["dense"] * seconds["contraction"] / beside["contraction"]
     row["milliseconds"] = {name: 1e3 * value for name, value in seconds.items()}
     row["decisions_per_second"] = {
-        name: int(name.split("/")[0]) / seconds[name] for name in ("1", "8", "128", "128/cert")
+        name: int(name.split("/")[0]) / seconds[name]
+        for name in ("1", "8", "128", "128/cert", "128/error")
     }
     row["device"] = device()
     return row
 
 
-def measure_side_by_side(network: str, tasks: list[int], rounds: int, seed: int) -> list[dict]:
+def measure_side_by_side(args: Args, tasks: list[int]) -> list[dict]:
     """Contraction and read of each number of tasks, microseconds a task, in the same rounds."""
-    net = bench.network(network, seed)
-    v = jax.random.normal(jax.random.key(seed), (net.layout.num_weights,))
+    net, rounds = bench.network(args.network, args.seed), args.rounds
+    v = jax.random.normal(jax.random.key(args.seed), (32 * net.layout.num_words,))
     contract = jax.jit(lambda store, v: store.contract(v))
     measures = {}
     for num_tasks in tasks:
@@ -176,19 +211,30 @@ def print_table(rows: list[dict], rounds: int) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
     print(f"{rows[0]['network']}: milliseconds, medians of {rounds} rounds, {rows[0]['device']}")
     print(
-        "  tasks" + "".join(f"{name:>12}" for name in names) + " resident MB  of 128 right compile"
+        "  tasks" + "".join(f"{name:>13}" for name in names) + " resident MB  of 128 right compile"
     )
     for row in rows:
         cells = (row["milliseconds"].get(name) for name in names)
-        shown = "".join("-".rjust(12) if cell is None else f"{cell:12.2f}" for cell in cells)
+        shown = "".join("-".rjust(13) if cell is None else f"{cell:13.2f}" for cell in cells)
         print(
             f"{row['tasks']:7}{shown}{row['peak_resident_bytes'] / 1e6:13.0f}"
             f"{row['right_of_128']:14}{row['compile_seconds']:8.1f}s"
         )
+    print("share of the bits read, and decisions of 128 that differ from the exact ones:")
+    print("  tasks  certified: batch  single  differ    error: batch  single  differ")
+    for row in rows:
+        shown = [
+            f"{row['share_read'][name]:18.2f}{row['share_read_single'][name]:8.2f}"
+            f"{row['differ_of_128'][name]:8}"
+            for name in ("certified", "error")
+        ]
+        print(f"{row['tasks']:7}" + "".join(shown))
 
 
 def main(args: Args) -> dict:
-    tasks, rounds, steps = ((5,), 2, 20) if args.tiny else (args.tasks, args.rounds, 1000)
+    if args.tiny:
+        args = dataclasses.replace(args, tasks=(5,), rounds=2)
+    tasks, rounds = args.tasks, args.rounds
     with usage_errors():
         if not tasks or min(tasks) < 1 or rounds < 1:
             raise UsageError("--tasks and --rounds must be at least 1")
@@ -203,8 +249,7 @@ def main(args: Args) -> dict:
                 f"{num_tasks} tasks left out: {needed:,} bytes of masks, of {memory_there:,} there"
             )
             continue
-        oracle = num_tasks <= args.oracle_tasks
-        rows.append(in_process(measure, args.network, num_tasks, rounds, steps, oracle, args.seed))
+        rows.append(in_process(measure, args, num_tasks))
         print(f"{num_tasks} tasks measured", flush=True)
     with usage_errors():
         if not rows:
@@ -212,12 +257,13 @@ def main(args: Args) -> dict:
     large = [row["tasks"] for row in rows if row["tasks"] >= (1 if args.tiny else 1000)]
     while sum(large) * num_weights // 8 > FRACTION * memory_there:
         large.pop()
-    side_by_side = in_process(measure_side_by_side, args.network, large, rounds, args.seed)
+    side_by_side = in_process(measure_side_by_side, args, large)
     result = write_result(
         args.out / "benchmark_inference.json",
-        network=args.network,
+        network=rows[0]["network"],
         weights=num_weights,
-        masks=f"task 0 learned ({steps} steps), the others synthetic, independent fair bits",
+        masks=f"{rows[-1]['learned']} learned, the others of independent bits",
+        error=ERROR,
         rounds=rounds,
         seed=args.seed,
         device=rows[0]["device"],
@@ -225,7 +271,7 @@ def main(args: Args) -> dict:
         rows=rows,
         microseconds_a_task=side_by_side,
     )
-    plots.cost_against_tasks(args.out / "benchmark_inference.png", args.network, rows)
+    plots.cost_against_tasks(args.out / "benchmark_inference.png", rows)
     print_table(rows, rounds)
     print("side by side, microseconds a task:")
     for row in side_by_side:

@@ -7,6 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import models
+from experiments.frame import config
+from experiments.frame.run import UsageError
+from supsup_jax import data, models
 from supsup_jax.layout import column, pack, place
 from supsup_jax.stores import arrays
 
@@ -54,6 +57,20 @@ def network(name: str, seed: int) -> ss.Network:
     """A network of 784 inputs with signed constant weights; the number in its name is C."""
     model, outputs = _MODELS[name]
     return ss.signed_constant(ss.Network.from_nnx(model(outputs, rngs=nnx.Rngs(0))), seed)
+
+
+def learned(run: Path, args: Any) -> tuple[ss.Network, ss.MaskStore, data.ViewStream]:
+    """Network, masks and stream of a run of experiments.permuted, finished or not.
+
+    Raises UsageError where there is none, or none of its tasks yet.
+    """
+    of_run = config.saved_config(run)
+    dataset = config.load(of_run, args)
+    net = config.dense_network(of_run, dataset)
+    with ss.DiskStore.open(run / "tasks", net) as disk:
+        if not len(disk):
+            raise UsageError(f"--run {run} has saved no task yet")
+        return net, disk.load(), config.views(of_run, dataset)
 
 
 def random_store(

@@ -190,16 +190,24 @@ def novelty_against_windows(
         ax.axhline(threshold, color=BOUND, linestyle="--", label=f"new below {threshold:g}")
 
 
-def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
+# The authors' PyTorch code, milliseconds of a decision of a batch of 128, LeNet-300-100 with 100
+# outputs, by tasks: on 2 cores of another machine (AMD EPYC), where a read took 3.5 at 2,500.
+AUTHORS = {250: 392, 2500: 4695}
+
+
+def cost_against_tasks(path: Path, rows: list[dict]) -> None:
     """Milliseconds, and memory beside it, against the number of tasks; log-log."""
+    network = rows[0]["network"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, label, style in (
         ("oracle", "oracle, a batch of 128", "C3o-"),
         ("dense", "dense float32 masks, one product", "C1o-"),
         ("128", "128 decisions", "C4o-"),
         ("128/cert", "128 decisions, certified", "C4s--"),
+        ("128/error", "128 decisions, error 1e-6", "C4^:"),
         ("shared", "one decision of a batch of 128", "C0o-"),
         ("shared/cert", "the same, certified", "C0s--"),
+        ("shared/error", "the same, error 1e-6", "C0^:"),
         ("gradient", "of that, forward and backward", "C2o-"),
         ("read", "packed masks read by NumPy", "k:"),
     ):
@@ -207,6 +215,9 @@ def cost_against_tasks(path: Path, network: str, rows: list[dict]) -> None:
         points = [(tasks, time) for tasks, time in times.items() if time is not None]
         if points:
             left.loglog(*zip(*points, strict=True), style, label=label, markersize=4)
+    left.loglog(
+        *zip(*AUTHORS.items(), strict=True), "C5D-", label="the authors' code, another machine"
+    )
     left.set(xlabel="tasks K", ylabel="milliseconds", title=f"One call, {network}")
     tasks = [row["tasks"] for row in rows]
     for name, label in (

@@ -40,14 +40,17 @@ def bit_planes(values: jax.Array, planes: int, dither: jax.Array | None = None) 
 
 
 def word_sums(words: jax.Array, planes: Planes) -> jax.Array:
-    """sum of each word's selected values, float32 [W, lanes], of words uint32 [W, lanes]."""
+    """sum of each word's selected values, float32 [..., lanes], of words uint32 [..., lanes].
+
+    planes: of the words, [planes, ...] and [...], the same in all lanes.
+    """
     terms = [
-        lax.population_count(words & bits[:, None]).astype(jnp.int32) << p
+        lax.population_count(words & bits[..., None]).astype(jnp.int32) << p
         for p, bits in enumerate(planes.bits)
     ]
     terms[-1] = -terms[-1]
     # The sum over 32 integers of 24 bits stays below 2^28: exact in int32.
-    return sum(terms[1:], terms[0]).astype(jnp.float32) * planes.step[:, None]
+    return sum(terms[1:], terms[0]).astype(jnp.float32) * planes.step[..., None]
 
 
 def residual(values: jax.Array, planes: int) -> jax.Array:

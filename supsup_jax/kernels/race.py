@@ -35,8 +35,11 @@ from supsup_jax.layout import WORD_BITS, column, unpack
 # Bits of v. Certain: among 2,500 masks (500 trained on permuted MNIST, the others random), 9 planes
 # settle 95% of single-image decisions at once and leave more than 16 masks in doubt in .5%.
 CERTAIN_PLANES, PLANES = 9, 5
-# Word rows of a run, those of them that are added up before sums are written, and runs of a round.
-RUN_ROWS, STEP_ROWS, ROUND_RUNS = 16, 8, 16
+# Word rows of a run, and those of them that are added up before sums are written.
+RUN_ROWS, STEP_ROWS = 16, 8
+# Tiles of a loop over threads, whose meeting at its end costs as much as some 100,000 words; sums
+# that it writes, about, and with these how many runs make a round.
+GROUP_TILES, GROUP_LANES, MIN_RUNS, MAX_RUNS = 4, 64 * 1024, 16, 64
 # A race goes on while more tasks than FEW are left, and of more than SHORTLIST all are scored
 # exactly: a mask is a column, whose words lie on as many lines of memory as those of 16 tasks.
 FEW, SHORTLIST = 1, 16
@@ -67,7 +70,7 @@ class Course(NamedTuple):
 class Standing(NamedTuple):
     """How it stands after int32 [] rounds.
 
-    sums: float32 [num_tiles, round_runs, lanes], of the words read. rounding: float32 [], what
+    sums: float32 [groups, round_runs, tiles, lanes], of the words read. rounding: float32 [], what
     rounding holds back of them. left: int32 [], how many tasks may still win.
     """
 
@@ -103,13 +106,13 @@ def best_scores(
 
 
 def _race(words, v, num_tasks, error, devices):
-    course = _course(v, error)
+    course = _course(words, v, error)
     live = _live(words, num_tasks)
     slack = _slack(v, course, error, devices.total(num_tasks))
 
     def judged(standing):
         """Scores as far as read, which of them may still win, and how many those are."""
-        scores = jnp.where(live, standing.sums.sum(axis=1).reshape(-1), -jnp.inf)
+        scores = jnp.where(live, standing.sums.sum(axis=1).reshape(-1)[: len(live)], -jnp.inf)
         # Written so that a slack that is not a number leaves nothing out.
         in_doubt = live & ~(scores < devices.largest(scores.max()) - slack(standing))
         return scores, in_doubt, devices.total(in_doubt.sum())
@@ -121,8 +124,8 @@ def _race(words, v, num_tasks, error, devices):
         standing = _add_round(words, v, course, standing, error, num_tasks)
         return standing._replace(left=judged(standing)[2])
 
-    num_tiles, _, lanes = words.shape
-    sums = jnp.zeros((num_tiles, course.runs.shape[1], lanes), jnp.float32)
+    num_groups, tiles = _groups(words)
+    sums = jnp.zeros((num_groups, course.runs.shape[1], tiles, words.shape[2]), jnp.float32)
     zero, none = jnp.zeros_like(course.unread[0]), jnp.zeros_like(course.rounds)
     start = Standing(none, varying_like(varying_like(sums, words), v), zero, none)
     end = lax.while_loop(goes_on, one_round, start._replace(left=judged(start)[2]))
@@ -156,10 +159,17 @@ def _rescored(words, v, scores, in_doubt, devices):
     return jnp.where(in_doubt, exact, jnp.minimum(scores, jnp.nextafter(best, -jnp.inf)))
 
 
-def _course(v, error):
-    num_words = v.size // WORD_BITS
+def _groups(words):
+    """How many groups of tiles there are, and the tiles of one; the last may have fewer."""
+    tiles = min(GROUP_TILES, words.shape[0])
+    return -(-words.shape[0] // tiles), tiles
+
+
+def _course(words, v, error):
+    num_words, lanes = words.shape[1:]
     runs = -(-num_words // RUN_ROWS)
-    round_runs = min(ROUND_RUNS, runs)
+    fitting = GROUP_LANES // (_groups(words)[1] * lanes)
+    round_runs = min(runs, max(MIN_RUNS, min(MAX_RUNS, fitting)))
     num_rounds = -(-runs // round_runs)
     # What fills up the last round does not count.
     spare = num_rounds * round_runs * RUN_ROWS - num_words
@@ -224,19 +234,25 @@ def _add_round(words, v, course, standing, error, num_tasks):
     parts = Planes(*map(by_part, planes))
     places = by_part(jnp.minimum(rows, words.shape[1] - 1))
 
-    def add(tile, sums):
+    lanes = words.shape[2]
+    live_tiles = (num_tasks + lanes - 1) // lanes
+    tiles = _groups(words)[1]
+
+    def add(group, sums):
+        # Where there is no tile, or none with a task, one is read again, to no avail.
+        tile = jnp.minimum(group * tiles + jnp.arange(tiles, dtype=jnp.int32), live_tiles - 1)
+
         def add_part(i, total):
-            # Written out: one loop over [runs, lanes] for several rows of a run, which XLA
+            # Written out: one loop over [runs, tiles, lanes] for several rows of a run, which XLA
             # vectorises and, as its result is whole, splits over threads.
             for row in range(STEP_ROWS):
-                mine = words.at[tile, places[i, row]].get(mode="promise_in_bounds")
-                here = Planes(parts.bits[i, row], parts.step[i, row])
+                mine = words.at[tile[None], places[i, row][:, None]].get(mode="promise_in_bounds")
+                here = Planes(parts.bits[i, row][..., None], parts.step[i, row][:, None])
                 total = total + fixed_point.word_sums(mine, here)
             return total
 
-        total = lax.fori_loop(0, RUN_ROWS // STEP_ROWS, add_part, sums[tile])
-        return lax.dynamic_update_index_in_dim(sums, total, tile, 0)
+        total = lax.fori_loop(0, RUN_ROWS // STEP_ROWS, add_part, sums[group])
+        return lax.dynamic_update_index_in_dim(sums, total, group, 0)
 
-    lanes = words.shape[2]
-    sums = lax.fori_loop(0, (num_tasks + lanes - 1) // lanes, add, standing.sums)
+    sums = lax.fori_loop(0, (live_tiles + tiles - 1) // tiles, add, standing.sums)
     return Standing(standing.rounds + 1, sums, standing.rounding + rounding, standing.left)
