@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 
+from supsup_jax.kernels.contraction import cpu_form
 from supsup_jax.network import SIGNED_CONSTANT, Network, signed_constant
 from supsup_jax.stores import codecs, journal
 from supsup_jax.stores.coded import CODECS
@@ -56,6 +57,7 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
         print(f"weights      {origin if manifest['initializer'] else 'given'}")
         print(f"fingerprint  {manifest['fingerprint']}")
         print(f"made by      {', '.join(f'{k} {v}' for k, v in manifest['versions'].items())}")
+        print(f"products     by {cpu_form()} where this machine's CPU decides")
         print(f"masked       {weights:,} weights in {len(sizes)} leaves")
         infos = [disk.info(i) for i in ids]
         for name, size in sizes.items():

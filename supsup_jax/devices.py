@@ -7,8 +7,12 @@ others; on one device, asking costs nothing.
 """
 
 import dataclasses
+import functools
 import os
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +209,28 @@ def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
     if whole < num_rows:
         parts.append(function(jax.tree.map(lambda row: row[whole:], rows)))
     return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+# What XLA may be held to that has no such instruction (--xla_cpu_max_isa).
+_WITHOUT_POPCOUNT = ("SSE4_2", "AVX", "AVX2")
+
+
+@functools.cache
+def has_vector_popcount() -> bool:
+    """Whether programs for this CPU count the bits of a whole vector in one instruction.
+
+    As ARM does, and x86 since Ice Lake and Zen 4; where x86 does not say (off Linux) it does not.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    held_to = re.search(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    if held_to and held_to[1].upper() in _WITHOUT_POPCOUNT:
+        return False
+    try:
+        return "avx512_vpopcntdq" in CPU_INFO.read_text()
+    except OSError:
+        return False
 
 
 def device_bytes() -> int:

@@ -192,9 +192,10 @@ def test_factors_of_a_convolution_are_the_same_at_every_position():
     want = apply(net.params, x * np.asarray(own["k"].t)) * own["k"].s[None]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     store = baselines.FactorStore.create(net, 2).append(own)
-    v = rng.normal(size=(3, 72)).astype(np.float32)
-    want = (v.reshape(3, 3, 3, 2, 4) * np.outer(*own["k"])).sum((1, 2, 3, 4))
-    np.testing.assert_allclose(store.contract(v)[:, 0], want, rtol=1e-4, atol=1e-5)
+    v = rng.normal(size=(3, 3, 3, 2, 4)).astype(np.float32)
+    want = (v * np.outer(*own["k"])).sum((1, 2, 3, 4))
+    flat = [net.layout.ravel({"k": row}, "v") for row in v]
+    np.testing.assert_allclose(store.contract(jnp.stack(flat))[:, 0], want, rtol=1e-4, atol=1e-5)
 
 
 def test_mistakes_are_named(small_net, norm_net, data):

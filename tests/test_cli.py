@@ -55,7 +55,7 @@ def test_inspect(path, net, capsys, tmp_path):
     assert net.fingerprint in out
     assert "signed_constant, seed 3" in out
     assert "task 2" in out and "task 0" not in out
-    assert "words        3 masks, 36 bytes" in out
+    assert "words        3 masks, 48 bytes" in out
     assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from supsup_jax import devices
 from supsup_jax.kernels import contraction
 
 IMPLEMENTATIONS = ["reference", "popcount", "select", "matrix", None]
@@ -174,3 +175,40 @@ def test_an_unknown_implementation_never_falls_back():
         contraction.contract(words, jnp.ones(31), num_tasks)
     with pytest.raises(ValueError, match="alphas must end in 2"):
         contraction.superpose(words, jnp.ones(3), num_tasks)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Makes devices see a machine, its /proc/cpuinfo and flags of XLA; undoes it after."""
+
+    def seen(name, flags, xla=""):
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags} sse4_2\n")
+        monkeypatch.setattr(devices.platform, "machine", lambda: name)
+        monkeypatch.setattr(devices, "CPU_INFO", tmp_path / ("cpuinfo" if flags else "absent"))
+        monkeypatch.setenv("XLA_FLAGS", xla)
+        devices.has_vector_popcount.cache_clear()
+
+    monkeypatch.delenv("SUPSUP_JAX_CPU_FORM", raising=False)
+    yield seen
+    devices.has_vector_popcount.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "xla", "want"),
+    [
+        ("x86_64", "avx512f avx512_vpopcntdq", "", "popcount"),
+        ("x86_64", "avx2 avx512f", "", "select"),
+        ("AMD64", None, "", "select"),
+        ("arm64", None, "", "popcount"),
+        ("x86_64", "avx512_vpopcntdq", "--xla_cpu_max_isa=AVX2", "select"),
+        ("x86_64", "avx512_vpopcntdq", "--xla_cpu_max_isa=AVX512_VNNI", "popcount"),
+    ],
+)
+def test_cpu_s_form_follows_what_the_cpu_has(machine, monkeypatch, name, flags, xla, want):
+    machine(name, flags, xla)
+    assert contraction.cpu_form() == want
+    monkeypatch.setenv("SUPSUP_JAX_CPU_FORM", "matrix")
+    assert contraction.cpu_form() == "matrix"
+    monkeypatch.setenv("SUPSUP_JAX_CPU_FORM", "fast")
+    with pytest.raises(ValueError, match=r"unset or one of .*popcount.*, got 'fast'"):
+        contraction.cpu_form()

@@ -130,8 +130,9 @@ def changed(fields, changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 3}, "has format version 3, this release reads 2: upgrade"),
+        ({"version": 4}, "has format version 4, this release reads 3: upgrade"),
         ({"version": 1}, r"was written by supsup_jax 0\.1\.0 in format 1; this release reads"),
+        ({"version": 2}, r"was written by an earlier supsup_jax 0\.2\.0 in format 2; this release"),
         ({"format": "other"}, "is not a supsup_jax.*: its manifest names 'other'"),
         ({"layout": 7}, "make no sense"),
         ({"layout": []}, "make no sense"),

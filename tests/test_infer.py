@@ -8,6 +8,7 @@ from flax import nnx
 
 import supsup_jax as ss
 from supsup_jax.inference import one_shot, predict, schedule
+from supsup_jax.inference.arguments import Race
 from tests.conftest import NormNet, filled_store, random_masks, relu_net
 
 OBJECTIVES = {"entropy": ss.entropy, "superfluous": ss.Superfluous(10)}
@@ -265,7 +266,7 @@ def test_an_objective_in_half_precision(problem):
 
 @pytest.mark.parametrize(
     "batch, per_example, implementation",
-    [(1, True, None), (128, True, None), (128, True, "certified")],
+    [(1, True, None), (128, True, None), (128, True, Race()), (128, True, Race(1e-6))],
 )
 def test_no_buffer_of_unpacked_masks(batch, per_example, implementation):
     net = relu_net((784, 300, 100, 100))

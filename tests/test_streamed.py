@@ -67,7 +67,7 @@ def test_bad_input():
 
 def test_more_than_memory_says_how_much_and_what_to_do(monkeypatch):
     net = relu_net((784, 300, 100, 100))
-    with pytest.raises(ss.CapacityError, match=r"capacity 1,000,000,000 takes 34,\d+,\d+,\d+,\d+ "):
+    with pytest.raises(ss.CapacityError, match=r"capacity 1,000,000,000 takes 35,\d+,\d+,\d+,\d+ "):
         ss.MaskStore.create(net, capacity=1_000_000_000)
     with pytest.raises(MemoryError, match="one_shot_streamed"):
         ss.MaskStore.create(net, capacity=1_000_000_000)

@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from supsup_jax.kernels.contraction import cpu_form
+
 SCHEMA = 1
 
 
@@ -203,7 +205,9 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    return f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    kind = jax.devices()[0].device_kind
+    form = f", {cpu_form()}" if jax.default_backend() == "cpu" else ""
+    return f"{len(jax.devices())} x {kind}, {os.cpu_count()} cores{form}"
 
 
 def _differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:

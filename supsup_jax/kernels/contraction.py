@@ -15,12 +15,13 @@ words, without a loop.
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from supsup_jax.devices import varying_like
+from supsup_jax.devices import has_vector_popcount, varying_like
 from supsup_jax.kernels import fixed_point
 from supsup_jax.layout import VECTOR_LANES, WORD_BITS, unpack
 
@@ -47,9 +48,10 @@ def contract(
     """s [..., num_tiles * lanes] of v [32 nw] or [B, 32 nw], float32.
 
     implementation: each runs on any device; None chooses by device and B, and none falls back.
-      "popcount": v as fixed point of `planes` bits (see fixed_point). CPU's default.
-      "select": every bit selects a float32. The default of one vector elsewhere; on CPUs without
-        a vector popcount (before Ice Lake and Zen 4) twice as fast as "popcount".
+      "popcount": v as fixed point of `planes` bits (see fixed_point). The default of CPUs that
+        count the bits of whole vectors, see `cpu_form`.
+      "select": every bit selects a float32. The default of one vector elsewhere, and of other
+        CPUs, where it is twice as fast as "popcount".
       "matrix": blocks of masks unpacked for a matrix product; elsewhere, where it is the default
         of many vectors, with v in three bfloat16 pieces: float32-class.
       "matrix_bf16": the same with v rounded to bfloat16.
@@ -75,6 +77,20 @@ def check_implementation(implementation: str | None, *others: str) -> None:
             f"implementation must be None or one of {names}, which run on every device, "
             f"got {implementation!r}"
         )
+
+
+def cpu_form() -> str:
+    """The form of `contract` that is CPU's default: "popcount" where that has an instruction.
+
+    The environment variable SUPSUP_JAX_CPU_FORM, read when a program is traced, chooses instead.
+    Raises ValueError where it names no form.
+    """
+    own = "popcount" if has_vector_popcount() else "select"
+    chosen = os.environ.get("SUPSUP_JAX_CPU_FORM") or own
+    if chosen not in IMPLEMENTATIONS:
+        names = ", ".join(sorted(IMPLEMENTATIONS))
+        raise ValueError(f"SUPSUP_JAX_CPU_FORM must be unset or one of {names}, got {chosen!r}")
+    return chosen
 
 
 def superpose(words: jax.Array, alphas: jax.Array, num_tasks: jax.Array) -> jax.Array:
@@ -103,9 +119,9 @@ def count(words: jax.Array, kept: jax.Array, num_tasks: jax.Array) -> jax.Array:
 def _contract(implementation, planes, words, v, num_tasks):
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](words, v, num_tasks, planes)
-    popcount = functools.partial(_popcount, planes=planes)
+    on_cpu = functools.partial(IMPLEMENTATIONS[cpu_form()], planes=planes)
     other = _select if v.ndim == 1 else _matrix
-    return lax.platform_dependent(words, v, num_tasks, cpu=popcount, default=other)
+    return lax.platform_dependent(words, v, num_tasks, cpu=on_cpu, default=other)
 
 
 def _contract_fwd(implementation, planes, words, v, num_tasks):

@@ -99,7 +99,8 @@ def best_scores(
 
     def elsewhere(words, v, num_tasks):
         scores = contraction.contract(words, v, num_tasks)
-        return Finish(jnp.where(_live(words, num_tasks), scores, -jnp.inf), jnp.float32(1))
+        scores = jnp.where(_live(words, num_tasks), scores, -jnp.inf)
+        return Finish(scores, varying_like(jnp.float32(1), scores))
 
     v = v.astype(jnp.float32)
     return lax.platform_dependent(words, v, num_tasks, cpu=on_cpu, default=elsewhere)

@@ -201,7 +201,7 @@ def read_manifest(
 
 def check_version(what: Any, version: Any) -> None:
     """Raises StoreError, saying what reads it, unless `what` is of the version read here."""
-    if version in _FORMER:
+    if type(version) is int and version in _FORMER:
         writer = _FORMER[version]
         raise StoreError(
             f"{what} was written by {writer} in format {version}; this release reads "

@@ -124,9 +124,8 @@ def main(args: Args) -> dict:
                 error=args.error,
                 rows=rows,
             )
-    print(
-        f"{tasks} tasks, {num_learned} of them learned, {net.layout.num_weights:,} weights, {result['device']}"
-    )
+    size = net.layout.num_weights
+    print(f"{tasks} tasks, {num_learned} of them learned, {size:,} weights, {result['device']}")
     print("objective, images  decisions  right  certified: differ  read  error: differ  read")
     for name, row in rows.items():
         certified, error = row["certified"], row["error"]
