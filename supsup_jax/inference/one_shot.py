@@ -4,7 +4,7 @@ With all masks superposed at coefficients a, the output's uncertainty F has the 
 dF/da_i = <dF/dW_eff * W, M_i>: one backward pass to the effective weights, then one product of
 that vector with the packed masks (paper section 3.3). `task_scores` is that for one decision;
 `schedule` runs it for many, on whatever device. Every rule returns scores in which higher is better
-and -inf marks an empty slot.
+and -inf marks an empty slot (at which jax_debug_infs stops: let the store be full under it).
 
 Called on concrete arrays each function checks its arguments, then runs one jitted program; inside
 the caller's own jit the same code becomes part of the caller's program.

@@ -405,16 +405,25 @@ def test_half_precision_and_remat():
     assert np.isfinite(belief.scores[:, 0]).all()
 
 
-@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
-def test_healthy_code_stops_at_no_flag(small_net, flag):
+@pytest.mark.parametrize(
+    ("flag", "capacity", "rules"),
+    [
+        ("jax_debug_nans", 4, (ss.one_shot, ss.oracle, ss.binary_search, ss.rerank)),
+        # Which stops at the -inf of an empty slot, or of a task that a rule did not look at.
+        ("jax_debug_infs", 2, (ss.one_shot, ss.oracle)),
+    ],
+)
+def test_healthy_code_stops_at_no_flag(small_net, flag, capacity, rules):
+    jax.clear_caches()  # a program that was traced before is not looked at again
     data = toy_data()
     jax.config.update(flag, True)
     try:
         ss.train_on_batches(KEY, small_net, iter([data] * 4), whole := batches_of(data))
         result = ss.train_task(KEY, small_net, data, whole)
-        store = ss.MaskStore.create(small_net, 4).append(result.task).append(result.task)
+        store = ss.MaskStore.create(small_net, capacity)
+        store = store.append(result.task).append(result.task)
         x = data.inputs.astype(jnp.float32)
-        for rule in (ss.one_shot, ss.oracle, ss.binary_search, ss.rerank):
+        for rule in rules:
             rule(small_net, store, x)
         ss.evaluate(small_net, store, [data] * 2, "per_example")
     finally:
