@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supsup_jax.kernels import fixed_point, race
-from tests.test_contraction import contract, problem, tiled
+from tests.test_contraction import problem, tiled
 
 ENDS = {  # (planes, SHORTLIST) that lead to each way in which a race ends
     "certain": (20, 16),
@@ -24,7 +24,6 @@ def end(request, monkeypatch):
     planes, shortlist = ENDS[request.param]
     monkeypatch.setattr(race, "CERTAIN_PLANES", planes)
     monkeypatch.setattr(race, "PLANES", min(planes, 12))
-    monkeypatch.setattr(race, "FEW", 1)
     monkeypatch.setattr(race, "SHORTLIST", shortlist)
     return request.param
 
@@ -112,20 +111,9 @@ def test_scores_and_slack_after_each_round_are_those_of_a_plain_loop(error, monk
     assert not left.any()
 
 
-@pytest.mark.parametrize("planes", [3, 4, 8, 12])
-def test_the_certain_slack_is_met_by_the_worst_pair(planes, monkeypatch):
-    monkeypatch.setattr(race, "CERTAIN_PLANES", planes)
-    _, _, v, _ = problem(9, 1, 2, 2)
-    left = np.asarray(fixed_point.residual(v.reshape(32, 9), planes))
-    worst = np.stack([left.reshape(-1) > 0, left.reshape(-1) < 0])
-    coarse = contract(tiled(worst, 2), v, np.int32(2), "popcount", planes)
-    moved = (worst @ v.astype(np.float64)) - coarse
-    np.testing.assert_allclose(np.ptp(moved), np.abs(left).sum(), rtol=1e-2)
-
-
 def test_the_dither_is_uniform_and_of_mean_zero_in_what_it_rounds():
     u = np.asarray(fixed_point.dither(np.arange(32 * 4096, dtype=np.uint32)))
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 1 / 2) < 5 / np.sqrt(12 * u.size)  # five deviations of a uniform's mean
     assert abs((u[1:] * u[:-1]).mean() - 1 / 4) < 5 / np.sqrt(20 * u.size)
     assert abs((u[32:] * u[:-32]).mean() - 1 / 4) < 5 / np.sqrt(20 * u.size)
@@ -148,29 +136,29 @@ def test_ties_go_to_the_lower_task(end):
     assert int(jax.jit(finish)(words, v, num_tasks).scores.argmax()) == 3
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 17, 40])
 @pytest.mark.parametrize("error", [None, 1e-6])
-def test_stores_and_gradients_made_to_mislead(num_tasks, error):
+def test_stores_and_gradients_made_to_mislead(error):
     best = jax.jit(functools.partial(finish, error=error))
-    words, masks, v, _ = long_problem(0, seed=3)
+    _, masks, v, _ = long_problem(0, seed=3)
     v[5] = 1e4  # one huge entry
     masks = masks.astype(bool)
-    almost = masks.copy()
-    almost[num_tasks - 1] = almost[0]
     nearest = np.argmin(np.where(v == 0, np.inf, np.abs(v)))
-    almost[num_tasks - 1, nearest] ^= True  # two masks that differ in the bit of the least weight
-    for held, vector in (
-        (masks, v),
-        (almost, v),
-        (almost, np.zeros_like(v)),
-        (almost, np.ones_like(v)),
-    ):
-        exact = (held @ vector.astype(np.float64))[:num_tasks]
-        task = int(best(tiled(held, 48), vector, np.int32(num_tasks)).scores.argmax())
-        # Of equal ones the lower; scores that float32 cannot tell apart count as equal.
-        assert exact[task] >= exact.max() - 1e-6 * np.abs(vector).sum() and task < num_tasks
-        if (exact == exact.max()).sum() > 1:
-            assert task == exact.argmax()
+    for num_tasks in (1, 2, 17, 40):
+        almost = masks.copy()
+        almost[num_tasks - 1] = almost[0]
+        almost[num_tasks - 1, nearest] ^= True  # they differ in the bit of the least weight
+        for held, vector in (
+            (masks, v),
+            (almost, v),
+            (almost, np.zeros_like(v)),
+            (almost, np.ones_like(v)),
+        ):
+            exact = (held @ vector.astype(np.float64))[:num_tasks]
+            task = int(best(tiled(held, 48), vector, np.int32(num_tasks)).scores.argmax())
+            # Of equal ones the lower; scores that float32 cannot tell apart count as equal.
+            assert exact[task] >= exact.max() - 1e-6 * np.abs(vector).sum() and task < num_tasks
+            if (exact == exact.max()).sum() > 1:
+                assert task == exact.argmax()
 
 
 @pytest.mark.parametrize("mapped", [jax.vmap, lambda best: functools.partial(jax.lax.map, best)])

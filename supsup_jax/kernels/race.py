@@ -2,9 +2,9 @@
 
 All tasks race over the words, those with the most of the gradient's energy first, in v of a few
 bits of fixed point. After each round whatever lies further below the leader than unread words and
-rounding can make up for has lost. The race ends when a few are left, which are scored again
-exactly; words on which v is 0, such as those of dead units, are never read. Where reading all
-leaves many in doubt, the whole product is made exact: no answer is wrong for want of time.
+rounding can make up for has lost. The race ends when one task is left, or all is read: a few that
+are left then are scored again exactly, and of many the whole product is made exact, so that no
+answer is wrong for want of time. Words on which v is 0, such as those of dead units, are not read.
 
 What can be made up for, the slack, has two forms. Of two masks each weight contributes -v, 0 or v
 to the difference of their scores, so that with e the error of rounding
@@ -40,9 +40,9 @@ RUN_ROWS, STEP_ROWS = 16, 8
 # Tiles of a loop over threads, whose meeting at its end costs as much as some 100,000 words; sums
 # that it writes, about, and with these how many runs make a round.
 GROUP_TILES, GROUP_LANES, MIN_RUNS, MAX_RUNS = 4, 64 * 1024, 16, 64
-# A race goes on while more tasks than FEW are left, and of more than SHORTLIST all are scored
-# exactly: a mask is a column, whose words lie on as many lines of memory as those of 16 tasks.
-FEW, SHORTLIST = 1, 16
+# Of more tasks than these all are scored exactly: a mask is a column, whose words lie on as many
+# lines of memory as those of 16 tasks.
+SHORTLIST = 16
 
 
 class Finish(NamedTuple):
@@ -119,7 +119,7 @@ def _race(words, v, num_tasks, error, devices):
         return scores, in_doubt, devices.total(in_doubt.sum())
 
     def goes_on(standing):
-        return (standing.rounds < course.rounds) & (standing.left > FEW)
+        return (standing.rounds < course.rounds) & (standing.left > 1)
 
     def one_round(standing):
         standing = _add_round(words, v, course, standing, error, num_tasks)
