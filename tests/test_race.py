@@ -46,7 +46,7 @@ def test_names_the_exact_task(end, error):
 
 def long_problem(unit, seed=0, rows=900):
     """40 masks, a third of whose words have v = 0; the score of mask `unit` stands out."""
-    words, masks, v, num_tasks = problem(rows, 1, 48, 40, seed=seed)
+    _, masks, v, num_tasks = problem(rows, 1, 48, 40, seed=seed)
     values = v.reshape(32, rows)
     values[:, rows * 2 // 3 :] = 0
     masks[unit] = np.where(np.random.default_rng(seed).random(v.size) < 0.2, v > 0, masks[unit])
