@@ -346,8 +346,7 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
 class Trial(NamedTuple):
     """What a trace of a network tells.
 
-    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves: several cores compute a
-      convolution outside loops, and one within, a kernel's gradient naively but for `loops`.
+    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves: see `loops`.
     """
 
     num_outputs: int
