@@ -8,6 +8,8 @@
     task      ss.train_task from call to result: order of examples, gather, loss, optimizer, mask
     default   ss.train_tasks of so many tasks, in the form that it chooses for the platform
     vmapped   the same tasks as one batch, whatever the platform
+    convs     a step of a user's own conv net, of GEMResNet18, and a one-shot decision, each beside
+              the same by plain JAX and optax: dense steps, a gradient of each example alone
 
 The images are drawn from a key: time does not depend on what they show. Writes
 benchmark_training.json and .png to --out, and ends with a table. Five minutes on 2 CPU cores.
@@ -26,7 +28,7 @@ import tyro
 from jax import lax
 
 import supsup_jax as ss
-from experiments.frame import bench, plots
+from experiments.frame import bench, convs, plots
 from experiments.frame.run import UsageError, usage_errors, writable_folder, write_result
 from supsup_jax import data
 from supsup_jax.training import train
@@ -160,6 +162,7 @@ def main(args: Args) -> dict:
         seconds=seconds,
         ratio=seconds["task"] / seconds["products"],
         rows=rows,
+        convs=convs.measure(args.tiny, rounds),
     )
     title = f"Learning {args.network}, {steps} steps of {config.batch_size}"
     bound = 60 / seconds["products"]
@@ -190,6 +193,7 @@ def show(result: dict) -> None:
         temporary = "".join(f"{value / 1e6:8.0f}" for value in row["temporary_bytes"].values())
         peak = row["peak_device_bytes"] or row["peak_resident_bytes"]
         print(f"{row['tasks']:7} {rates}   {compiles}   {temporary}   {peak / 1e6:9.0f}")
+    convs.show(result["convs"])
 
 
 if __name__ == "__main__":

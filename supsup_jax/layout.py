@@ -106,6 +106,11 @@ class Layout:
         kernels = tuple(tuple((kernel or _shape)(name, leaf)) for name, leaf in leaves.items())
         return cls(jax.tree.structure(kept), shapes, fan_ins, kernels)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether a leaf has other axes than a dense kernel's two, as a convolution's does."""
+        return any(len(shape) != 2 for shape in self.shapes.values())
+
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self.named_shapes)

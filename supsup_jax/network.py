@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax import lax
 from supsup_jax import prng, roles
 from supsup_jax.checks import cause, check_int
 from supsup_jax.layout import Layout, named_leaves
+from supsup_jax.loops import CONVOLUTION, primitives
 from supsup_jax.types import PyTree, TaskData, kinds_of, num_rows, shapes_of
 
 SIGNED_CONSTANT = "signed_constant"
@@ -342,27 +343,10 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
     return logits
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """A jaxpr's operations, also those within others."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for param in jax.tree.leaves(equation.params):
-            inner = getattr(param, "jaxpr", param)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def primitives(jaxpr: Any) -> set[str]:
-    """The names of `equations`."""
-    return {equation.primitive.name for equation in equations(jaxpr)}
-
-
 class Trial(NamedTuple):
     """What a trace of a network tells.
 
-    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves, by
-      `lax.conv_general_dilated`: the gradient of its kernel is computed by several cores outside
-      loops, and by one, naively, within.
+    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves: see `loops`.
     """
 
     num_outputs: int
@@ -375,8 +359,8 @@ def trial(net: Network, data: TaskData) -> Trial:
     Raises ValueError unless the network takes the inputs and returns logits [B, C].
     """
     traced = _train_logits.trace(net, data)
-    convolves = "conv_general_dilated" in primitives(traced.jaxpr.jaxpr)
-    return Trial(traced.out_info.shape[1], convolves and jax.default_backend() == "cpu")
+    slow_in_loops = CONVOLUTION in primitives(traced.jaxpr.jaxpr) and jax.default_backend() == "cpu"
+    return Trial(traced.out_info.shape[1], slow_in_loops)
 
 
 @jax.jit

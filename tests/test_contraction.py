@@ -207,8 +207,9 @@ def machine(monkeypatch, tmp_path):
 def test_cpu_s_form_follows_what_the_cpu_has(machine, monkeypatch, name, flags, xla, want):
     machine(name, flags, xla)
     assert contraction.cpu_form() == want
-    monkeypatch.setenv("SUPSUP_JAX_CPU_FORM", "matrix")
-    assert contraction.cpu_form() == "matrix"
+    for form in ("select", "popcount"):
+        monkeypatch.setenv("SUPSUP_JAX_CPU_FORM", form)
+        assert contraction.cpu_form() == form
     monkeypatch.setenv("SUPSUP_JAX_CPU_FORM", "fast")
-    with pytest.raises(ValueError, match=r"unset or one of .*popcount.*, got 'fast'"):
+    with pytest.raises(ValueError, match="unset, 'popcount' or 'select', got 'fast'"):
         contraction.cpu_form()

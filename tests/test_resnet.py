@@ -2,7 +2,6 @@ import functools
 import json
 from collections import Counter
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ from flax import linen, nnx
 
 import supsup_jax as ss
 from supsup_jax import models
-from supsup_jax.models import convolution
 from tests.conftest import GOLDEN
 from tests.test_masks import as_ours, layout_of
 
@@ -123,41 +121,6 @@ def test_forward_is_that_of_plain_numpy(block, small_images):
     got = forward(params, state, x)
     want = plain_forward(*map(nnx.to_pure_dict, (params, state)), x, depths, small_images)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_and_its_gradients_are_laxs(size, stride):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
-    kernel = rng.normal(size=(size, size, 3, 4)).astype(np.float32)
-
-    def plain(x, kernel, stride):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            [(size // 2, size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    # What other platforms run, which no test here lowers otherwise.
-    def elsewhere(x, kernel, stride):
-        return convolution._by_platform(x, kernel, stride=stride)
-
-    @jax.jit
-    def values_and_grads(x, kernel):
-        found = []
-        for conv in (plain, convolution.convolve, elsewhere):
-            y, pull = jax.vjp(lambda *args, conv=conv: conv(*args, stride), x, kernel)
-            found.append((y, pull(jnp.cos(y))))
-        return found
-
-    want, *others = values_and_grads(x, kernel)
-    for got in others:
-        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
-    lowered = jax.jit(jax.grad(lambda k: jnp.sum(convolution.convolve(x, k, stride) ** 2)))
-    assert "convolution" in lowered.trace(kernel).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_bad_sizes():

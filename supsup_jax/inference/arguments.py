@@ -1,6 +1,5 @@
 """What the rules of inference are called with, checked before anything is compiled."""
 
-import numbers
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax.kernels import contraction
+from supsup_jax.kernels.race import check_error
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, num_rows, shapes_of
@@ -25,10 +25,7 @@ class Race(NamedTuple):
 def how_to_contract(implementation: str | None, error: float | None) -> str | Race | None:
     """Of the two arguments of `one_shot`. Raises TypeError or ValueError for what is none."""
     if error is not None:
-        if isinstance(error, bool) or not isinstance(error, numbers.Real):
-            raise TypeError(f"error must be a probability between 0 and 1, got {error!r}")
-        if not 0 < error < 1:
-            raise ValueError(f"error must lie between 0 and 1, both excluded, got {error}")
+        check_error(error)
         if implementation is not None:
             raise ValueError(
                 f"error is for implementation=None, got {implementation!r}, which makes none"

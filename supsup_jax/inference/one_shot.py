@@ -22,6 +22,7 @@ from supsup_jax.devices import varying_like
 from supsup_jax.inference import arguments, schedule
 from supsup_jax.inference.schedule import Decisions, single
 from supsup_jax.kernels import contraction
+from supsup_jax.loops import fast_in_loops
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -188,8 +189,10 @@ class Uncertainty:
 
         As W_eff = W * mixture, that is the gradient in the mixture.
         """
-        gradient = jax.grad(lambda mixture: self.values(mixture, x).mean())(mixture)
-        return self.net.layout.ravel(gradient, "the mixture")
+        gradient = jax.grad(lambda mixture: self.values(mixture, x).mean())
+        if self.net.layout.has_windows:  # decisions are loops, this library's or its caller's
+            gradient = fast_in_loops(gradient)
+        return self.net.layout.ravel(gradient(mixture), "the mixture")
 
 
 def task_ids(uncertainty: Uncertainty, store: TaskStore, mixture: PyTree, x: PyTree) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import Race
-from supsup_jax.network import primitives
+from supsup_jax.loops import primitives
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
@@ -32,6 +32,11 @@ TANGENTS_FROM = 16
 TANGENTS_UPTO = 256
 # Examples whose activations are held at once while masks are probed.
 TANGENT_EXAMPLES = 16 * 1024
+# As few tasks of another network on CPU: gradients held at once, to be met with masks that are
+# unpacked once for them all. 128 products with 16 masks of 56,800 weights take 11 ms in
+# pieces of 32, 16 of 8, and 35 one by one; below 8 at a time, unpacking costs what it saves.
+UNPACKED_FOR = 8, 32
+UNPACKED_FLOATS = 16 * 1024 * 1024
 
 
 def differ(objective: Objective, store: TaskStore) -> bool:
@@ -151,9 +156,9 @@ def map_decisions(
     """-dF/da [D, K] of D decisions, each by the mean uncertainty F of its m images.
 
     Two forms, equal up to rounding. "Gradients": the weight gradient of each decision against all
-    masks, one decision after another on CPU, in large pieces elsewhere. "Tangents", on CPU for few
-    tasks: for one mask after another, the derivative of all D outputs along it, about a forward
-    pass each.
+    masks, one decision after another on CPU, or some for few tasks, in large pieces elsewhere.
+    "Tangents", on CPU for few tasks of a dense network: for one mask after another, the derivative
+    of all D outputs along it, about a forward pass each.
     task_scores, uncertainty: of `one_shot`, which imports this module; F is an `Uncertainty`.
     finish: what to keep of scores [d, K], with a leading d, before the next piece is computed.
     """
@@ -168,10 +173,10 @@ def map_decisions(
         )
         return jax.tree.map(lambda row: row[0], finish(scores[None]))
 
-    def many(x):
+    def many(each_of, contract, x):
         def scores(objective):
             each = dataclasses.replace(uncertainty, objective=objective)
-            return -contract(jax.vmap(each.gradient, (None, 0))(own, x))
+            return -contract(each_of(functools.partial(each.gradient, own))(x))
 
         return finish(by_labels(scores, objective, store))
 
@@ -180,11 +185,18 @@ def map_decisions(
         return jax.tree.map(lambda row: row[None], one(first))
     on_cpu = functools.partial(lax.map, one)
     values = functools.partial(_mean_values, uncertainty)
-    few = implementation is None and _few_tasks(store, decisions) and _is_dense(store)
-    if few and _has_tangents(values, mixture, x):
+    few = implementation is None and _few_tasks(store, decisions)
+    dense = not store.layout.has_windows  # where a forward pass costs about 2 n an example
+    least, most = UNPACKED_FOR
+    if few and dense and _has_tangents(values, mixture, x):
         tangents = functools.partial(_tangent_scores, uncertainty, store, mixture, finish)
         size = max(1, TANGENT_EXAMPLES // decisions.deciders)
         on_cpu = functools.partial(in_pieces, tangents, size=size)
+    elif few and (size := min(most, UNPACKED_FLOATS // store.layout.num_weights)) >= least:
+        one_by_one = functools.partial(functools.partial, lax.map)
+        some = functools.partial(many, one_by_one, _product(store, "matrix"))
+        on_cpu = functools.partial(in_pieces, some, size=size)
+    many = functools.partial(many, jax.vmap, contract)
     elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
@@ -210,8 +222,8 @@ def _product(store, implementation):
     """
 
     def race(v):
-        if v.ndim > 1:
-            return lax.map(race, v)
+        if v.ndim > 1:  # off the CPU, where the product of many vectors is fast
+            return store.contract(v)
         return -store.best_scores(-v, implementation.error).scores
 
     if isinstance(implementation, Race):
@@ -265,8 +277,3 @@ def _has_tangents(function, *args):
     """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
     names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
     return not any(name.startswith("custom_vjp") for name in names)
-
-
-def _is_dense(store):
-    """Whether a forward pass costs about 2 n operations an example: dense layers only."""
-    return all(len(shape) == 2 for shape in store.layout.shapes.values())

@@ -53,6 +53,12 @@ def word_sums(words: jax.Array, planes: Planes) -> jax.Array:
     return sum(terms[1:], terms[0]).astype(jnp.float32) * planes.step[..., None]
 
 
+def checksum(values: jax.Array) -> jax.Array:
+    """uint32 [] of float32 values [n]: another for nearly any other vector."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.sum(bits * (2 * lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+
+
 def residual(values: jax.Array, planes: int) -> jax.Array:
     """What rounding to `planes` bits leaves of values [32, W]: v - step * q, float32."""
     q, step = _quantize(values, planes)

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from supsup_jax.models.convolution import Conv
-
 MOMENTUM = 0.9  # of the running statistics: what is kept each step; PyTorch calls this .1
 
 
@@ -26,7 +24,7 @@ class _Block(nnx.Module):
     def __init__(self, num_in: int, convolutions: Sequence[tuple[int, int, int]], rngs: nnx.Rngs):
         self.depth, features, total = len(convolutions), num_in, 1
         for i, (num_out, size, stride) in enumerate(convolutions, 1):
-            setattr(self, f"conv{i}", Conv(features, num_out, size, stride, rngs=rngs))
+            setattr(self, f"conv{i}", _conv(features, num_out, size, stride, rngs))
             setattr(self, f"norm{i}", _norm(num_out, rngs))
             features, total = num_out, total * stride
         self.shortcut = _shortcut(num_in, features, total, rngs)
@@ -80,7 +78,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"width and num_outputs must be positive, got {width}, {num_outputs}")
         size, stride = (3, 1) if small_images else (7, 2)
         self.small_images = small_images
-        self.stem = Conv(num_channels, width, size, stride, rngs=rngs)
+        self.stem = _conv(num_channels, width, size, stride, rngs)
         self.stem_norm = _norm(width, rngs)
         self.blocks = []
         num_in = width
@@ -121,6 +119,19 @@ def resnet50(num_outputs: int, *, width: int = 64, rngs: nnx.Rngs) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), num_outputs, width=width, small_images=False, rngs=rngs)
 
 
+def _conv(num_in, num_out, size, stride, rngs):
+    """Padded as PyTorch pads; "SAME" at stride 2 would pad one side only."""
+    return nnx.Conv(
+        num_in,
+        num_out,
+        (size, size),
+        strides=stride,
+        padding=size // 2,
+        use_bias=False,
+        rngs=rngs,
+    )
+
+
 def _norm(width, rngs):
     return nnx.BatchNorm(width, momentum=MOMENTUM, use_bias=False, use_scale=False, rngs=rngs)
 
@@ -129,4 +140,4 @@ def _shortcut(num_in, num_out, stride, rngs):
     """What x passes through where its shape changes."""
     if stride == 1 and num_in == num_out:
         return None
-    return nnx.Sequential(Conv(num_in, num_out, 1, stride, rngs=rngs), _norm(num_out, rngs))
+    return nnx.Sequential(_conv(num_in, num_out, 1, stride, rngs), _norm(num_out, rngs))

@@ -25,7 +25,7 @@ from supsup_jax.version import __version__
 
 VERSION = 3  # of all that is written: folders, files, coded masks
 # Format 1 was framed otherwise; in 2 a word held weights from all over the network.
-_FORMER = {1: "supsup_jax 0.1.0", 2: "an earlier supsup_jax 0.2.0"}
+_FORMER = {1: "supsup_jax 0.1.0", 2: "a supsup_jax 0.2.0 of before 27 November 2026"}
 
 # Of one task's statistics, by name.
 States = dict[str, tuple[np.dtype, tuple[int, ...]]]

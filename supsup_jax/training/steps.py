@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from supsup_jax import devices, masks, prng
 from supsup_jax.checks import cause, check_key, check_type, is_traced
 from supsup_jax.layout import named_leaves
+from supsup_jax.loops import equations, fast_in_loops
 from supsup_jax.masks import kept_counts
-from supsup_jax.network import Network, Trial, equations, trial
+from supsup_jax.network import Network, Trial, trial
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.types import PyTree, Task, TaskData, TrainResult, kinds_of
 
@@ -182,9 +183,8 @@ def train_step(
     loss: Loss, config: TrainConfig, before: TrainState, x: jax.Array, y: jax.Array
 ) -> tuple[TrainState, jax.Array]:
     """One step on network inputs x [B, ...] and labels y [B, ...]; and the loss before it."""
-    (value, state), grads = jax.value_and_grad(loss, has_aux=True)(
-        before.scores, before.state, x, y
-    )
+    step = fast_in_loops(jax.value_and_grad(loss, has_aux=True))
+    (value, state), grads = step(before.scores, before.state, x, y)
     updates, optimizer = config.transformation().update(grads, before.optimizer, before.scores)
     return TrainState(optax.apply_updates(before.scores, updates), optimizer, state), value
 

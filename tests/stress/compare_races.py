@@ -73,7 +73,7 @@ def ask(net, store, x, objective, error):
 
     def one(x):
         v = -uncertainty.gradient(mixture, x)
-        exact = jnp.argmax(jnp.where(store.slots, store.contract(v), -jnp.inf))
+        exact = jnp.argmax(jnp.where(store.slots, store.contract(v, "select"), -jnp.inf))
         races = {"certified": store.best_scores(v), "error": store.best_scores(v, error)}
         return exact, {name: (jnp.argmax(race.scores), race.share) for name, race in races.items()}
 
