@@ -40,7 +40,7 @@ def measure(tiny: bool, rounds: int) -> list[dict]:
     resnet = ss.Network.from_nnx(make(width=width, rngs=nnx.Rngs(0)))
     return [
         _training("a conv net's step", net, 2 if tiny else 30, batch, rounds),
-        _training("GEMResNet18's step", resnet, steps, batch, rounds),
+        _training("a ResNet's step", resnet, steps, batch, rounds),
         _decisions(net, 16 if tiny else 128, 3 if tiny else 16, rounds),
     ]
 
