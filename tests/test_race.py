@@ -92,7 +92,7 @@ def test_scores_and_slack_after_each_round_are_those_of_a_plain_loop(error, monk
         standing = race.Standing(jnp.int32(0), start, jnp.float32(0), num_tasks)
         read = functools.partial(race._add_round, words, v, course)
         standing = jax.lax.fori_loop(0, count, lambda _, s: read(s, error, num_tasks), standing)
-        return standing.sums.sum(1)[0], slack(standing)
+        return standing.sums.sum(1)[0] / course.scale, slack(standing) / course.scale
 
     planes = race.PLANES if error else race.CERTAIN_PLANES
     step = np.abs(values).max(0) / (2 ** (planes - 1) - 1)

@@ -43,7 +43,7 @@ CERTAIN_PLANES, PLANES = 9, 5
 RUN_ROWS, STEP_ROWS = 16, 8
 # A round is as many runs as make about so many sums of a tile, within these bounds: at its end
 # threads meet, and the standing is looked at.
-ROUND_SUMS, MIN_RUNS, MAX_RUNS = 32 * 1024, 16, 64
+ROUND_SUMS, MIN_RUNS, MAX_RUNS = 24 * 1024, 16, 64
 # Of more tasks than these all are scored exactly: a mask is a column, whose words lie on as many
 # lines of memory as those of 16 tasks.
 SHORTLIST = 16
@@ -64,12 +64,15 @@ class Course(NamedTuple):
     runs: int32 [R, round_runs]; run r is the words from r RUN_ROWS on.
     unread: float32 [R + 1], after so many rounds, the sum over unread words of what they hold back.
     rounds: int32 [], those in which v is not 0. salt: uint32 [], of the dither, a hash of v.
+    scale: float32 [], a power of two: all is of v times that, which is 1/2 to 1 at its largest, so
+      that no square of what matters is too small or too large.
     """
 
     runs: jax.Array
     unread: jax.Array
     rounds: jax.Array
     salt: jax.Array
+    scale: jax.Array
 
 
 class Standing(NamedTuple):
@@ -124,14 +127,10 @@ def check_error(error: float | None) -> None:
 
 
 def _race(words, v, num_tasks, error, devices):
-    # By a power of two, exactly, so that no square of what matters is too small or large.
-    largest = jnp.abs(v).max()
-    usual = (largest > 0) & (largest < jnp.inf)
-    exponent = jnp.where(usual, jnp.frexp(jnp.where(usual, largest, 1))[1], 0)
-    v = jnp.ldexp(v, -exponent)
     course = _course(words, v, error)
     live = _live(words, num_tasks)
-    slack = _slack(v, course, error, devices.total(num_tasks))
+    all_tasks = devices.total(num_tasks)
+    slack = _slack(v, course, error, all_tasks)
 
     def judged(standing):
         """Scores as far as read, which of them may still win, and how many those are."""
@@ -151,9 +150,10 @@ def _race(words, v, num_tasks, error, devices):
     num_tiles, _, lanes = words.shape
     sums = jnp.zeros((num_tiles, course.runs.shape[1], lanes), jnp.float32)
     zero, none = jnp.zeros_like(course.unread[0]), jnp.zeros_like(course.rounds)
-    start = Standing(none, varying_like(varying_like(sums, words), v), zero, none)
-    end = lax.while_loop(goes_on, one_round, start._replace(left=judged(start)[2]))
+    sums = varying_like(varying_like(sums, words), v)
+    end = lax.while_loop(goes_on, one_round, Standing(none, sums, zero, all_tasks + none))
     scores, in_doubt, left = judged(end)
+    scores = scores / course.scale
     branch = (left > 1).astype(jnp.int32) + (left > SHORTLIST)
     scores = lax.switch(
         branch,
@@ -165,7 +165,7 @@ def _race(words, v, num_tasks, error, devices):
         ],
     )
     share = end.rounds / len(course.runs) + (branch == 2)
-    return Finish(jnp.ldexp(scores, exponent), share.astype(jnp.float32))
+    return Finish(scores, share.astype(jnp.float32))
 
 
 def _live(words, num_tasks):
@@ -193,7 +193,11 @@ def _course(words, v, error):
     def by_run(of_words):
         return jnp.pad(of_words, (0, spare)).reshape(-1, RUN_ROWS).sum(axis=1)
 
-    values = v.reshape(WORD_BITS, -1)
+    largest = jnp.abs(v).max()
+    usual = (largest > 0) & (largest < jnp.inf)
+    exponent = jnp.where(usual, jnp.frexp(jnp.where(usual, largest, 1))[1], 0)
+    scale = jnp.ldexp(jnp.float32(1), -jnp.clip(exponent, -126, 126))
+    values = scale * v.reshape(WORD_BITS, -1)
     energy = by_run(jnp.square(values).sum(axis=0))
     held_back = energy if error else by_run(jnp.abs(values).sum(axis=0))
     first = jnp.argsort(-energy)
@@ -204,7 +208,8 @@ def _course(words, v, error):
         runs=first.astype(jnp.int32).reshape(num_rounds, round_runs),
         unread=unread,
         rounds=-(-(energy != 0).sum(dtype=jnp.int32) // round_runs),
-        salt=fixed_point.checksum(v),
+        salt=fixed_point.checksum(energy),
+        scale=scale,
     )
 
 
@@ -235,7 +240,7 @@ def _add_round(words, v, course, standing, error, num_tasks):
     row = jnp.arange(RUN_ROWS, dtype=jnp.int32)
     rows = (runs[:, None] * RUN_ROWS + row[None]).reshape(-1)
     # Rows behind the last, of which the last round may have some, count as zeros.
-    values = v.reshape(WORD_BITS, -1).at[:, rows].get(mode="fill", fill_value=0)
+    values = v.reshape(WORD_BITS, -1).at[:, rows].get(mode="fill", fill_value=0) * course.scale
     if error is None:
         planes = fixed_point.bit_planes(values, CERTAIN_PLANES)
         rounding = jnp.abs(fixed_point.residual(values, CERTAIN_PLANES)).sum()
