@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jax import lax
 from supsup_jax import prng, roles
 from supsup_jax.checks import cause, check_int
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.loops import CONVOLUTION, primitives
 from supsup_jax.types import PyTree, TaskData, kinds_of, num_rows, shapes_of
 
 SIGNED_CONSTANT = "signed_constant"
@@ -343,24 +342,12 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
     return logits
 
 
-class Trial(NamedTuple):
-    """What a trace of a network tells.
-
-    num_outputs: C. slow_in_loops: whether this is a CPU and it convolves: see `loops`.
-    """
-
-    num_outputs: int
-    slow_in_loops: bool
-
-
-def trial(net: Network, data: TaskData) -> Trial:
-    """What is known of a network on such data before anything is computed.
+def num_outputs(net: Network, data: TaskData) -> int:
+    """C, of a network on such data: known before anything is computed.
 
     Raises ValueError unless the network takes the inputs and returns logits [B, C].
     """
-    traced = _train_logits.trace(net, data)
-    slow_in_loops = CONVOLUTION in primitives(traced.jaxpr.jaxpr) and jax.default_backend() == "cpu"
-    return Trial(traced.out_info.shape[1], slow_in_loops)
+    return _train_logits.trace(net, data).out_info.shape[1]
 
 
 @jax.jit

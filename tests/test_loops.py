@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from jax import lax
@@ -142,5 +143,9 @@ def test_decisions_equal_separate_gradients_and_trace_once(make):
     for row, scores in zip(x[:3], got[:3], strict=True):
         v = net.layout.ravel(gradient(row[None]), "the mixture")
         np.testing.assert_allclose(scores[:3], -store.contract(v)[:3], rtol=1e-3, atol=1e-6)
+    # Descent sets out along the same gradient, on the simplex less its mean.
+    alphas = ss.descend(net, store, x, optimizer=optax.sgd(0.1), steps=1).scores[:, :3]
+    centred = got[:, :3] - got[:, :3].mean(1, keepdims=True)
+    np.testing.assert_allclose((alphas - 1 / 3) / 0.1, centred, rtol=1e-3, atol=1e-5)
     in_loop = jax.jit(functools.partial(ss.one_shot, objective=ss.entropy))
     assert len(orders(in_loop, net, store, x)) == 1

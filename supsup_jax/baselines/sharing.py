@@ -19,7 +19,7 @@ from supsup_jax import prng
 from supsup_jax.checks import check_type, is_traced
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.network import Network, trial
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.training.steps import all_finite, diverged, fit, mean_loss
 from supsup_jax.types import PyTree, TaskData
@@ -200,7 +200,7 @@ def learn(
     check_type("data", data, TaskData)
     check_type("config", config, TrainConfig)
     data.check()
-    data.check_classes(trial(baseline.net, data).num_outputs)
+    data.check_classes(num_outputs(baseline.net, data))
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")

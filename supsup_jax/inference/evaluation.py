@@ -17,7 +17,7 @@ from supsup_jax.inference.arguments import check_objective, check_pair
 from supsup_jax.inference.one_shot import Uncertainty, task_ids
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule
-from supsup_jax.network import Network, trial
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import (
@@ -192,9 +192,9 @@ def evaluate(
     def check(data, name):
         nonlocal known
         data.check()
-        known = known or trial(net, data)
+        known = known or num_outputs(net, data)
         if metric is None:
-            data.check_classes(known.num_outputs, name)
+            data.check_classes(known, name)
 
     outcomes, counts = [], []
     for i in progress(tasks):

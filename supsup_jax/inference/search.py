@@ -149,7 +149,7 @@ def _check_base(base, num_tasks):
 
 @schedule.compiled(num_options=2)
 def _descend(net, store, decisions, objective, optimizer, steps):
-    x = decisions.x
+    x, each = decisions.x, _convolved if store.layout.has_windows else _batched
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
     # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
     held = store.devices.all_slots(store.slots)
@@ -162,8 +162,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
 
         def slopes(objective):
             own = dataclasses.replace(uncertainty, objective=objective)
-            v = decisions.over_devices(jax.vmap(own.gradient)(mixtures, x))
-            return store.contract(v)
+            return store.contract(decisions.over_devices(each(own.gradient, mixtures, x)))
 
         return store.devices.all_slots(schedule.by_labels(slopes, objective, store))
 
@@ -176,6 +175,19 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     start = varying_like((start, optimizer.init(start)), x)
     (alphas, _), _ = lax.scan(step, start, None, length=steps)
     return belief(store, store.devices.own_slots(alphas))
+
+
+def _batched(gradient, mixtures, x):
+    """The gradients [D, 32 nw] of decisions [D, ...], each under its own mixture."""
+    return jax.vmap(gradient)(mixtures, x)
+
+
+def _convolved(gradient, mixtures, x):
+    """As `_batched`. On CPU one by one: convolved together, kernels that differ are slow groups."""
+    one_by_one = functools.partial(lax.map, lambda each: gradient(*each))
+    return lax.platform_dependent(
+        (mixtures, x), cpu=one_by_one, default=lambda each: _batched(gradient, *each)
+    )
 
 
 def _onto_simplex(held, alphas):

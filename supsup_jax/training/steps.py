@@ -18,7 +18,7 @@ from supsup_jax.checks import cause, check_key, check_type, is_traced
 from supsup_jax.layout import named_leaves
 from supsup_jax.loops import equations, fast_in_loops
 from supsup_jax.masks import kept_counts
-from supsup_jax.network import Network, Trial, trial
+from supsup_jax.network import Network, num_outputs
 from supsup_jax.training.config import TrainConfig
 from supsup_jax.types import PyTree, Task, TaskData, TrainResult, kinds_of
 
@@ -264,16 +264,16 @@ def whole_network(net: Network, config: TrainConfig, name: str = ALL) -> PyTree:
 
 
 def check_labels(
-    net: Network, data: TaskData, config: TrainConfig, known: Trial | None = None, where: str = ""
-) -> Trial:
+    net: Network, data: TaskData, config: TrainConfig, known: int | None = None, where: str = ""
+) -> int:
     """Raises TypeError or ValueError unless the network takes the inputs, and config's loss labels.
 
-    known: what is returned, of earlier batches. where: which batch, for messages.
+    known: what is returned, C, of earlier batches. where: which batch, for messages.
     """
-    known = known or trial(net, data)
+    known = known or num_outputs(net, data)
     if config.takes_classes:
-        data.check_classes(known.num_outputs, where)
-        if (weights := config.loss.weights) is not None and len(weights) < known.num_outputs:
+        data.check_classes(known, where)
+        if (weights := config.loss.weights) is not None and len(weights) < known:
             high = int(np.max(data.labels)) if not is_traced(data.labels) else 0
             if high >= len(weights):
                 raise ValueError(
@@ -284,7 +284,7 @@ def check_labels(
     ):
         raise TypeError(f"balanced wants integer labels [N], got {data.labels.dtype}")
     if not config.takes_classes:
-        _check_loss(config, known.num_outputs, data.labels)
+        _check_loss(config, known, data.labels)
     return known
 
 

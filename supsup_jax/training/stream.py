@@ -226,12 +226,12 @@ def observe(
     donate: consume the state's store, as `MaskStore.append` does, where its copy would cost more
       than the window; an error leaves it as it was. Without it `state` is as before.
     Equal shapes compile once, for all masks and windows, and again each time a store without a
-    budget doubles. The host calls each step for a convolution on a CPU, as `train_task` does.
+    budget doubles.
     Raises TypeError or ValueError before computing for what does not fit, such as a stream of one
     class, and ValueError when training ends with scores or losses that are not finite.
     """
     _check_types(state.key, net, config)
-    single = _check_window(state, net, data, index, config).slow_in_loops
+    _check_window(state, net, data, index, config)
     allocated = state.allocated
     slot, winner, max_nu = _choose(state, net, data, index, config)
     threshold = config.threshold(allocated)
@@ -245,15 +245,11 @@ def observe(
         slots.append(fresh_slot(state.key, slot, net, config))
     if winner != slot:
         slots[slot], slots[winner] = slots[winner], slots[slot]
-    after, task, loss, finite = slots[slot], None, [], True
-    size = 1 if single else len(index)
-    for i in range(0, len(index), size):
-        step = np.int32((state.windows - 1) * len(index) + i)
-        after, task, some, finite = _learn(
-            state.key, net, data, index[i : i + size], after, step, config=config.train
-        )
-        loss.append(jax.device_get(some))
-    after, finite, loss = *jax.device_get((after, finite)), np.concatenate(loss)
+    first = np.int32((state.windows - 1) * len(index))
+    after, task, loss, finite = _learn(
+        state.key, net, data, index, slots[slot], first, config=config.train
+    )
+    after, finite, loss = jax.device_get((after, finite, loss))
     if not (finite and np.isfinite(loss).all()):
         raise diverged(config.train, f" at window {state.windows - 1}")
     # From here on nothing fails, so that an error leaves a donated store as it was.
@@ -303,16 +299,12 @@ def _ask(net, store, data, index, allocated, eps, *, objective):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _learn(key, net, data, index, before, first, *, config):
-    """The slot after some batches of a window, of which `first` is the number of the first; its
-    task, the losses, and whether the scores are finite.
+    """The slot after a window's batches, numbered from `first`; its task, the losses, and whether
+    the scores are finite.
     """
     augment_key = prng.purpose_key(key, "augment")
     step = functools.partial(data_step, augment_key, mask_loss(net, config), data, config)
-    if len(index) == 1:  # in no loop
-        after, loss = step(before, (first, index[0]))
-        loss = loss[None]
-    else:
-        after, loss = lax.scan(step, before, (first + jnp.arange(len(index)), index))
+    after, loss = lax.scan(step, before, (first + jnp.arange(len(index)), index))
     return after, _task(net, after, config=config), loss, all_finite(after.scores)
 
 
@@ -351,7 +343,7 @@ def _check_window(state, net, data, index, config):
     check_pair(net, state.store)
     _check_counts(state.allocated, len(state.slots), config)
     data.check()
-    known = check_labels(net, data, config.train)
+    check_labels(net, data, config.train)
     want = (config.window, config.train.batch_size)
     if not hasattr(index, "dtype") or not np.issubdtype(index.dtype, np.integer):
         got = getattr(index, "dtype", type(index).__name__)
@@ -370,4 +362,3 @@ def _check_window(state, net, data, index, config):
             f"a window must hold labels of at least two classes, got only class {labels.min()}: "
             "there is nothing to tell apart, and any mask would seem to know it"
         )
-    return known

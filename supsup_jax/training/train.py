@@ -67,8 +67,8 @@ def train_task(
     on_step: called some `REPORTS` times with the number of steps taken and the progress after them,
       as by `train_on_batches`; the next steps consume that progress.
     Equal shapes and an equal config compile once, for any key, weights, data and view. All steps
-    are one program, but where on_step is given, and for a convolution on a CPU, whose gradient XLA
-    computes many times slower in a loop: then the host calls them. Equal to rounding.
+    are one program; with on_step the host calls one of some steps, again and again. Equal to
+    rounding.
     Raises TypeError or ValueError before compiling for inputs that do not fit, such as a batch
     that the devices do not divide, or on_step inside jit, and ValueError when training ends with
     scores or losses that are not finite.
@@ -76,16 +76,12 @@ def train_task(
     init_scores = check_start(key, net, config, init_scores)
     check_type("data", data, TaskData)
     data.check()
-    slow_in_loops = check_labels(net, data, config).slow_in_loops
+    check_labels(net, data, config)
     traced = in_trace(key, net, data, init_scores)
     if traced and on_step is not None:
         raise ValueError("on_step is called by the host: it has no meaning inside jit")
-    single = not traced and mesh is None and slow_in_loops
-    if mesh is None and (on_step is not None or single):
-        result = _from_host(key, net, data, init_scores, config, on_step, single)
-    elif mesh is None:
-        result = _train(key, net, data, init_scores, config)
-    else:
+    inputs = key, net, data, init_scores
+    if mesh is not None:
         devices.check_mesh(mesh, devices.DATA)
         if config.batch_size % (parts := mesh.shape[devices.DATA]):
             raise ValueError(
@@ -93,13 +89,12 @@ def train_task(
                 f"{devices.DATA!r} of mesh, got {config.batch_size}"
             )
         mesh = devices.auto(mesh)
-        inputs = (key, net, data, init_scores)
         if not mesh.is_multi_process:  # of several hosts each has them, and jit takes them so
             inputs = jax.device_put(inputs, devices.on_mesh(mesh, devices.WHOLE))
-        if on_step is None:
-            result = _train(*inputs, config, mesh)
-        else:
-            result = _from_host(*inputs, config, on_step, mesh=mesh)
+    if on_step is None:
+        result = _train(*inputs, config, mesh)
+    else:
+        result = _reporting(*inputs, config, mesh, on_step)
     check_finite(result, config)
     return result
 
@@ -150,13 +145,12 @@ def train_tasks(
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks, config)
-    slow_in_loops = check_labels(net, _one_task(data, num_tasks, config), config).slow_in_loops
+    check_labels(net, _one_task(data, num_tasks, config), config)
     traced = in_trace(keys, net, data, init_scores)
     if on_step is not None and (traced or mesh is not None):
         raise ValueError("on_step is called by the host: it has no meaning inside jit or on a mesh")
-    single = not traced and mesh is None and slow_in_loops
-    if on_step is not None or single:
-        result = _in_groups(keys, net, data, init_scores, config, on_step, single)
+    if on_step is not None:
+        result = _in_groups(keys, net, data, init_scores, config, on_step)
     elif mesh is None:
         result = _train_tasks(keys, net, data, init_scores, config)
     else:
@@ -171,23 +165,20 @@ def train_tasks(
     return result
 
 
-def _from_host(key, net, data, init_scores, config, on_step, single=False, mesh=None):
-    """`_train` in calls of some steps each, or of a single one, which then stands in no loop."""
+def _reporting(key, net, data, init_scores, config, mesh, on_step):
+    """`_train` in calls of some steps each, between which the host reports."""
     progress, order = _begin(key, net, data, init_scores, config)
-    some = 1 if single else -(-config.steps // REPORTS)
+    some = -(-config.steps // REPORTS)
     done, behind = 0, None
     while done < config.steps:
         done = min(done + some, config.steps)
         progress, loss = _advance(
-            key, net, data, order, progress, np.int32(done), config=config, single=single, mesh=mesh
+            key, net, data, order, progress, np.int32(done), config=config, mesh=mesh
         )
         if behind is not None:  # the host stays one call ahead of the device, and no further
             behind.block_until_ready()
         behind = loss
-        if on_step is not None and (
-            done % -(-config.steps // REPORTS) == 0 or done == config.steps
-        ):
-            on_step(done, progress)
+        on_step(done, progress)
     return finish(net, progress, config)
 
 
@@ -199,10 +190,8 @@ def _begin(key, net, data, init_scores, config):
     return jax.tree.map(jnp.copy, begin(state, config)), order
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "single", "mesh"), donate_argnames="progress"
-)
-def _advance(key, net, data, order, progress, until, *, config, single, mesh):
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="progress")
+def _advance(key, net, data, order, progress, until, *, config, mesh):
     loss = mask_loss(net, config)
     if mesh is not None:
         loss = split_rows(loss, mesh)
@@ -213,13 +202,11 @@ def _advance(key, net, data, order, progress, until, *, config, single, mesh):
         state, value = step(progress.state, (i, order[i]))
         return TrainProgress(i + 1, progress.loss.at[i].set(value), state), value
 
-    if single:
-        return advance(progress.step, (progress, None))
     start = progress, jnp.zeros((), progress.loss.dtype)
     return lax.fori_loop(progress.step, until, advance, start)
 
 
-def _in_groups(keys, net, data, init_scores, config, on_step, single):
+def _in_groups(keys, net, data, init_scores, config, on_step):
     """`_train_tasks` of some tasks at a time, one on a CPU, between which the host reports."""
     num_tasks, size = keys.shape[0], 1
     if jax.default_backend() != "cpu":
@@ -228,19 +215,10 @@ def _in_groups(keys, net, data, init_scores, config, on_step, single):
     own, parts = _own_fields(data, num_tasks, config), []
     for start in range(0, num_tasks, size):
         some = jax.tree.map(lambda leaf: leaf[start : start + size], (keys, own, init_scores))  # noqa: B023
-        if single:
-            key, fields, scores = jax.tree.map(lambda leaf: leaf[0], some)
-            result = _from_host(
-                key, net, dataclasses.replace(data, **fields), scores, config, None, single
-            )
-            result = jax.tree.map(lambda leaf: leaf[None], result)
-        else:
-            result = _train_tasks(
-                some[0], net, dataclasses.replace(data, **some[1]), some[2], config
-            )
+        here, fields, scores = some
+        result = _train_tasks(here, net, dataclasses.replace(data, **fields), scores, config)
         parts.append(result)
-        if on_step is not None:
-            on_step(min(start + size, num_tasks), result)
+        on_step(min(start + size, num_tasks), result)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.network import Trial
 from supsup_jax.training import stream as scenarios
 from supsup_jax.training.steps import batch_indices, mask_loss, train_step
 from supsup_jax.training.stream import (
@@ -343,18 +342,6 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(small_net):
             assert decision == decisions[j]
         chex.assert_trees_all_equal(state.slots, states[-1].slots)
         chex.assert_trees_all_equal(state.store, states[-1].store)
-
-
-def test_steps_that_the_host_calls_learn_the_same(seen, monkeypatch):
-    """As of a network that convolves, on a CPU."""
-    (before, after, *_), decisions = seen
-    monkeypatch.setattr(Trial, "slow_in_loops", True)
-    state, decision = ss.stream.observe(
-        before, relu_net((6, 6, 5)), toy_data(), toy_window(), CONFIG
-    )
-    assert decision == decisions[0]._replace(loss=decision.loss)
-    np.testing.assert_allclose(decision.loss, decisions[0].loss, rtol=1e-5)
-    chex.assert_trees_all_close(state.slots, after.slots, rtol=1e-4, atol=1e-6)
 
 
 def test_the_state_is_a_pytree_and_shows_itself(seen):
