@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import supsup_jax as ss
+from supsup_jax.kernels import race
 from tests.conftest import filled_store, random_masks, relu_net
 
 NUM_TASKS = 13  # 8 devices have 2 slots each: six are full, one is half full, one is empty
@@ -247,3 +248,22 @@ def test_bad_input(net, store, x):
         ss.one_shot(net, ss.shard(ss.MaskStore.create(net), mesh_of(task=2)), x)
     with pytest.raises(IndexError, match="task 13 is not in the store"):
         ss.shard(store, mesh_of(task=2)).mask(13)
+
+
+@pytest.mark.parametrize("error", [None, 1e-6])
+def test_a_race_over_a_mesh_is_that_of_one_device(error, monkeypatch):
+    """Of several rounds, after each of which devices compare: as many are run, and alike."""
+    monkeypatch.setattr(race, "MIN_RUNS", 1)
+    monkeypatch.setattr(race, "MAX_RUNS", 1)
+    net = relu_net((96, 64, 20))
+    store = filled_store(net, random_masks(net, 13), capacity=16)
+    sharded = ss.shard(store, mesh_of(task=8))
+    rng = np.random.default_rng(0)
+    for task in (0, 7, 12):
+        v = rng.standard_normal(32 * net.layout.num_words).astype(np.float32)
+        v += 0.7 * np.asarray(net.layout.ravel(store.mask(task), "it"))
+        one, many = store.best_scores(v, error), sharded.best_scores(v, error)
+        assert int(many.scores.argmax()) == int(one.scores.argmax()) == task
+        assert one.share < 1
+        np.testing.assert_allclose(many.share, one.share, rtol=1e-5)
+        np.testing.assert_array_equal(np.isfinite(many.scores)[:13], True)

@@ -112,7 +112,7 @@ def best_scores(
         scores = jnp.where(_live(words, num_tasks), scores, -jnp.inf)
         return Finish(scores, varying_like(jnp.float32(1), scores))
 
-    v = v.astype(jnp.float32)
+    v = jnp.asarray(v, jnp.float32)
     return lax.platform_dependent(words, v, num_tasks, cpu=on_cpu, default=elsewhere)
 
 
