@@ -408,19 +408,19 @@ def test_half_precision_and_remat():
         ("jax_debug_infs", 2, (ss.one_shot, ss.oracle)),
     ],
 )
-def test_healthy_code_stops_at_no_flag(small_net, flag, capacity, rules):
-    jax.clear_caches()  # a program that was traced before is not looked at again
-    data = toy_data()
+def test_healthy_code_stops_at_no_flag(flag, capacity, rules):
+    # Of shapes of its own: programs that were traced before are not looked at again.
+    net, data = relu_net((6, 7 + capacity, 5)), toy_data()
     jax.config.update(flag, True)
     try:
-        ss.train_on_batches(KEY, small_net, iter([data] * 4), whole := batches_of(data))
-        result = ss.train_task(KEY, small_net, data, whole)
-        store = ss.MaskStore.create(small_net, capacity)
+        ss.train_on_batches(KEY, net, iter([data] * 4), whole := batches_of(data))
+        result = ss.train_task(KEY, net, data, whole)
+        store = ss.MaskStore.create(net, capacity)
         store = store.append(result.task).append(result.task)
         x = data.inputs.astype(jnp.float32)
         for rule in rules:
-            rule(small_net, store, x)
-        ss.evaluate(small_net, store, [data] * 2, "per_example")
+            rule(net, store, x)
+        ss.evaluate(net, store, [data] * 2, "per_example")
     finally:
         jax.config.update(flag, False)
 
