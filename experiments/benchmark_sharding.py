@@ -48,7 +48,7 @@ def measure(args: Args) -> dict:
     one = bench.random_store(net, args.tasks)
     many = ss.shard(one, jax.make_mesh((args.devices,), ("task",)))
     x = jax.random.normal(jax.random.key(0), (128, 784))
-    v = jax.random.normal(jax.random.key(1), (net.layout.num_weights,))
+    v = jax.random.normal(jax.random.key(1), (32 * net.layout.num_words,))
     contract = jax.jit(lambda store, v: store.contract(v))
     measures = {}
     for devices, store in ((1, one), (args.devices, many)):
