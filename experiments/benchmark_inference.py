@@ -85,12 +85,16 @@ def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
     return tuple(dataclasses.replace(task, view=view) for task in (dataset.train, dataset.test))
 
 
+def network_of(args: Args) -> ss.Network:
+    return bench.network(args.network, args.seed) if args.run is None else learned_masks(args)[0]
+
+
 def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, ss.TaskData]:
     """The network, the masks that were learned, and test data of the first of them."""
     if args.run is not None:
         net, store, stream = bench.learned(args.run, args)
         return net, store, stream.test[0]
-    net = bench.network(args.network, args.seed)
+    net = network_of(args)
     train, test = digits_task(784, args.seed)
     config = ss.TrainConfig(steps=20 if args.tiny else 1000)
     learned = ss.train_task(jax.random.key(args.seed), net, train, config)
@@ -178,7 +182,7 @@ def measure(args: Args, num_tasks: int) -> dict:
 
 def measure_side_by_side(args: Args, tasks: list[int]) -> list[dict]:
     """Contraction and read of each number of tasks, microseconds a task, in the same rounds."""
-    net, rounds = bench.network(args.network, args.seed), args.rounds
+    net, rounds = network_of(args), args.rounds
     v = jax.random.normal(jax.random.key(args.seed), (32 * net.layout.num_words,))
     contract = jax.jit(lambda store, v: store.contract(v))
     measures = {}
@@ -239,7 +243,7 @@ def main(args: Args) -> dict:
         if not tasks or min(tasks) < 1 or rounds < 1:
             raise UsageError("--tasks and --rounds must be at least 1")
         writable_folder(args.out)
-    num_weights, memory_there = in_process(_sizes, args.network, args.seed)
+    num_weights, memory_there = in_process(_sizes, args)
     rows, left_out = [], []
     for num_tasks in sorted(set(tasks)):
         needed = num_tasks * num_weights // 8
@@ -279,8 +283,8 @@ def main(args: Args) -> dict:
     return result
 
 
-def _sizes(network, seed):
-    return bench.network(network, seed).layout.num_weights, devices.device_bytes()
+def _sizes(args):
+    return network_of(args).layout.num_weights, devices.device_bytes()
 
 
 if __name__ == "__main__":
