@@ -363,7 +363,7 @@ def _refusal(applied, x, error, layout):
     for other, how in _others(x, layout):
         try:
             check_logits(jax.eval_shape(applied, other)[0], other)
-        except Exception:
+        except Exception:  # a guess that fails too, in whatever way: the caller raises from `error`
             continue
         return f"{said}it takes {kinds_of(other)}{how}"
     return f"{said}{cause(error)}"

@@ -193,7 +193,7 @@ def map_decisions(
         size = max(1, TANGENT_EXAMPLES // decisions.deciders)
         on_cpu = functools.partial(in_pieces, tangents, size=size)
     elif few and (size := min(most, UNPACKED_FLOATS // store.layout.num_weights)) >= least:
-        one_by_one = functools.partial(functools.partial, lax.map)
+        one_by_one = lambda gradient: functools.partial(lax.map, gradient)  # noqa: E731
         some = functools.partial(many, one_by_one, _product(store, "matrix"))
         on_cpu = functools.partial(in_pieces, some, size=size)
     many = functools.partial(many, jax.vmap, contract)
