@@ -7,10 +7,12 @@ Names listed in `__all__` are the public interface; what few call is reached by 
 
 from supsup_jax import hopfield, losses, objectives
 from supsup_jax.inference import rejection
+from supsup_jax.inference.diagnosis import diagnose, measure_statistics
 from supsup_jax.inference.evaluation import evaluate, parse_scenario
 from supsup_jax.inference.one_shot import alpha_gradient, one_shot, one_shot_streamed
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule, binary_search, descend, oracle, rerank
+from supsup_jax.labelled_views import LabelledViews
 from supsup_jax.masks import (
     ErdosRenyi,
     kept_count,
@@ -20,7 +22,14 @@ from supsup_jax.masks import (
     topk_mask,
 )
 from supsup_jax.network import Network, signed_constant
-from supsup_jax.objectives import Superfluous, entropy, max_confidence, max_logit
+from supsup_jax.objectives import (
+    MaxLogit,
+    Standardised,
+    Superfluous,
+    entropy,
+    max_confidence,
+    max_logit,
+)
 from supsup_jax.stores.disk import DiskStore
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.sharded import ShardedStore, shard
@@ -46,13 +55,16 @@ __all__ = [
     "CapacityError",
     "DiskStore",
     "ErdosRenyi",
+    "LabelledViews",
     "Made",
     "MaskStore",
+    "MaxLogit",
     "Network",
     "Normalize",
     "Rule",
     "ScoreMean",
     "ShardedStore",
+    "Standardised",
     "StoreError",
     "Superfluous",
     "Task",
@@ -64,6 +76,7 @@ __all__ = [
     "alpha_gradient",
     "binary_search",
     "descend",
+    "diagnose",
     "entropy",
     "evaluate",
     "hopfield",
@@ -72,6 +85,7 @@ __all__ = [
     "losses",
     "max_confidence",
     "max_logit",
+    "measure_statistics",
     "objectives",
     "one_shot",
     "one_shot_streamed",

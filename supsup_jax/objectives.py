@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from supsup_jax.checks import check_int
+
 
 def entropy(logits: jax.Array) -> jax.Array:
     """H = -sum_c p_c log p_c of softmax(logits), in nats (paper section 3.3).
@@ -79,15 +81,76 @@ def max_confidence(logits: jax.Array) -> jax.Array:
     return -jnp.max(jax.nn.softmax(_as_float32(logits)), axis=-1)
 
 
+def energy(logits: jax.Array) -> jax.Array:
+    """-logsumexp of the logits: an input's energy (arXiv 2010.03759), low where one is large."""
+    return -jax.nn.logsumexp(_as_float32(logits), axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class OfLabels:
-    """An objective of the first `num_labels` outputs alone."""
+    """An objective of the first `num_labels` outputs alone, the labels: such as
+    OfLabels(max_logit, 2), OfLabels(energy, 2), OfLabels(max_confidence, 2).
+
+    Raises ValueError where there are fewer outputs.
+    """
 
     objective: Callable[[jax.Array], jax.Array]
     num_labels: int
 
+    def __post_init__(self):
+        check_int("num_labels", self.num_labels, 1)
+
     def __call__(self, logits: jax.Array) -> jax.Array:
+        if logits.shape[-1] < self.num_labels:
+            raise ValueError(f"{self!r} needs {self.num_labels} outputs, got {logits.shape[-1]}")
         return self.objective(logits[..., : self.num_labels])
+
+    def __repr__(self) -> str:
+        return f"OfLabels({name_of(self.objective)}, {self.num_labels})"
+
+
+def MaxLogit(num_labels: int) -> OfLabels:
+    """Minus the largest raw logit among the first `num_labels` outputs, a task's own labels.
+
+    For masks tried alone (`oracle`, `rerank`): what names the task best on natural images, once
+    masks have learned `LabelledViews`.
+    """
+    return OfLabels(max_logit, num_labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardised:
+    """An objective by which each task is judged against its own: (score - mean) / deviation.
+
+    Mean and deviation are those of the task's own inputs under its mask, which a store keeps once
+    `measure_statistics(net, store, stream, objective)` has found them. For `oracle` and for
+    `rerank(judge=)`; a gradient has no such numbers, and `one_shot` refuses it. Groups that decide
+    together sum them: sums of numbers on one scale.
+    """
+
+    objective: Callable[[jax.Array], jax.Array]
+
+    def __post_init__(self):
+        if not callable(self.objective) or isinstance(self.objective, Standardised):
+            raise TypeError(f"Standardised is of an objective, got {self.objective!r}")
+
+    @property
+    def name(self) -> str:
+        """What its moments are kept under."""
+        return name_of(self.objective)
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        raise ValueError(
+            f"{self!r} judges masks tried alone: pass it to oracle, or to rerank(judge=...)"
+        )
+
+    def __repr__(self) -> str:
+        return f"Standardised({self.name})"
+
+
+def name_of(objective: Callable[[jax.Array], jax.Array]) -> str:
+    """An objective in words, the same in every process: of a function its name."""
+    return getattr(objective, "__qualname__", None) or repr(objective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +174,10 @@ def of_labels(
         return objective
     if isinstance(objective, Superfluous):
         return Superfluous(num_labels)
-    return (
-        OfLabels(objective, num_labels) if objective in (max_logit, max_confidence) else objective
-    )
+    if isinstance(objective, OfLabels):
+        return OfLabels(objective.objective, num_labels)
+    own = (max_logit, max_confidence, energy)
+    return OfLabels(objective, num_labels) if objective in own else objective
 
 
 def _as_float32(logits):

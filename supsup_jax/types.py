@@ -43,11 +43,17 @@ class Task(NamedTuple):
     state: PyTree = None
 
 
-class Labelled(NamedTuple):
-    """A task's statistics and its number of labels, int32 [], as a store keeps both."""
+class Facts(NamedTuple):
+    """What a store keeps of a task beside its mask, where that is more than its state.
+
+    num_labels: int32 [], how many of the outputs are its labels; None where tasks do not tell.
+    moments: by an objective's name, float32 [2]: mean and deviation of the task's own scores by it
+      (`measure_statistics`), zeros where they were not measured; None where none are kept.
+    """
 
     state: PyTree
-    num_labels: Any
+    num_labels: Any = None
+    moments: dict[str, Any] | None = None
 
 
 class TaskBelief(NamedTuple):

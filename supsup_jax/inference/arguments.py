@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supsup_jax import devices
+from supsup_jax.checks import is_traced
 from supsup_jax.kernels import contraction
 from supsup_jax.kernels.race import check_error
 from supsup_jax.network import Network
+from supsup_jax.objectives import Standardised
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, PyTree, num_rows, shapes_of
+from supsup_jax.types import Objective, PyTree, StoreError, num_rows, shapes_of
 
 CERTIFIED = "certified"
 
@@ -46,7 +49,28 @@ def check_call(
     """
     check_pair(net, store)
     check_objective(objective)
+    check_measured(objective, store)
     return check_input(x)
+
+
+def check_measured(objective: Objective, store: TaskStore) -> None:
+    """Raises StoreError unless the store has the moments that a `Standardised` objective needs."""
+    if not isinstance(objective, Standardised):
+        return
+    moments = store.moments.get(objective.name)
+    lacking = "no task"
+    if moments is not None:
+        if is_traced((moments, store.num_tasks)):
+            return
+        without = np.flatnonzero(devices.on_host(moments)[: int(store.num_tasks), 1] == 0)
+        if not len(without):
+            return
+        lacking = f"not task {without[0]}"
+    raise StoreError(
+        f"{objective!r} needs the mean and deviation of each task's own scores, and {lacking} has "
+        f"them: store = measure_statistics(net, store, stream, {objective.name}) finds them in "
+        "data of each task that its mask has not learned"
+    )
 
 
 def check_pair(net: Network, store: TaskStore) -> None:

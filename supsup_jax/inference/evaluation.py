@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 
 from supsup_jax.checks import check_int
 from supsup_jax.devices import in_pieces
-from supsup_jax.inference.arguments import check_objective, check_pair
+from supsup_jax.inference.arguments import check_measured, check_objective, check_pair
 from supsup_jax.inference.one_shot import Uncertainty, task_ids
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule
@@ -169,6 +169,7 @@ def evaluate(
     decide = parse_protocol(protocol, batch_size)
     check_pair(net, store)
     check_objective(objective)
+    check_measured(objective, store)
     rule = parse_rule(rule)
     if metric is not None:
         check_objective(metric, "metric")
@@ -176,9 +177,10 @@ def evaluate(
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)
+        check_measured(rule.judge, store)
     ids = range(num_tasks) if ids is None else [int(i) for i in ids]
     tasks = range(len(ids)) if tasks is None else tasks
-    _check_stream(stream, len(ids))
+    check_stream(stream, len(ids))
     _check_ids(tasks, ids, num_tasks, protocol)
 
     def judge(data, i):
@@ -199,7 +201,7 @@ def evaluate(
     outcomes, counts = [], []
     for i in progress(tasks):
         counts.append(0)
-        for name, data in _parts(stream[i], f"stream[{i}]", decide, check):
+        for name, data in parts_of(stream[i], f"stream[{i}]", decide, check):
             first = not counts[-1]  # the last may be what is left over
             if first and decide is not None and data.num_examples < decide.deciders:
                 raise ValueError(
@@ -219,7 +221,8 @@ def evaluate(
     ]
 
 
-def _check_stream(stream, num_tasks):
+def check_stream(stream: Any, num_tasks: int) -> None:
+    """Raises TypeError or ValueError unless stream is a sequence of at least so many tasks."""
     if not hasattr(stream, "__getitem__"):
         raise TypeError(
             f"stream must be a sequence of TaskData, such as a stream's .test, "
@@ -240,7 +243,9 @@ def _check_ids(tasks, ids, num_tasks, protocol):
         )
 
 
-def _parts(task, name, decide, check):
+def parts_of(
+    task: Any, name: str, decide: Protocol | None, check: Callable
+) -> Iterator[tuple[str, TaskData]]:
     """The TaskData of one task of a stream, each with its name; check(data, name) as they come."""
     pair = isinstance(task, tuple | list) and len(task) == 2 and hasattr(task[1], "__array__")
     if pair or isinstance(task, TaskData | Mapping):

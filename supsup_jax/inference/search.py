@@ -21,7 +21,7 @@ from jax import lax
 from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
 from supsup_jax.inference import schedule
-from supsup_jax.inference.arguments import check_call, check_objective
+from supsup_jax.inference.arguments import check_call, check_measured, check_objective
 from supsup_jax.inference.one_shot import (
     Uncertainty,
     belief,
@@ -32,7 +32,7 @@ from supsup_jax.inference.one_shot import (
 )
 from supsup_jax.inference.predict import grouped
 from supsup_jax.network import Network
-from supsup_jax.objectives import entropy, of_labels
+from supsup_jax.objectives import Standardised, entropy, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
 
@@ -135,6 +135,7 @@ def rerank(
     check_int("best", best, 1)
     judge = objective if judge is None else judge
     check_objective(judge, "judge")
+    check_measured(judge, store)
     best = min(int(best), store.capacity)
     return _rerank(net, store, x, objective, per_example, best, judge)
 
@@ -318,6 +319,12 @@ def _shortlist(net, store, decisions, objective, best):
 
 def _judge(net, store, objective, x, slot):
     """-F [B] of x under the mask in `slot` alone, with the task's own statistics."""
+    if isinstance(objective, Standardised):
+        scores = _judge(net, store, objective.objective, x, slot)
+        place = jnp.minimum(slot, store.capacity - 1)
+        mean, deviation = store.moments[objective.name][place]
+        known = deviation > 0
+        return jnp.where(known, (scores - mean) / jnp.where(known, deviation, 1), -jnp.inf)
 
     def judged(task):
         counts = store.label_counts or (None,)

@@ -26,7 +26,7 @@ from supsup_jax.layout import (
     place,
     unpack,
 )
-from supsup_jax.types import Labelled, PyTree, Task
+from supsup_jax.types import Facts, PyTree, Task
 
 
 class Bank(NamedTuple):
@@ -163,7 +163,7 @@ def read(bank, i, layout):
 
 def as_task(mask: PyTree, state: PyTree) -> Task:
     """A task as its owner knows it, of what a slot holds."""
-    return Task(mask, state.state if isinstance(state, Labelled) else state)
+    return Task(mask, state.state if isinstance(state, Facts) else state)
 
 
 def mask_of(words: jax.Array, layout: Layout) -> PyTree:

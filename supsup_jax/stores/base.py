@@ -12,7 +12,7 @@ from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
 from supsup_jax.stores.origin import check_layout
-from supsup_jax.types import Labelled, PyTree, StoreError, Task, TaskIdError, TrainResult
+from supsup_jax.types import Facts, PyTree, StoreError, Task, TaskIdError, TrainResult
 
 
 class TaskStore:
@@ -32,6 +32,13 @@ class TaskStore:
     # numbers that there are, static and rising.
     num_labels = None
     label_counts: tuple[int, ...] = ()
+
+    @property
+    def moments(self) -> dict[str, jax.Array]:
+        """By objectives' names, float32 [K, 2]: the mean and deviation of each task's own scores,
+        zeros where they were not measured. `measure_statistics` gives them.
+        """
+        return {}
 
     @property
     def slots(self) -> jax.Array:
@@ -142,15 +149,18 @@ def checked_task(
         raise TypeError("task must be a Task or a mask, got a TrainResult: append its .task")
     mask, state = task if isinstance(task, Task) else (task, None)
     leaves = checked_mask(layout, mask, "the mask")
-    if isinstance(like_state, Labelled):
-        if num_labels is None:
-            raise ValueError("the store knows the num_labels of each task: pass this one's, too")
-        _, state = checked_task(Task(mask, state), layout, like_state.state)
-        return leaves, Labelled(state, jnp.int32(num_labels))
-    if num_labels is not None:
+    facts = like_state if isinstance(like_state, Facts) else Facts(like_state)
+    if facts.num_labels is not None and num_labels is None:
+        raise ValueError("the store knows the num_labels of each task: pass this one's, too")
+    if facts.num_labels is None and num_labels is not None:
         raise ValueError(
             "num_labels is told of all tasks of a store or of none, and here those before have none"
         )
+    if like_state is facts:
+        _, state = checked_task(Task(mask, state), layout, facts.state)
+        count = None if num_labels is None else jnp.int32(num_labels)
+        # Not measured: those of another task would be wrong.
+        return leaves, Facts(state, count, jax.tree.map(lambda _: jnp.zeros(2), facts.moments))
     if jax.tree.structure(state) != jax.tree.structure(like_state):
         if like_state is None:
             raise ValueError("the network has no state, but the task brings one")

@@ -1,8 +1,9 @@
 """How a task lies in its record: mask, statistics and scores as bytes, and what people call it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ from supsup_jax.types import PyTree, StoreError
 WORDS = "words"  # the packed masks of a MaskStore as they are: nothing to decode
 CODECS = (WORDS, *codecs.CODECS)
 
+Moments = Mapping[str, tuple[float, float]]  # mean and deviation by an objective's name
+
 
 class TaskInfo(NamedTuple):
     """What a DiskStore says of a task, beside its mask and statistics.
@@ -30,6 +33,7 @@ class TaskInfo(NamedTuple):
     mask_bytes, state_bytes, score_bytes: on disk, of the coded mask, of the statistics, and of the
       scores, 0 where they were not kept.
     num_labels: how many of the outputs are its labels, None where that was not told.
+    moments: by objectives' names the mean and deviation of its scores, as far as measured.
     """
 
     name: str | None
@@ -41,6 +45,7 @@ class TaskInfo(NamedTuple):
     state_bytes: int
     score_bytes: int
     num_labels: int | None = None
+    moments: Moments = MappingProxyType({})
 
 
 class Coded(NamedTuple):
@@ -54,6 +59,7 @@ class Coded(NamedTuple):
     state: memoryview
     scores: memoryview
     num_labels: int | None
+    moments: Moments
 
 
 class Form:
@@ -83,6 +89,7 @@ class Form:
         codec: str,
         base: int | None,
         num_labels: int | None,
+        moments: Moments | None,
     ) -> tuple[dict[str, Any], list[Any]]:
         """Metadata and body of a task, of `checked_task`, that becomes task i.
 
@@ -109,6 +116,10 @@ class Form:
         }
         if num_labels is not None:
             metadata["num_labels"] = int(num_labels)
+        if moments:
+            pairs = {name: tuple(map(float, pair)) for name, pair in moments.items()}
+            _check_moments(pairs)
+            metadata["moments"] = pairs
         return metadata, [mask, *map(as_bytes, [*jax.tree.leaves(state), *scores])]
 
     def alone(self, coded: Coded) -> tuple[dict[str, Any], list[Any]]:
@@ -132,6 +143,8 @@ class Form:
                 type(count) is int and 0 < count < 2**31
             ):
                 raise ValueError(f"task {i} of {count!r} labels")
+            moments = record.metadata.get("moments", {})
+            _check_moments(moments)
             if type(scored) is not int or scored not in (0, 4 * self.layout.num_weights):
                 raise ValueError(f"task {i} with scores of {scored!r} bytes")
             if type(size) is not int or size != len(record.body) - self.state_bytes - scored:
@@ -143,7 +156,7 @@ class Form:
                 raise ValueError(f"task {i} in {size:,} bytes, not {self.layout.num_words} words")
         end = size + self.state_bytes
         parts = record.body[:size], record.body[size:end], record.body[end:]
-        return Coded(i, record.metadata, codec, base, *parts, count)
+        return Coded(i, record.metadata, codec, base, *parts, count, moments)
 
     def info(self, coded: Coded) -> TaskInfo:
         """What its metadata say."""
@@ -160,6 +173,7 @@ class Form:
                 len(coded.state),
                 len(coded.scores),
                 coded.num_labels,
+                coded.moments,
             )
 
     def state(self, coded: Coded) -> list[np.ndarray]:
@@ -208,6 +222,15 @@ def _check_names(name, labels):
         raise TypeError(f"name must be a str, got {name!r}")
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):
         raise TypeError(f"labels must be a list of str, got {labels!r}")
+
+
+def _check_moments(moments):
+    for name, (mean, deviation) in moments.items():
+        if not (isinstance(name, str) and abs(mean) < math.inf and 0 < deviation < math.inf):
+            raise ValueError(
+                f"moments must be a finite mean and a positive deviation by an objective's name, "
+                f"got {(mean, deviation)} of {name!r}"
+            )
 
 
 def _checked_scores(layout, scores):

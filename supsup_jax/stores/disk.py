@@ -15,10 +15,10 @@ from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
-from supsup_jax.stores.coded import Form, TaskInfo
+from supsup_jax.stores.coded import Form, Moments, TaskInfo
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import Origin, manifest_of, read_manifest
+from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
@@ -117,6 +117,7 @@ class DiskStore:
         name: str | None = None,
         labels: Sequence[str] | None = None,
         num_labels: int | None = None,
+        moments: Moments | None = None,
         codec: str = codecs.AUTO,
         base: int | None = None,
         durable: bool = True,
@@ -129,6 +130,8 @@ class DiskStore:
         name, labels: what people call the task and its outputs.
         num_labels: as of `MaskStore.append`, and told of all tasks that are loaded together or of
           none; `labels` do not tell it.
+        moments: of `MaskStore.moments`, the mean and deviation of the task's scores by the names of
+          objectives.
         codec: one of CODECS. "auto" is "words", which loads fastest, unless another saves a tenth.
         base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
@@ -138,7 +141,8 @@ class DiskStore:
         holds what it held.
         """
         task = self._checked(task)
-        record = self._form.record(len(self), task, scores, name, labels, codec, base, num_labels)
+        told = name, labels, codec, base, num_labels, moments
+        record = self._form.record(len(self), task, scores, *told)
         return self._log.append(*record, durable=durable)
 
     def replace(
@@ -150,6 +154,7 @@ class DiskStore:
         name: str | None = None,
         labels: Sequence[str] | None = None,
         num_labels: int | None = None,
+        moments: Moments | None = None,
         codec: str = codecs.AUTO,
         base: int | None = None,
         durable: bool = True,
@@ -162,7 +167,8 @@ class DiskStore:
         """
         self._log.entry(i := as_index(i))
         task = self._checked(task)
-        record = self._form.record(i, task, scores, name, labels, codec, base, num_labels)
+        told = name, labels, codec, base, num_labels, moments
+        record = self._form.record(i, task, scores, *told)
         self._recode(i)
         self._log.replace(i, *record, durable=durable)
 
@@ -195,17 +201,18 @@ class DiskStore:
     def extend(self, store: MaskStore, names: Sequence[str] | None = None) -> range:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
 
-        names: one a task; numbers of labels as the store tells them. Raises as `append`.
+        names: one a task; numbers of labels and moments as the store has them. Raises as `append`.
         """
         store.check_fits(self._network())
         names = [None] * int(store.num_tasks) if names is None else names
         if len(names) != int(store.num_tasks):
             raise ValueError(f"names must be {int(store.num_tasks)}, one a task, got {len(names)}")
         first = len(self)
-        told = store.num_labels
+        told, moments = jax.device_get((store.num_labels, store.moments))
         for i, name in enumerate(names):
             count = None if told is None else int(told[i])
-            self.append(store.task(i), name=name, num_labels=count, durable=False)
+            own = {each: rows[i].tolist() for each, rows in moments.items() if rows[i, 1] > 0}
+            self.append(store.task(i), name=name, num_labels=count, moments=own, durable=False)
         self.flush()
         return range(first, len(self))
 
@@ -283,15 +290,23 @@ class DiskStore:
         ids = held[tasks or slice(None)] if isinstance(tasks, slice | None) else tasks
         if not (ids := list(map(as_index, ids))):
             raise ValueError(f"{tasks} leaves none of the {len(held)} tasks to load")
-        labelled = self._log.metadata(ids[0]).get("num_labels") is not None
-        fields = functools.partial(self._fields, labelled)
-        if mesh is None:
-            return MaskStore.of_tasks(net, len(ids), map(fields, ids), labelled)
-        counts = [self._log.metadata(i).get("num_labels") for i in ids] if labelled else ()
-        for i, count in zip(ids, counts, strict=False):  # on each host alike
+        told = [self._log.metadata(i) for i in ids]  # on each host alike
+        counts = [each.get("num_labels") for each in told]
+        labelled = counts[0] is not None
+        for i, count in zip(ids, counts, strict=True):
             _check_told(labelled, i, count)
+        measured = sorted({name for each in told for name in each.get("moments", ())})
+        state = like_state(net, labelled, measured)
+        fields = functools.partial(self._fields, labelled, measured)
+        if mesh is None:
+            return MaskStore.of_tasks(net, len(ids), map(fields, ids), state)
         return sharded.of_tasks(
-            net, len(ids), lambda slots: (fields(ids[slot]) for slot in slots), mesh, counts
+            net,
+            len(ids),
+            lambda slots: (fields(ids[slot]) for slot in slots),
+            mesh,
+            state,
+            counts if labelled else (),
         )
 
     def parts(self, size: int = 1024) -> "Parts":
@@ -346,13 +361,14 @@ class DiskStore:
             if j > i and self._log.metadata(j).get("base") == i:
                 self._log.replace(j, *self._read(j, self._form.alone))
 
-    def _fields(self, labelled, i):
-        """The words and the leaves of the statistics of task i, and its number of labels."""
+    def _fields(self, labelled, measured, i):
+        """The words of task i, and the leaves of its facts in the order of `like_state`."""
 
         def fields(coded):
             _check_told(labelled, i, coded.num_labels)
-            count = [np.int32(coded.num_labels)] if labelled else []
-            return self._form.words(coded), self._form.state(coded) + count
+            count = [] if coded.num_labels is None else [np.int32(coded.num_labels)]
+            pairs = [np.float32(coded.moments.get(name, (0, 0))) for name in measured]
+            return self._form.words(coded), [*self._form.state(coded), *count, *pairs]
 
         return self._read(i, fields)
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,12 @@ from supsup_jax.stores.origin import (
     Origin,
     Owned,
     arrays_in,
-    like_state,
     load_record,
     manifest_of,
     save_arrays,
     sensible,
 )
-from supsup_jax.types import Labelled, PyTree, StoreError, Task
+from supsup_jax.types import Facts, PyTree, StoreError, Task
 
 FORMAT = "supsup_jax.MaskStore"
 
@@ -70,19 +69,17 @@ class MaskStore(Owned, TaskStore):
         net: Network,
         capacity: int,
         tasks: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
-        labelled: bool = False,
+        state: PyTree = None,
     ) -> "MaskStore":
         """A store of tasks of `net` that come from files, as `arrays.tiled` takes them.
 
-        labelled: whether the last leaf of each one's statistics is its number of labels.
+        state: what the statistics of one are like (`like_state`).
         """
-        state = like_state(net, labelled)
         devices.check_room(arrays.nbytes(net.layout, state, capacity), capacity)
         words, states, held = arrays.tiled(net.layout, state, capacity, tasks)
         bank = arrays.empty(net.layout, None, capacity)._replace(states=states)
-        counts = np.unique(states.num_labels[:held]).tolist() if labelled else ()
         bank = arrays.holding(bank, words, held)
-        return MaskStore(bank, Origin.of(net), capacity, tuple(counts))
+        return MaskStore(bank, Origin.of(net), capacity)._recounted()
 
     def with_bank(self, bank: arrays.Bank, capacity: int | None = None) -> "MaskStore":
         """A store of the same network with other arrays, and of another capacity unless None."""
@@ -92,7 +89,32 @@ class MaskStore(Owned, TaskStore):
     def num_labels(self) -> jax.Array | None:
         """Of each task how many outputs are its labels, int32 [K]; None where tasks do not tell."""
         states = self.bank.states
-        return states.num_labels if isinstance(states, Labelled) else None
+        return states.num_labels if isinstance(states, Facts) else None
+
+    @property
+    def moments(self) -> dict[str, jax.Array]:
+        """As `TaskStore.moments`."""
+        states = self.bank.states
+        return (states.moments or {}) if isinstance(states, Facts) else {}
+
+    def with_moments(self, moments: Mapping[str, jax.Array]) -> "MaskStore":
+        """This store with these moments of its tasks' scores beside, or in place of, others:
+        float32 [T, 2] by objectives' names. Outside jit.
+        """
+        states, held = self.bank.states, int(self.num_tasks)
+        facts = states if isinstance(states, Facts) else Facts(states)
+        new = dict(facts.moments or {})
+        for name, value in moments.items():
+            if jnp.shape(value) != (held, 2):
+                raise ValueError(f"moments must be [{held}, 2], got {jnp.shape(value)} of {name}")
+            rows = np.zeros((self.capacity, 2), np.float32)
+            rows[:held] = value
+            new[name] = self._placed(rows)
+        return self.with_bank(self.bank._replace(states=facts._replace(moments=new)))
+
+    def _placed(self, rows):
+        """Rows [K, ...] where statistics lie."""
+        return jnp.asarray(rows)
 
     @property
     def bank(self) -> arrays.Bank:
@@ -190,7 +212,9 @@ class MaskStore(Owned, TaskStore):
             return self
         store = self
         if self.num_labels is None and not self._traced and int(self._bank.num_tasks) == 0:
-            state = Labelled(arrays.like_state(self._bank), jax.ShapeDtypeStruct((), jnp.int32))
+            state = arrays.like_state(self._bank)
+            state = state if isinstance(state, Facts) else Facts(state)
+            state = state._replace(num_labels=jax.ShapeDtypeStruct((), jnp.int32))
             bank = arrays.empty(self.layout, state, self.capacity)
             store = self.with_bank(bank)
         if store.num_labels is None:
@@ -312,7 +336,7 @@ class MaskStore(Owned, TaskStore):
         kinds = [("<u4", (held, net.layout.num_words)), *like]
         words, *states = arrays_in(record.body, kinds, path)
         tasks = ((row, [leaf[i] for leaf in states]) for i, row in enumerate(words))
-        return cls.of_tasks(net, capacity, tasks, isinstance(like_state, Labelled))
+        return cls.of_tasks(net, capacity, tasks, like_state)
 
     @property
     def _traced(self):

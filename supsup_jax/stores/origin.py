@@ -20,7 +20,7 @@ from supsup_jax.checks import check_type, is_traced
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
 from supsup_jax.stores import records
-from supsup_jax.types import Labelled, PyTree, StoreError
+from supsup_jax.types import Facts, PyTree, StoreError
 from supsup_jax.version import __version__
 
 VERSION = 3  # of all that is written: folders, files, coded masks
@@ -191,8 +191,7 @@ def read_manifest(
     if net is not None:
         Origin.of(net)  # from here on its fingerprint is at hand
         origin.check(net, path)
-        labelled = list(manifest["states"])[-1:] == ["num_labels"]
-        if manifest["states"] != (have := _state_fields(like_state(net, labelled))):
+        if manifest["states"] != (have := _state_fields(state_in(states, net))):
             raise StoreError(
                 f"{path} holds statistics {manifest['states']}, the network has {have}"
             )
@@ -230,9 +229,22 @@ def save_arrays(
     records.write_alone(path, manifest, metadata, list(map(as_bytes, arrays)), overwrite)
 
 
-def like_state(net: Network, labelled: bool) -> PyTree:
-    """One task's statistics, and its number of labels where tasks tell it."""
-    return Labelled(net.state, jax.ShapeDtypeStruct((), jnp.int32)) if labelled else net.state
+def like_state(net: Network, labelled: bool = False, moments: Iterable[str] = ()) -> PyTree:
+    """One task's statistics, with its number of labels where tasks tell it, and the moments of its
+    scores by the objectives of these names.
+    """
+    if not (labelled or (moments := sorted(moments))):
+        return net.state
+    count = jax.ShapeDtypeStruct((), jnp.int32) if labelled else None
+    pair = jax.ShapeDtypeStruct((2,), jnp.float32)
+    return Facts(net.state, count, dict.fromkeys(moments, pair) or None)
+
+
+def state_in(states: Iterable[str], net: Network) -> PyTree:
+    """The statistics of these leaves, of a network's task."""
+    facts = all(name.startswith(("state/", "moments/")) or name == "num_labels" for name in states)
+    named = [name.removeprefix("moments/") for name in states if name.startswith("moments/")]
+    return like_state(net, "num_labels" in states, named) if facts else net.state
 
 
 def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[records.Record, PyTree]:
@@ -252,7 +264,7 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[recor
         check_version(path, 1)
     manifest, record = records.read_alone(path)
     _, states = read_manifest(manifest, kind, path, net)
-    return record, like_state(net, "num_labels" in states)
+    return record, state_in(states, net)
 
 
 def as_bytes(array: jax.Array | np.ndarray) -> memoryview:

@@ -31,7 +31,7 @@ from supsup_jax.network import Network
 from supsup_jax.stores import arrays
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import Origin, like_state
+from supsup_jax.stores.origin import Origin
 from supsup_jax.types import PyTree, Task
 
 
@@ -60,16 +60,16 @@ def shard(store: MaskStore, mesh: Mesh, capacity: int | None = None) -> "Sharded
 
 
 def of_tasks(
-    net: Network, num_tasks: int, read: Callable, mesh: Mesh, num_labels: Sequence[int] = ()
+    net: Network, num_tasks: int, read: Callable, mesh: Mesh, state: PyTree, counts: Sequence[int]
 ) -> "ShardedStore":
     """A store of tasks that come from files, of which each process reads those of its own devices.
 
     read: range of ids -> words uint32 [nw] and the leaves of the statistics, one task after another
-    num_labels: of each task, behind its statistics; none where tasks do not tell.
+    state: what the statistics of one are like. counts: the numbers of labels that there are.
     Raises as `shard`.
     """
     devices.check_mesh(mesh, TASK)
-    parts, state = mesh.shape[TASK], like_state(net, bool(num_labels))
+    parts = mesh.shape[TASK]
     each = -(-num_tasks // parts)
     devices.check_room(arrays.nbytes(net.layout, state, each), parts * each)
     tiles, num_words, lanes = arrays.tiling(net.layout, each)
@@ -100,7 +100,7 @@ def of_tasks(
         np.int32(num_tasks),
         np.int32(0),
     )
-    counts = tuple(sorted(set(num_labels)))
+    counts = tuple(sorted(set(counts)))
     return _counted(_moved(MaskStore(bank, Origin.of(net), parts * each, counts), mesh))
 
 
@@ -139,6 +139,9 @@ class ShardedStore(MaskStore):
         """As `MaskStore.checked`; outside jit on every device."""
         task, sharding = super().checked(task, num_labels), devices.on_mesh(self.mesh, WHOLE)
         return task if self._traced else jax.device_put(task, sharding)
+
+    def _placed(self, rows):
+        return jax.device_put(rows, devices.on_mesh(self.mesh, SLOTS))
 
     def remove(self, i: int) -> "ShardedStore":
         """As `MaskStore.remove`, by way of one device: outside jit only."""

@@ -8,7 +8,8 @@ from typing import Any
 import optax
 
 from supsup_jax import masks
-from supsup_jax.checks import check_int
+from supsup_jax.checks import check_int, check_type
+from supsup_jax.labelled_views import LabelledViews
 from supsup_jax.layout import Layout
 from supsup_jax.losses import CrossEntropy
 from supsup_jax.masks import Density, kept_counts
@@ -102,6 +103,7 @@ class TrainConfig:
     balanced: bool = False  # draw each class as often as another, with replacement
     shuffle: bool = True  # every example once an epoch, in a new order; False keeps the given order
     augment: Callable | None = None  # (key, x [B, ...]) -> x, traced inside jit, equal by value
+    views: LabelledViews | None = None  # after it: a view drawn for each example is its class, too
 
     def __post_init__(self):
         named = [("rule", RULES), ("schedule", SCHEDULES)]
@@ -135,6 +137,10 @@ class TrainConfig:
             optional = value is None and name == "augment"
             if not (optional or callable(value)) or not isinstance(value, Hashable):
                 raise TypeError(f"{name} must be a hashable function, got {value!r}")
+        if self.views is not None:
+            check_type("views", self.views, LabelledViews)
+            if not self.takes_classes:
+                raise ValueError("views make classes of labels: they go with a CrossEntropy loss")
         if self.rule == "topk" and self.density is None:
             raise ValueError("rule 'topk' needs a density in (0, 1], got None")
         if self.rule == "threshold" and self.density is not None:

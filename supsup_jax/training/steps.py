@@ -176,6 +176,8 @@ def data_step(
     x, y = data.batch(index)
     if config.augment is not None:
         x = config.augment(jax.random.fold_in(augment_key, i), x)
+    if config.views is not None:
+        x, y = config.views(jax.random.fold_in(prng.purpose_key(augment_key, "views"), i), x, y)
     return train_step(loss, config, before, x, y)
 
 
@@ -271,6 +273,8 @@ def check_labels(
     known: what is returned, C, of earlier batches. where: which batch, for messages.
     """
     known = known or num_outputs(net, data)
+    if config.views is not None:
+        config.views.check(data, known, where)
     if config.takes_classes:
         data.check_classes(known, where)
         if (weights := config.loss.weights) is not None and len(weights) < known:

@@ -1,0 +1,264 @@
+"""Each task judged against its own: rules by plain NumPy, and statistics that stay with the task."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import supsup_jax as ss
+from supsup_jax.objectives import OfLabels, energy, name_of
+from tests.conftest import filled_store, random_masks, relu_net
+
+LABELS = 3
+RAW = ss.MaxLogit(LABELS)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Five tasks in a net of 7 outputs, of which 3 are labels; inputs of each, at unequal scales."""
+    net = relu_net((6, 12, 7))
+    masks = random_masks(net, 5)
+    rng = np.random.default_rng(1)
+    stream = [
+        ss.TaskData(
+            (1 + i) * rng.standard_normal((12, 6), np.float32), rng.integers(0, LABELS, 12)
+        )
+        for i in range(5)
+    ]
+    return net, masks, filled_store(net, masks, 8), stream
+
+
+def logits_of(net, mask, x):
+    hidden = np.maximum(x @ (np.asarray(net.params["kernel0"]) * mask["kernel0"]), 0)
+    return (hidden @ (np.asarray(net.params["kernel1"]) * mask["kernel1"])).astype(np.float64)
+
+
+BY_HAND = {
+    RAW: lambda z: max(z[:LABELS]),
+    OfLabels(energy, LABELS): lambda z: np.log(sum(np.exp(each) for each in z[:LABELS])),
+    OfLabels(ss.max_confidence, LABELS): lambda z: (
+        max(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z[:LABELS])
+    ),
+    ss.Superfluous(LABELS): lambda z: np.log(
+        sum(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z)
+    ),
+    energy: lambda z: np.log(sum(np.exp(each) for each in z)),
+}
+
+
+def scores_by_hand(net, masks, x, objective, data=None):
+    """[B, T] by plain loops; standardised by each task's own data where given."""
+    rule, rows = BY_HAND[objective], []
+    for i, mask in enumerate(masks):
+        scores = [rule(z) for z in logits_of(net, mask, x)]
+        if data is not None:
+            own = [rule(z) for z in logits_of(net, mask, np.asarray(data[i].inputs))]
+            mean = sum(own) / len(own)
+            deviation = (sum((each - mean) ** 2 for each in own) / len(own)) ** 0.5
+            scores = [(each - mean) / deviation for each in scores]
+        rows.append(scores)
+    return np.array(rows).T
+
+
+@pytest.mark.parametrize("objective", BY_HAND, ids=name_of)
+@pytest.mark.parametrize("standardised", [False, True])
+def test_every_mask_tried_is_a_numpy_loop(problem, objective, standardised):
+    net, masks, store, stream = problem
+    x = np.concatenate([np.asarray(data.inputs) for data in stream])
+    asked, data = objective, None
+    if standardised:
+        store = ss.measure_statistics(net, store, stream, objective)
+        asked, data = ss.objectives.Standardised(objective), stream
+    want = scores_by_hand(net, masks, x, objective, data)
+    got = ss.oracle(net, store, x, asked)
+    np.testing.assert_allclose(got.scores[:, :5], want, rtol=1e-4, atol=1e-4)
+    together = ss.oracle(net, store, x[:12], asked, per_example=False)
+    np.testing.assert_allclose(together.scores[:5], want[:12].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_rerank_and_evaluate_judge_by_the_same_numbers(problem):
+    net, masks, store, stream = problem
+    store = ss.measure_statistics(net, store, stream, RAW)
+    judge, x = ss.Standardised(RAW), np.asarray(stream[2].inputs)
+    want = ss.oracle(net, store, x, judge)
+    got = ss.rerank(net, store, x, ss.entropy, best=5, judge=judge)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=1e-5)
+    rows = ss.evaluate(net, store, stream, "per_example", objective=judge, rule="oracle")
+    np.testing.assert_array_equal(rows[2].inferred, want.task)
+    rule = ss.Rule("rerank", best=5, judge=judge)
+    rows = ss.evaluate(net, store, stream, "per_example", rule=rule)
+    np.testing.assert_array_equal(rows[2].inferred, want.task)
+
+
+def test_a_task_of_fewer_labels_counts_its_own(problem):
+    net, masks, _, stream = problem
+    store = ss.MaskStore.create(net, 8)
+    for i, mask in enumerate(masks):
+        store = store.append(mask, num_labels=1 + i % 3)
+    x = np.asarray(stream[0].inputs)
+    got = ss.oracle(net, store, x, RAW).scores[:, :5]
+    for i, mask in enumerate(masks):
+        want = logits_of(net, mask, x)[:, : 1 + i % 3].max(1)
+        np.testing.assert_allclose(got[:, i], want, rtol=1e-4, atol=1e-5)
+    measured = ss.measure_statistics(net, store, stream, RAW)
+    own = logits_of(net, masks[1], np.asarray(stream[1].inputs))[:, :2].max(1)
+    np.testing.assert_allclose(measured.moments[name_of(RAW)][1], [own.mean(), own.std()], rtol=1e-4)
+
+
+def moments(store):
+    held = int(store.num_tasks)
+    return {name: np.asarray(rows)[:held] for name, rows in store.moments.items()}
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_moments_stay_with_their_tasks(problem, tmp_path, labelled):
+    net, masks, _, stream = problem
+    store = ss.MaskStore.create(net, 5)
+    for mask in masks:
+        store = store.append(mask, num_labels=2 if labelled else None)
+    for objective in (RAW, ss.entropy):
+        store = ss.measure_statistics(net, store, stream, objective)
+    before = moments(store)
+    assert before.keys() == {"OfLabels(max_logit, 3)", "entropy"}
+    assert all((rows[:, 1] > 0).all() for rows in before.values())
+
+    store.save(tmp_path / "all.supsup")
+    same(moments(ss.MaskStore.load(tmp_path / "all.supsup", net)), before)
+    with ss.DiskStore.open(tmp_path / "tasks", net, "x") as disk:
+        disk.extend(store)
+        assert disk.info(3).moments["entropy"] == pytest.approx(tuple(before["entropy"][3]))
+        same(moments(disk.load()), before)
+        same(moments(disk.load([4, 1])), {name: rows[[4, 1]] for name, rows in before.items()})
+        mesh = jax.make_mesh((2,), ("task",), devices=jax.devices()[:2])
+        spread = disk.load(mesh=mesh)
+    same(moments(spread), before)
+    same(moments(spread.gathered()), before)
+    same(moments(ss.shard(store, mesh)), before)
+    x = np.asarray(stream[0].inputs)
+    want = ss.oracle(net, store, x, ss.Standardised(RAW)).scores
+    got = ss.oracle(net, spread, x, ss.Standardised(RAW)).scores
+    np.testing.assert_allclose(np.asarray(got)[:, :5], want[:, :5], rtol=1e-5, atol=1e-6)
+
+    same(moments(store.remove(1)), {name: np.delete(rows, 1, 0) for name, rows in before.items()})
+    # Another mask in its place, or one more, has none until it is measured.
+    count = 2 if labelled else None
+    for changed, i in (
+        (store.replace(2, masks[0], num_labels=count), 2),
+        (store.append(masks[0], num_labels=count), 5),
+    ):
+        after = moments(changed)
+        for name, rows in after.items():
+            assert (rows[i] == 0).all()
+            others = np.delete(np.arange(5), i) if i < 5 else np.arange(5)
+            np.testing.assert_array_equal(rows[others], before[name][others])
+        with pytest.raises(ss.StoreError, match=f"not task {i} has them: store = measure_statist"):
+            ss.oracle(net, changed, x, ss.Standardised(RAW))
+        more = [*stream, stream[0]]
+        mended = ss.measure_statistics(net, changed, more, RAW, tasks=[i])
+        want = before[name_of(RAW)][others]
+        np.testing.assert_array_equal(moments(mended)[name_of(RAW)][others], want)
+        ss.oracle(net, mended, x, ss.Standardised(RAW))
+
+
+def test_measuring_over_a_mesh(problem):
+    net, masks, store, stream = problem
+    mesh = jax.make_mesh((2,), ("task",), devices=jax.devices()[:2])
+    want = moments(ss.measure_statistics(net, store, stream, RAW))
+    got = moments(ss.measure_statistics(net, ss.shard(store, mesh), stream, RAW))
+    np.testing.assert_allclose(got[name_of(RAW)], want[name_of(RAW)], rtol=1e-5)
+
+
+def test_batches_of_a_task_are_measured_as_one(problem):
+    net, _, store, stream = problem
+    want = moments(ss.measure_statistics(net, store, stream, RAW))
+    parts = [
+        [(np.asarray(d.inputs)[:5], d.labels[:5]), (np.asarray(d.inputs)[5:], d.labels[5:])]
+        for d in stream
+    ]
+    got = moments(ss.measure_statistics(net, store, parts, RAW))
+    np.testing.assert_allclose(got[name_of(RAW)], want[name_of(RAW)], rtol=1e-5)
+
+
+def test_without_moments_the_error_says_how_to_get_them(problem):
+    net, _, store, stream = problem
+    judge, x = ss.Standardised(RAW), np.asarray(stream[0].inputs)
+    for call in (
+        lambda: ss.oracle(net, store, x, judge),
+        lambda: ss.rerank(net, store, x, judge=judge),
+        lambda: ss.evaluate(net, store, stream, "per_example", objective=judge, rule="oracle"),
+        lambda: ss.evaluate(
+            net, store, stream, "per_example", rule=ss.Rule("rerank", best=2, judge=judge)
+        ),
+    ):
+        with pytest.raises(ss.StoreError, match="no task has them: store = measure_statistics"):
+            call()
+    measured = ss.measure_statistics(net, store, stream, RAW)
+    with pytest.raises(ValueError, match="judges masks tried alone: pass it to oracle"):
+        ss.one_shot(net, measured, x, judge)
+    with pytest.raises(TypeError, match="measure the objective itself"):
+        ss.measure_statistics(net, store, stream, judge)
+    constant = [ss.TaskData(np.zeros((4, 6), np.float32), np.zeros(4, int))] * 5
+    with pytest.raises(ValueError, match="scores of task 0 must differ"):
+        ss.measure_statistics(net, store, constant, RAW)
+    with pytest.raises(IndexError, match="tasks must lie"):
+        ss.measure_statistics(net, store, stream, RAW, tasks=[5])
+    with pytest.raises(ValueError, match="needs 9 outputs, got 7"):
+        ss.oracle(net, store, x, ss.MaxLogit(9))
+
+
+def test_inside_jit_a_task_without_moments_is_never_named(problem):
+    net, _, store, stream = problem
+    measured = ss.measure_statistics(net, store, stream, RAW, tasks=[1, 3])
+    x = jnp.asarray(stream[0].inputs)
+    named = jax.jit(lambda store, x: ss.oracle(net, store, x, ss.Standardised(RAW)))(measured, x)
+    assert set(np.asarray(named.task).tolist()) <= {1, 3}
+
+
+def test_objectives_are_equal_by_value_and_compile_once(problem):
+    net, _, store, stream = problem
+    assert ss.MaxLogit(3) == ss.MaxLogit(3) != ss.MaxLogit(2)
+    traces = []
+
+    def counted(logits):
+        traces.append(logits.shape)
+        return ss.max_logit(logits)
+
+    x = np.asarray(stream[0].inputs)
+    first = ss.oracle(net, store, x, OfLabels(counted, 3))
+    again = ss.oracle(net, store, x, OfLabels(counted, 3))
+    np.testing.assert_array_equal(first.scores, again.scores)
+    seen = len(traces)
+    ss.oracle(net, store, x, OfLabels(counted, 3))
+    assert len(traces) == seen
+
+
+def test_diagnose_says_what_helps(problem):
+    net, _, store, stream = problem
+    found = ss.diagnose(net, store, stream)
+    assert found.chance == 0.2
+    assert {each.together for each in found.findings} == {1, 6}
+    single = [each.task_accuracy for each in found.findings if each.together == 1]
+    assert found.best.task_accuracy == max(single)
+    halves = [
+        ss.TaskData(np.asarray(d.inputs)[1::2], np.asarray(d.labels)[1::2]) for d in stream
+    ]
+    for each in found.findings:
+        if isinstance(each.objective, ss.Standardised):
+            continue
+        protocol = "per_example" if each.together == 1 else f"batch-{each.together}"
+        rows = ss.evaluate(
+            net, store, halves, protocol, objective=each.objective, rule=each.rule
+        )
+        assert each.task_accuracy == pytest.approx(np.mean([row.task_accuracy for row in rows]))
+    said = str(found)
+    assert f"rule={found.best.rule!r}, objective={name_of(found.best.objective)}" in said
+    assert "Told the task" in said
+    assert store.moments == {}
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        ss.diagnose(net, store, [ss.TaskData(np.ones((1, 6), np.float32), np.zeros(1, int))] * 5)
