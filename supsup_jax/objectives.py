@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from supsup_jax.checks import check_int
-
 
 def entropy(logits: jax.Array) -> jax.Array:
     """H = -sum_c p_c log p_c of softmax(logits), in nats (paper section 3.3).
@@ -98,7 +96,8 @@ class OfLabels:
     num_labels: int
 
     def __post_init__(self):
-        check_int("num_labels", self.num_labels, 1)
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] < self.num_labels:

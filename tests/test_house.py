@@ -12,7 +12,7 @@ FLOORS = (
     ("checks",),
     ("layout", "devices"),
     ("roles",),
-    ("masks", "network", "adapters"),
+    ("masks", "network", "adapters", "labelled_views"),
     ("kernels",),
     ("stores",),
     ("inference",),

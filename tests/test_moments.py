@@ -1,4 +1,4 @@
-"""Each task judged against its own: rules by plain NumPy, and statistics that stay with the task."""
+"""Each task judged against its own: rules by plain NumPy, and moments that stay with the task."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,12 @@ RAW = ss.MaxLogit(LABELS)
 
 @pytest.fixture(scope="module")
 def problem():
-    """Five tasks in a net of 7 outputs, of which 3 are labels; inputs of each, at unequal scales."""
+    """Five tasks in a net of 7 outputs, 3 of them labels; inputs of each, at unequal scales."""
     net = relu_net((6, 12, 7))
     masks = random_masks(net, 5)
     rng = np.random.default_rng(1)
     stream = [
-        ss.TaskData(
-            (1 + i) * rng.standard_normal((12, 6), np.float32), rng.integers(0, LABELS, 12)
-        )
+        ss.TaskData((1 + i) * rng.standard_normal((12, 6), np.float32), rng.integers(0, LABELS, 12))
         for i in range(5)
     ]
     return net, masks, filled_store(net, masks, 8), stream
@@ -77,7 +75,7 @@ def test_every_mask_tried_is_a_numpy_loop(problem, objective, standardised):
 
 
 def test_rerank_and_evaluate_judge_by_the_same_numbers(problem):
-    net, masks, store, stream = problem
+    net, _, store, stream = problem
     store = ss.measure_statistics(net, store, stream, RAW)
     judge, x = ss.Standardised(RAW), np.asarray(stream[2].inputs)
     want = ss.oracle(net, store, x, judge)
@@ -102,7 +100,8 @@ def test_a_task_of_fewer_labels_counts_its_own(problem):
         np.testing.assert_allclose(got[:, i], want, rtol=1e-4, atol=1e-5)
     measured = ss.measure_statistics(net, store, stream, RAW)
     own = logits_of(net, masks[1], np.asarray(stream[1].inputs))[:, :2].max(1)
-    np.testing.assert_allclose(measured.moments[name_of(RAW)][1], [own.mean(), own.std()], rtol=1e-4)
+    found = measured.moments[name_of(RAW)][1]
+    np.testing.assert_allclose(found, [own.mean(), own.std()], rtol=1e-4)
 
 
 def moments(store):
@@ -167,7 +166,7 @@ def test_moments_stay_with_their_tasks(problem, tmp_path, labelled):
 
 
 def test_measuring_over_a_mesh(problem):
-    net, masks, store, stream = problem
+    net, _, store, stream = problem
     mesh = jax.make_mesh((2,), ("task",), devices=jax.devices()[:2])
     want = moments(ss.measure_statistics(net, store, stream, RAW))
     got = moments(ss.measure_statistics(net, ss.shard(store, mesh), stream, RAW))
@@ -245,16 +244,12 @@ def test_diagnose_says_what_helps(problem):
     assert {each.together for each in found.findings} == {1, 6}
     single = [each.task_accuracy for each in found.findings if each.together == 1]
     assert found.best.task_accuracy == max(single)
-    halves = [
-        ss.TaskData(np.asarray(d.inputs)[1::2], np.asarray(d.labels)[1::2]) for d in stream
-    ]
+    halves = [ss.TaskData(np.asarray(d.inputs)[1::2], np.asarray(d.labels)[1::2]) for d in stream]
     for each in found.findings:
         if isinstance(each.objective, ss.Standardised):
             continue
         protocol = "per_example" if each.together == 1 else f"batch-{each.together}"
-        rows = ss.evaluate(
-            net, store, halves, protocol, objective=each.objective, rule=each.rule
-        )
+        rows = ss.evaluate(net, store, halves, protocol, objective=each.objective, rule=each.rule)
         assert each.task_accuracy == pytest.approx(np.mean([row.task_accuracy for row in rows]))
     said = str(found)
     assert f"rule={found.best.rule!r}, objective={name_of(found.best.objective)}" in said

@@ -139,8 +139,6 @@ class TrainConfig:
                 raise TypeError(f"{name} must be a hashable function, got {value!r}")
         if self.views is not None:
             check_type("views", self.views, LabelledViews)
-            if not self.takes_classes:
-                raise ValueError("views make classes of labels: they go with a CrossEntropy loss")
         if self.rule == "topk" and self.density is None:
             raise ValueError("rule 'topk' needs a density in (0, 1], got None")
         if self.rule == "threshold" and self.density is not None:
