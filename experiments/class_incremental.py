@@ -26,10 +26,9 @@ and 100 images of one task together. Writes result.json to --out, and ends with 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +38,17 @@ from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments.frame import bench
+from experiments.frame import bench, judging
 from experiments.frame.run import Run, UsageError, usage_errors
 from supsup_jax import data, labelled_views, models, prng
-from supsup_jax.objectives import OfLabels, energy
 
 GROUPS = (1, 5, 20, 100)
 # Images that go through a network together in measurements.
 BATCH = 250
-# Of the covariance of features, how much is spread evenly over all directions.
-SHRINKAGE = 0.1
+# Of images known to be of a learned task, the fraction that may be refused.
+RATE = 0.05
+# Where images of no learned task come from.
+STRANGERS = {"cifar10_jpeg": "tiny_imagenet32", "tiny_imagenet32": "cifar10_jpeg"}
 TRAININGS = ("plain", "views", "plain+transfer", "views+transfer")
 
 
@@ -194,169 +194,103 @@ def _outputs(net, store, x, i, view):
     return net(task.mask, view(x), task.state)
 
 
-def outputs(net, store, task: ss.TaskData, view: Callable = labelled_views.unturned) -> np.ndarray:
-    """What the network gives for a task's data in a view under each mask alone, [T, N, C]."""
+def outputs(
+    net, store, task: ss.TaskData, view: Callable = labelled_views.unturned, masks=None
+) -> np.ndarray:
+    """What the network gives for a task's data in a view under each mask alone, [T, N, C].
+
+    masks: which; None for all.
+    """
+    masks = range(int(store.num_tasks)) if masks is None else masks
     batch, found = jax.jit(task.batch), []
     for start in range(0, task.num_examples, BATCH):
         x, _ = batch(jnp.arange(start, min(start + BATCH, task.num_examples)))
-        each = [_outputs(net, store, x, i, view) for i in range(int(store.num_tasks))]
+        each = [_outputs(net, store, x, i, view) for i in masks]
         found.append(np.stack(jax.device_get(each)))
     return np.concatenate(found, axis=1)
 
 
-def averaged(views: ss.LabelledViews, logits: np.ndarray) -> np.ndarray:
-    """As `LabelledViews.averaged`, of the logits [V, ..., C] of each view."""
-    blocks = logits.reshape(*logits.shape[:-1], len(views.views), views.num_labels)
-    own = [np.roll(block, -v, axis=-2) for v, block in enumerate(blocks)]
-    return np.mean(own, axis=0).reshape(logits.shape[1:])
-
-
-def own_view(views: ss.LabelledViews, logits: np.ndarray) -> np.ndarray:
-    """The sum over views of log P(this view), [...], of the logits [V, ..., C] of each."""
-    log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    blocks = log_p.reshape(*logits.shape[:-1], len(views.views), views.num_labels)
-    mine = [np.asarray(jax.nn.logsumexp(b[..., v, :], axis=-1)) for v, b in enumerate(blocks)]
-    return np.sum(mine, axis=0)
-
-
-def label_objectives(labels: int) -> dict[str, Callable]:
-    return {
-        "entropy": ss.entropy,
-        "G": ss.Superfluous(labels),
-        "max softmax": OfLabels(ss.max_confidence, labels),
-        "energy": OfLabels(energy, labels),
-        "max logit": ss.MaxLogit(labels),
-    }
-
-
-class Scores:
-    """What rules make of all images under all masks: by a rule's name, test and held-out scores.
-
-    test: [T, N] of the test images of all tasks, one after another. held: [T, H] of the held-out.
-    """
-
-    def __init__(self):
-        self.test, self.held = {}, {}
-
-    def add(self, name, function, test, held):
-        self.test[name], self.held[name] = np.asarray(function(test)), np.asarray(function(held))
-
-    def standardised(self, name: str, of_held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Test and held-out scores less each task's own mean, over its own deviation."""
-        own = [row[of_held == i] for i, row in enumerate(self.held[name])]
-        mean, deviation = (np.array([f(each) for each in own])[:, None] for f in (np.mean, np.std))
-        return tuple((each[name] - mean) / deviation for each in (self.test, self.held))
-
-
-def judged(scores, labels_right, of_task, group) -> tuple[float, float]:
-    """Task accuracy and class-incremental accuracy where `group` images of a task decide together.
-
-    scores [T, N], images of a task side by side; labels_right [T, N], whether a mask's label is.
-    """
-    named, right, decisions = [], [], []
-    for i in np.unique(of_task):
-        rows = np.flatnonzero(of_task == i)
-        rows = rows[: len(rows) - len(rows) % group].reshape(-1, group)
-        if not len(rows):
-            return math.nan, math.nan
-        task = scores[:, rows].mean(axis=-1).argmax(axis=0)
-        named.append(task == i)
-        right.append((task == i)[:, None] & labels_right[i, rows])
-        decisions.append(len(task))
-    return float(np.concatenate(named).mean()), float(np.concatenate(right).mean())
-
-
-def mahalanobis(features, train_features, train_labels) -> np.ndarray:
-    """Scores [T, N]: minus the least squared distance to a class mean, by each task's own shrunk
-    covariance of features [T, N, D]. train_*: of each task its own training images, [M, D] and [M].
-    """
-    rows = []
-    for seen, own, classes in zip(features, train_features, train_labels, strict=True):
-        means = np.stack([own[classes == c].mean(0) for c in np.unique(classes)])
-        rest = own - means[np.searchsorted(np.unique(classes), classes)]
-        covariance = rest.T @ rest / len(rest)
-        even = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        precision = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * even)
-        distances = [
-            np.einsum("nd,de,ne->n", seen - mean, precision, seen - mean) for mean in means
-        ]
-        rows.append(-np.min(distances, axis=0))
-    return np.stack(rows)
-
-
-def together(parts: list[np.ndarray]) -> np.ndarray:
-    """[T, N, ...] of the images of each task, one after another."""
-    return np.concatenate(parts, axis=1)
-
-
-def measure(config: Config, training: str, net, store, tasks) -> list[dict]:
+def measure(config: Config, training: str, net, store, tasks, strangers) -> list[dict]:
     """The rows of one training."""
-    _, held, test = tasks
+    learned, held, test = tasks
     labels, views = config.classes, config.views
-    of_test, of_held = (
-        np.repeat(np.arange(len(each)), [task.num_examples for task in each])
-        for each in (test, held)
-    )
-    y = np.concatenate([np.asarray(task.labels) for task in test])
+    parts = {"test": test, "held": held, "strangers": [strangers]}
     seen = views.views if training.startswith("views") else views.views[:1]
     logits = {
         name: np.stack(
-            [together([outputs(net, store, task, view) for task in each]) for view in seen]
+            [joined([outputs(net, store, each, view) for each in part]) for view in seen]
         )
-        for name, each in (("test", test), ("held", held))
+        for name, part in parts.items()
     }
-    rows = []
-
-    def add(network, name, scores, right):
-        given = right[of_test, np.arange(len(y))].mean()
-        row = {"training": training, "network": network, "rule": name, "given": float(given)}
-        for group in GROUPS:
-            row[f"task_{group}"], row[f"cil_{group}"] = judged(scores, right, of_test, group)
-        rows.append(row | {"tasks_learned": config.tasks})
-
-    kinds = [("one view", logits["test"][0], logits["held"][0])]
-    if len(seen) > 1:
-        kinds.append(("four views", *(averaged(views, logits[name]) for name in ("test", "held"))))
-    for network, on_test, on_held in kinds:
-        right = on_test[..., :labels].argmax(-1) == y
-        found = Scores()
-        for name, objective in label_objectives(labels).items():
-            found.add(name, lambda z, f=objective: -f(jnp.asarray(z)), on_test, on_held)
-        if network == "four views":
-            found.test["own view"], found.held["own view"] = (
-                own_view(views, logits[name]) for name in ("test", "held")
-            )
-        if config.model == "conv_net" and network == kinds[-1][0]:
-            add_features(found, config, store, tasks, of_held)
-        for name, scores in found.test.items():
-            add(network, name, scores, right)
-        whitened = {name: found.standardised(name, of_held)[0] for name in found.test}
-        for name, scores in whitened.items():
-            add(network, f"{name}, standardised", scores, right)
-        joined = [name for name in ("own view", "mahalanobis") if name in whitened]
-        for k in range(len(joined)):
-            names = ["max logit", *joined[: k + 1]]
-            add(network, " + ".join(names), sum(whitened[name] for name in names), right)
-    return rows + by_one_gradient(config, training, net, store, test)
+    found = {name: judging.by_rule(views, each) for name, each in logits.items()}
+    last = list(found["test"])[-1]
+    if config.model == "conv_net":
+        by_features = features_under(config, store, learned)
+        for name, part in parts.items():
+            features = joined([outputs(by_features.net, store, each) for each in part])
+            found[name][last]["mahalanobis"] = by_features.scores(features)
+    of_test, of_held = (
+        np.repeat(np.arange(len(part)), [each.num_examples for each in part])
+        for part in (test, held)
+    )
+    y, rows = np.concatenate([np.asarray(each.labels) for each in test]), []
+    for network in found["test"]:
+        shown = (
+            logits["test"][0] if network == "one view" else judging.averaged(views, logits["test"])
+        )
+        right = shown[..., :labels].argmax(-1) == y
+        given = float(right[of_test, np.arange(len(y))].mean())
+        scores = with_standardised({name: found[name][network] for name in parts}, of_held)
+        for rule in scores["test"]:
+            row = {"training": training, "network": network, "rule": rule, "given": given}
+            for group in GROUPS:
+                row[f"task_{group}"], row[f"cil_{group}"] = judging.judged(
+                    scores["test"][rule], right, of_test, group
+                )
+            row |= judging.refusals(*(scores[name][rule] for name in parts), RATE)
+            rows.append(row | {"tasks_learned": config.tasks})
+    rows += by_one_gradient(config, training, net, store, test)
+    return rows + (by_misfit(config, training, net, store, held, test) if net.state else [])
 
 
-def add_features(found: Scores, config: Config, store, tasks, of_held) -> None:
-    learned, held, test = tasks
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """[T, N, ...] of the images of several, one after another."""
+    return np.concatenate(parts, axis=1)
+
+
+def with_standardised(scores: dict[str, dict], of_held: np.ndarray) -> dict[str, dict]:
+    """Scores of each part by rule, with the standardised ones behind them, and sums of those."""
+    held, found = scores["held"], {}
+    for part, rules in scores.items():
+        white = {
+            rule: judging.standardised(each, held[rule], of_held) for rule, each in rules.items()
+        }
+        found[part] = rules | {f"{rule}, standardised": each for rule, each in white.items()}
+        names, total = "max logit", white["max logit"]
+        for rule in ("own view", "mahalanobis"):
+            if rule in white:
+                names, total = f"{names} + {rule}", total + white[rule]
+                found[part][names] = total
+    return found
+
+
+class Features(NamedTuple):
+    """A network of features, and of each task's training images under its mask the features [M, D]
+    and the labels [M].
+    """
+
+    net: ss.Network
+    own: list[np.ndarray]
+    labels: list[np.ndarray]
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        return judging.mahalanobis(features, self.own, self.labels)
+
+
+def features_under(config: Config, store, learned) -> Features:
     net = network(config, features=True)
-    own = [outputs_under(net, store, task, i) for i, task in enumerate(learned)]
-    own_labels = [np.asarray(task.labels) for task in learned]
-    for name, each in (("test", test), ("held", held)):
-        features = together([outputs(net, store, task) for task in each])
-        getattr(found, name)["mahalanobis"] = mahalanobis(features, own, own_labels)
-
-
-def outputs_under(net, store, task: ss.TaskData, i: int) -> np.ndarray:
-    """[N, ...] of a task's data under mask i."""
-    batch, found = jax.jit(task.batch), []
-    for start in range(0, task.num_examples, BATCH):
-        x, _ = batch(jnp.arange(start, min(start + BATCH, task.num_examples)))
-        found.append(jax.device_get(_outputs(net, store, x, i, labelled_views.unturned)))
-    return np.concatenate(found)
+    own = [outputs(net, store, task, masks=[i])[0] for i, task in enumerate(learned)]
+    return Features(net, own, [np.asarray(task.labels) for task in learned])
 
 
 def by_one_gradient(config: Config, training: str, net, store, test) -> list[dict]:
@@ -373,6 +307,32 @@ def by_one_gradient(config: Config, training: str, net, store, test) -> list[dic
             row[f"cil_{group}"] = float(np.mean([each.accuracy for each in found]))
         rows.append(row | {"tasks_learned": config.tasks})
     return rows
+
+
+def by_misfit(config: Config, training: str, net, store, held, test) -> list[dict]:
+    """Rows of `misfit`, and of it standardised by held-out batches of the same size."""
+    fit = jax.jit(lambda net, store, x: ss.misfit(net, store, x).scores)
+
+    def scores(tasks, group):
+        found = []
+        for task in tasks:
+            count = task.num_examples - task.num_examples % group
+            x, _ = task.batch(jnp.arange(count))
+            found.append([fit(net, store, x[i : i + group]) for i in range(0, count, group)])
+        return np.concatenate(found).T[: config.tasks], np.repeat(
+            np.arange(len(tasks)), [len(each) for each in found]
+        )
+
+    rows = [{"rule": rule} for rule in ("misfit", "misfit, standardised")]
+    for group in GROUPS[1:]:
+        if min(task.num_examples for task in (*held, *test)) < 2 * group:
+            continue
+        raw, of_test = scores(test, group)
+        own, of_held = scores(held, group)
+        for row, each in zip(rows, (raw, judging.standardised(raw, own, of_held)), strict=True):
+            row[f"task_{group}"] = float((each.argmax(axis=0) == of_test).mean())
+    shared = {"training": training, "network": "one view", "tasks_learned": config.tasks}
+    return [shared | row for row in rows]
 
 
 def milliseconds(config: Config, net, tiny: bool) -> dict[int, float]:
@@ -406,6 +366,16 @@ def load(config: Config, args: Args) -> data.Dataset:
     return data.load_dataset(config.dataset, args.data_dir)
 
 
+def strangers_of(config: Config, args: Args, dataset: data.Dataset) -> ss.TaskData:
+    """Test images of another dataset, seen as this one's are."""
+    if config.dataset == "synthetic":
+        other = data.synthetic(jax.random.key(1), (32, 32, 3), 2, 2, 20)
+    else:
+        other = data.load_dataset(STRANGERS[config.dataset], args.data_dir)
+    images = part(other.test, slice(2000))
+    return dataclasses.replace(images, transform=dataset.train.transform)
+
+
 def configured(args: Args) -> Config:
     config = TINY if args.tiny else PRESETS[args.preset]
     given = {name: getattr(args, name) for name in ("steps", "norm", "trainings")}
@@ -416,15 +386,11 @@ def configured(args: Args) -> Config:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'training':16}{'network':11}{'rule':40} given   CIL  task:"
-        + "".join(f"{group:6}" for group in GROUPS)
-    )
+    columns = ["given", "cil_1", *(f"task_{group}" for group in GROUPS), "auroc", "misses"]
+    print(f"{'training':16}{'network':11}{'rule':40}" + "".join(f"{name:>9}" for name in columns))
     for row in rows:
-        cells = (row.get(name) for name in ("given", "cil_1"))
-        shown = "".join("     -" if cell is None else f"{cell:6.3f}" for cell in cells)
-        named = (row.get(f"task_{group}") for group in GROUPS)
-        shown += "      " + "".join("     -" if cell is None else f"{cell:6.3f}" for cell in named)
+        cells = (row.get(name) for name in columns)
+        shown = "".join("        -" if cell is None else f"{cell:9.3f}" for cell in cells)
         print(f"{row['training']:16}{row['network']:11}{row['rule']:40}{shown}")
 
 
@@ -432,6 +398,7 @@ def main(args: Args) -> dict:
     with usage_errors():
         config = configured(args)
         dataset = load(config, args)
+        strangers = strangers_of(config, args, dataset)
         name = f"{'tiny' if args.tiny else args.preset}-seed{args.seed}"
         run = Run.open(args.out or Path("runs/class_incremental") / name, config, args.resume)
         net = network(config)
@@ -443,7 +410,7 @@ def main(args: Args) -> dict:
         if any(row["training"] == training for row in run.rows):
             continue
         with run.phase("evaluate"):
-            run.rows += measure(config, training, net, store, tasks)
+            run.rows += measure(config, training, net, store, tasks, strangers)
         run.write_progress()
         print_table([row for row in run.rows if row["training"] == training])
     result = run.finish(

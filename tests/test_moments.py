@@ -257,3 +257,36 @@ def test_diagnose_says_what_helps(problem):
     assert store.moments == {}
     with pytest.raises(ValueError, match="at least 2 examples"):
         ss.diagnose(net, store, [ss.TaskData(np.ones((1, 6), np.float32), np.zeros(1, int))] * 5)
+
+
+def test_misfit_is_a_loop_over_statistics(norm_net):
+    masks = random_masks(norm_net, 3)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 6), np.float32)
+    states = [jax.tree.map(lambda s, i=i: s + 0.3 * i + 0.1, norm_net.state) for i in range(3)]
+    store = ss.MaskStore.create(norm_net, 4)
+    for mask, state in zip(masks, states, strict=True):
+        store = store.append(ss.Task(mask, state))
+    want = []
+    for mask, state in zip(masks, states, strict=True):
+        hidden = x @ (np.asarray(norm_net.params["layer0"]["kernel"]) * mask["layer0"]["kernel"])
+        batch = {"mean": hidden.mean(0), "var": hidden.var(0)}
+        each = []
+        for name, own in batch.items():
+            task = np.asarray(state["norm"][name])
+            each.append(((own - task) ** 2).sum() / ((own**2).sum() + (task**2).sum()))
+        want.append(-np.mean(each))
+    got = ss.misfit(norm_net, store, x)
+    np.testing.assert_allclose(got.scores[:3], want, rtol=1e-4)
+    assert got.task == np.argmax(want)
+    data = [ss.TaskData(x, np.zeros(16, int))] * 3
+    rows = ss.evaluate(norm_net, store, data, "batch-16", rule="misfit")
+    assert [int(row.inferred[0]) for row in rows] == [np.argmax(want)] * 3
+    with pytest.raises(ValueError, match="several inputs that decide together"):
+        ss.misfit(norm_net, store, x, per_example=True)
+
+
+def test_misfit_wants_statistics(problem):
+    net, _, store, stream = problem
+    with pytest.raises(ValueError, match="this network keeps none"):
+        ss.misfit(net, store, np.asarray(stream[0].inputs))

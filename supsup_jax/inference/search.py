@@ -22,6 +22,7 @@ from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
 from supsup_jax.inference import schedule
 from supsup_jax.inference.arguments import check_call, check_measured, check_objective
+from supsup_jax.inference.misfit import misfit
 from supsup_jax.inference.one_shot import (
     Uncertainty,
     belief,
@@ -344,6 +345,7 @@ _OPTIONS = {
     "descend": (descend, ("optimizer", "steps")),
     "oracle": (oracle, ()),
     "rerank": (rerank, ("best", "judge")),
+    "misfit": (misfit, ()),
 }
 
 
@@ -353,7 +355,7 @@ class Rule:
 
     Equal by value, so that a jitted function that takes it as a static argument, such as
     `evaluate`'s, never retraces (optimizer, as in `descend`, is equal to itself only).
-    name: "one_shot", "binary_search", "descend", "oracle" or "rerank".
+    name: "one_shot", "binary_search", "descend", "oracle", "rerank" or "misfit".
     The other fields are the options of that function; None is its default.
     Raises ValueError on construction for another name, or an option that the rule does not take.
     """
