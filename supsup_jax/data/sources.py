@@ -20,6 +20,7 @@ import numpy as np
 
 from supsup_jax.checks import check_int
 from supsup_jax.data.keys import check_keys, find_keys
+from supsup_jax.extras import needed
 from supsup_jax.types import Normalize, TaskData
 
 # Mean and standard deviation of the pixels in [0, 1], as the reference normalises them, and as
@@ -90,7 +91,8 @@ def load_dataset(
 
 def _digits(seed, channels):
     """1,797 real 8x8 digits, pixels 0..16."""
-    from sklearn.datasets import load_digits
+    with needed("data"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     order, num_train = set_apart("digits", len(digits.target), seed)
@@ -253,7 +255,8 @@ def cached(
 
 def _decode(folder, split, keys):
     """Images and labels of a split."""
-    import tensorflow_datasets as tfds
+    with needed("data"):
+        import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(str(folder))
     image, label = find_keys(folder, builder.info, keys)
