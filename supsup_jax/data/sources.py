@@ -156,7 +156,7 @@ def _dataset(name, train, test, transform):
 
 def _tfds(name, data_dir, seed, keys, channels):
     folder = prepared_folder(name, data_dir)
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads((folder / "dataset_info.json").read_bytes())
     splits = [split["name"] for split in info.get("splits", [])]
     if "train" not in splits:
         raise MissingDataError(f"{folder} has no split 'train', only {splits}")
@@ -231,9 +231,11 @@ def cached(
     """What `read` returns for a part of the dataset in `folder`, by the `keys` asked for; read
     once, then from the user's cache.
     """
-    part = ",".join([part, *map(quote_plus, keys or ())])
     digest = hashlib.sha256((folder / "dataset_info.json").read_bytes())
     digest.update(str(folder.resolve()).encode())
+    if keys:  # "Label" and "label" are one name to some disks
+        digest.update(repr(tuple(keys)).encode())
+        part = ",".join([part, *map(quote_plus, keys)])
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = base / "supsup_jax" / f"{name}-{folder.name}-{part}-{digest.hexdigest()[:16]}.npz"
     if path.exists():
