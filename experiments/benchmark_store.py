@@ -36,7 +36,7 @@ import tyro
 import supsup_jax as ss
 from experiments.frame import bench
 from experiments.frame.run import usage_errors, writable_folder, write_result
-from supsup_jax.stores import journal, records
+from supsup_jax.stores import journal, system
 
 MASKS = 8  # distinct ones; a disk does not know that they come again
 
@@ -73,14 +73,14 @@ def fill(disk: ss.DiskStore, masks: list, tasks: int) -> None:
 
 def append_times(disk: ss.DiskStore, masks: list, appends: int) -> dict[str, float]:
     """Median milliseconds of an append, apart from the flush that it waits for, and of that."""
-    flush, flushing = records.flush, []
+    flush, flushing = system.flush, []
 
     def timed(fd):
         start = time.perf_counter()
         flush(fd)
         flushing.append(time.perf_counter() - start)
 
-    records.flush = timed
+    system.flush = timed
     try:
         totals = []
         for i in range(appends):
@@ -88,7 +88,7 @@ def append_times(disk: ss.DiskStore, masks: list, appends: int) -> dict[str, flo
             disk.append(masks[i % MASKS], name=f"task {i}", labels=list("0123456789"))
             totals.append(time.perf_counter() - start)
     finally:
-        records.flush = flush
+        system.flush = flush
     beyond = [total - spent for total, spent in zip(totals, flushing, strict=True)]
     return {
         "beyond_ms": 1e3 * statistics.median(beyond),

@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 
+from supsup_jax.extras import MissingExtraError, needed
 from supsup_jax.kernels.contraction import cpu_form
 from supsup_jax.network import SIGNED_CONSTANT, Network, signed_constant
 from supsup_jax.stores import codecs, journal
@@ -226,13 +227,13 @@ def predict(
 
 def main(argv: list[str] | None = None) -> None:
     """The console script."""
-    import tyro
-
-    app = tyro.extras.SubcommandApp()
-    for command in (inspect, verify, repair, export, remove, compact, predict):
-        app.command(command)
-    app.command(import_, name="import")
     with _one_line_errors():
+        with needed("command"):
+            import tyro
+        app = tyro.extras.SubcommandApp()
+        for command in (inspect, verify, repair, export, remove, compact, predict):
+            app.command(command)
+        app.command(import_, name="import")
         app.cli(prog="supsup", description=__doc__, args=argv)
 
 
@@ -242,7 +243,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # such as `supsup inspect STORE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, MissingExtraError) as error:
         print(f"error: {error}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -317,7 +318,8 @@ def _dense_network(layout, store):
 
 def _draw_overlap(disk, path):
     """The part of the weights that either of two masks keeps which both keep."""
-    import matplotlib
+    with needed("experiments"):
+        import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot

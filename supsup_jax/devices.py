@@ -6,11 +6,13 @@ device runs inference on its own tasks and rows, and asks `store.devices` where 
 others; on one device, asking costs nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,6 +214,7 @@ def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
 
 
 CPU_INFO = Path("/proc/cpuinfo")
+GROUPS, GROUPS_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # What XLA may be held to that has no such instruction (--xla_cpu_max_isa).
 _WITHOUT_POPCOUNT = ("SSE4_2", "AVX", "AVX2")
 
@@ -238,7 +241,32 @@ def device_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows: what there is shows when it is taken
+        machine = sys.maxsize
+    return min([machine, *_group_limits()])
+
+
+def _group_limits():
+    """Bytes of memory that the control groups of this process may use, as containers set them."""
+    try:
+        groups = [line.split(":", 2) for line in GROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return
+    for _, controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # Of version 1, and of version 2.
+        top = GROUPS_MOUNT / "memory" if controllers else GROUPS_MOUNT
+        limit = "memory.limit_in_bytes" if controllers else "memory.max"
+        # A group obeys those above it. Inside a container only some of them can be seen.
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not there; "max"
+                yield int((folder / limit).read_text())
+            if folder == top:
+                break
 
 
 def check_room(num_bytes: int, capacity: int) -> None:

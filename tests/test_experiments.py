@@ -133,3 +133,8 @@ def test_seconds_are_counted_once(tmp_path):
     assert min(one.seconds.values()) >= 0
     assert one.seconds["inner"] >= 0.05
     assert sum(one.seconds.values()) <= spent
+    compiling = one.seconds["compile"]
+    jax.block_until_ready(jax.jit(lambda x: x * 5 + 1.2345)(1.0))
+    assert one.seconds["compile"] == compiling  # outside a phase nothing listens any more
+    with pytest.raises(AssertionError):
+        jax.monitoring.unregister_event_duration_listener(one._on_event)

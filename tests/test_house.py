@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 # From the ground up: a module imports from its own floor or a lower one, never from a higher one.
 FLOORS = (
-    ("types", "version", "prng", "objectives", "losses", "metrics", "loops"),
+    ("types", "version", "extras", "prng", "objectives", "losses", "metrics", "loops"),
     ("checks",),
     ("layout", "devices"),
     ("roles",),

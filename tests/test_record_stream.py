@@ -5,6 +5,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 
 import supsup_jax as ss
@@ -126,6 +127,7 @@ def test_batches_are_the_same_from_any_start_and_by_any_number_of_workers(prepar
     assert len(np.unique(again.reshape(len(again), -1), axis=0)) == len(again)  # a crop each
     assert_same(stream_of(prepared, num_workers=2).train(1, steps=8, start=3), whole[3:])
     assert (joined(stream_of(prepared, seed=1).train(1, steps=8)) != again).any()
+    assert not flags.FLAGS.is_parsed()  # the program's own are left to it
 
 
 def test_labels_are_found_without_decoding_and_read_once(prepared, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A store as one file, of masks or of Hopfield networks. See also `test_damage`, `test_forgery`."""
 
 import json
+import os
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import records
+from supsup_jax.stores import records, system
 from tests.conftest import filled_store, random_masks, relu_net
 
 KINDS = {"MaskStore": ss.MaskStore, "HopfieldStore": ss.hopfield.HopfieldStore}
@@ -106,13 +107,13 @@ def test_saving_never_overwrites_unasked(net, stores, kind, saved):
 
 
 def test_a_failed_write_leaves_the_old_store_and_nothing_else(stores, kind, saved, monkeypatch):
-    before, write = saved.read_bytes(), records.write_at
+    before, write = saved.read_bytes(), system.write_at
 
     def fail(fd, data, offset):
         write(fd, data[: len(data) // 2], offset)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(records, "write_at", fail)
+    monkeypatch.setattr(system, "write_at", fail)
     with pytest.raises(OSError, match="no space"):
         stores[kind].save(saved, overwrite=True)
     assert saved.read_bytes() == before
@@ -125,13 +126,13 @@ def test_what_is_renamed_is_on_the_device(stores, kind, tmp_path, monkeypatch):
 
     class Watched:
         def __getattr__(self, name):
-            real = getattr(records_os, name)
+            real = getattr(os, name)
             if name not in ("fsync", "replace"):
                 return real
             return lambda *args: calls.append(name) or real(*args)
 
-    records_os = records.os
-    monkeypatch.setattr(records, "os", Watched())
+    for module in (records, system):
+        monkeypatch.setattr(module, "os", Watched())
     stores[kind].save(tmp_path / "s")
     assert calls == ["fsync", "replace", "fsync"]
 

@@ -49,7 +49,6 @@ class Run:
         # What else a script needs to go on, as JSON.
         self.extra: dict[str, Any] = (progress or {}).get("extra", {})
         self._open = 0  # phases that have begun and not ended
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @classmethod
     def open(cls, out: Path, config: Any, resume: bool) -> "Run":
@@ -116,11 +115,15 @@ class Run:
         """
         start, before = time.perf_counter(), sum(self.seconds.values())
         self.seconds.setdefault("compile", 0.0)
+        if not self._open:
+            jax.monitoring.register_event_duration_secs_listener(self._on_event)
         self._open += 1
         try:
             yield
         finally:
             self._open -= 1
+            if not self._open:
+                jax.monitoring.unregister_event_duration_listener(self._on_event)
             spent = time.perf_counter() - start - (sum(self.seconds.values()) - before)
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
@@ -153,7 +156,7 @@ class Run:
         )
 
     def _on_event(self, event: str, duration: float, **_: Any) -> None:
-        if self._open and event == "/jax/core/compile/backend_compile_duration":
+        if event == "/jax/core/compile/backend_compile_duration":
             self.seconds["compile"] += duration
 
 

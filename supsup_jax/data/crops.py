@@ -5,23 +5,27 @@ filter that widens as images shrink.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SCALE = 0.08, 1.0  # of the image's area
 RATIO = 3 / 4, 4 / 3  # width to height
 ATTEMPTS = 10
+_BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 
 
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crop(image: "Image.Image", size: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [size, size, channels]: a random part of the image, mirrored in half of the draws.
 
     The part's area is uniform in SCALE of the image's, its ratio log-uniform in RATIO. When
     ATTEMPTS draws do not fit into the image it is the largest part at the middle whose ratio is
     in RATIO.
     """
-    part = image.crop(random_box(*image.size, rng)).resize((size, size), Image.Resampling.BILINEAR)
+    part = image.crop(random_box(*image.size, rng)).resize((size, size), _BILINEAR)
     pixels = np.asarray(part)
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
@@ -40,7 +44,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, 
     return _middle(width, height, w, h)
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+def centre_crop(image: "Image.Image", size: int) -> np.ndarray:
     """uint8 [size, size, channels]: the middle of the image, its shorter side made 8/7 of size.
 
     Of 224 pixels that is 256.
@@ -48,7 +52,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = image.size
     shorter, least = min(width, height), size * 8 // 7
     resized = (least * width // shorter, least * height // shorter)
-    image = image.resize(resized, Image.Resampling.BILINEAR)
+    image = image.resize(resized, _BILINEAR)
     return np.asarray(image.crop(_middle(*resized, size, size)))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from supsup_jax.checks import WrongTypeError
+from supsup_jax.extras import needed
 
 
 def check_keys(keys: Sequence[str] | None) -> None:
@@ -26,7 +27,8 @@ def find_keys(folder: Path, info: Any, keys: Sequence[str] | None = None) -> tup
     only ClassLabel, or the only integer. Raises ValueError, naming the features found, unless they
     are an image of bytes and an integer.
     """
-    import tensorflow_datasets as tfds
+    with needed("data"):
+        import tensorflow_datasets as tfds
 
     features = dict(sorted(info.features.items()))  # TFDS gives them in any order
     images = [

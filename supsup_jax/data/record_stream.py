@@ -12,12 +12,16 @@ from supsup_jax.data.keys import check_keys
 from supsup_jax.data.records import ImageRecords
 from supsup_jax.data.sources import NORMALIZATION, prepared_folder, set_apart
 from supsup_jax.data.streams import Split, check_present, deal_classes, examples_of
+from supsup_jax.extras import needed
 from supsup_jax.types import Normalize, TaskData
 
 # Batches that each process works at side by side; reading one waits for the disk.
 BATCHES_AT_ONCE = 2
 # What the draws of a task are for, so that each has numbers of its own.
 _ORDER, _CROPS = range(2)
+# grain 0.2.18 reads it even where no flags were parsed (google/grain#1355), which absl refuses of a
+# flag that is not present. The program's own flags stay as they are.
+_GRAINS_FLAG = "grain_enable_multiprocess_worker_profiling"
 
 
 class RecordStream:
@@ -120,11 +124,12 @@ class RecordStream:
         return part[own], mine
 
     def _batches(self, examples, start):
-        import grain
-        from absl import flags
+        with needed("imagenet"):
+            import grain
+            from absl import flags
 
-        if not flags.FLAGS.is_parsed():  # grain 0.2.18 reads a flag of its own (google/grain#1355)
-            flags.FLAGS.mark_as_parsed()
+        if _GRAINS_FLAG in flags.FLAGS:
+            flags.FLAGS[_GRAINS_FLAG].present = True
         batches = grain.MapDataset.source(examples).batch(self.batch_size)[start:]
         here = grain.ReadOptions(num_threads=BATCHES_AT_ONCE, prefetch_buffer_size=BATCHES_AT_ONCE)
         elsewhere = grain.MultiprocessingOptions(num_workers=self.num_workers)

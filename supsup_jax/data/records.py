@@ -8,12 +8,16 @@ import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from supsup_jax.data.keys import find_keys
 from supsup_jax.data.sources import MissingDataError, as_labels, cached
+from supsup_jax.extras import needed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Records read at once when labels are looked up: some 100 MB of ImageNet.
 LABELS_AT_ONCE = 1024
@@ -29,7 +33,9 @@ class ImageRecords:
     """
 
     def __init__(self, folder: Path, split: str, keys: Sequence[str] | None = None):
-        import tensorflow_datasets as tfds
+        with needed("data"):
+            import PIL.Image  # noqa: F401  what `image` needs, missed before anything slow
+            import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(str(folder))
         info = builder.info
@@ -53,8 +59,10 @@ class ImageRecords:
     def num_labels(self) -> int:
         return self._num_classes or int(self.labels.max()) + 1  # integers do not say
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int) -> "Image.Image":
         """Image i, decoded to RGB. Raises ValueError, naming the record, when it cannot be."""
+        from PIL import Image
+
         try:
             return Image.open(io.BytesIO(self._source[i][self._image])).convert("RGB")
         except Exception as error:  # damaged bytes fail in a dozen ways, each with its own class
@@ -87,7 +95,8 @@ class ImageRecords:
         return {"labels": as_labels(self._folder, self.split, parts)}
 
     def _check_files(self, folder):
-        from array_record.python import array_record_module
+        with needed("data"):
+            from array_record.python import array_record_module
 
         def holds(path, size):
             if not path.is_file():

@@ -20,6 +20,7 @@ import numpy as np
 
 from supsup_jax.checks import check_int
 from supsup_jax.data.keys import check_keys, find_keys
+from supsup_jax.extras import needed
 from supsup_jax.types import Normalize, TaskData
 
 # Mean and standard deviation of the pixels in [0, 1], as the reference normalises them, and as
@@ -90,7 +91,8 @@ def load_dataset(
 
 def _digits(seed, channels):
     """1,797 real 8x8 digits, pixels 0..16."""
-    from sklearn.datasets import load_digits
+    with needed("data"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     order, num_train = set_apart("digits", len(digits.target), seed)
@@ -154,7 +156,7 @@ def _dataset(name, train, test, transform):
 
 def _tfds(name, data_dir, seed, keys, channels):
     folder = prepared_folder(name, data_dir)
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads((folder / "dataset_info.json").read_bytes())
     splits = [split["name"] for split in info.get("splits", [])]
     if "train" not in splits:
         raise MissingDataError(f"{folder} has no split 'train', only {splits}")
@@ -229,9 +231,11 @@ def cached(
     """What `read` returns for a part of the dataset in `folder`, by the `keys` asked for; read
     once, then from the user's cache.
     """
-    part = ",".join([part, *map(quote_plus, keys or ())])
     digest = hashlib.sha256((folder / "dataset_info.json").read_bytes())
     digest.update(str(folder.resolve()).encode())
+    if keys:  # "Label" and "label" are one name to some disks
+        digest.update(repr(tuple(keys)).encode())
+        part = ",".join([part, *map(quote_plus, keys)])
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = base / "supsup_jax" / f"{name}-{folder.name}-{part}-{digest.hexdigest()[:16]}.npz"
     if path.exists():
@@ -253,7 +257,8 @@ def cached(
 
 def _decode(folder, split, keys):
     """Images and labels of a split."""
-    import tensorflow_datasets as tfds
+    with needed("data"):
+        import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(str(folder))
     image, label = find_keys(folder, builder.info, keys)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from supsup_jax.stores import records
+from supsup_jax.stores import records, system
 from supsup_jax.stores.records import ENTRY_BYTES, HEAD_BYTES, SHA_BYTES, Entry
 from supsup_jax.types import StoreError
 
@@ -40,7 +40,7 @@ class Files:
     def __init__(self, path: Path, writes: bool, timeout: float = 0.0):
         self.path, self.writes = path, writes
         self._file = path.absolute() / RECORDS
-        self._records = self._index = None
+        self._records = self._index = self._held = None
         self._open(timeout)
 
     def close(self) -> None:
@@ -48,7 +48,9 @@ class Files:
         for fd in (self._records, self._index):
             if fd is not None:
                 os.close(fd)
-        self._records = self._index = None
+        if self._held is not None:
+            system.release(self._file.with_name(system.LOCK), self._held)
+        self._records = self._index = self._held = None
 
     def _open(self, timeout):
         flags = os.O_RDWR if self.writes else os.O_RDONLY
@@ -56,13 +58,13 @@ class Files:
             with allowed(self.path, self.writes):
                 while self._records is None or self._exchanged():
                     self.close()
-                    self._records = os.open(self._file, flags)
+                    self._records = system.open_file(self._file, flags)
                     if self.writes:
                         self._lock(timeout)
                     # A lost index is made again, but only by one who may write.
                     with contextlib.suppress(FileNotFoundError):
                         index, create = self._file.with_name(INDEX), os.O_CREAT * self.writes
-                        self._index = os.open(index, flags | create, 0o666)
+                        self._index = system.open_file(index, flags | create)
         except BaseException:
             self.close()
             raise
@@ -85,13 +87,22 @@ class Files:
 
     def _lock(self, timeout):
         deadline = time.monotonic() + timeout
-        while not locked(self._records):
+        while not self._locked():
             if time.monotonic() >= deadline:
+                left = ""
+                if not system.HAS_FLOCK:
+                    left = f"; if it died, delete {self.path / system.LOCK}"
                 raise StoreError(
                     f"another writer has {self.path} open, and there can be one: wait for it, "
-                    "with timeout=SECONDS if you like, or open with mode='r'"
+                    f"with timeout=SECONDS if you like, or open with mode='r'{left}"
                 )
             time.sleep(0.02)
+
+    def _locked(self):
+        if system.HAS_FLOCK:
+            return system.flocked(self._records)
+        self._held = system.hold(self._file.with_name(system.LOCK))
+        return self._held is not None
 
     def _check_open(self, writes=False):
         if self._records is None:
@@ -125,7 +136,7 @@ class Files:
         before = self._entries[task - 1] if 0 < task <= len(self._entries) else None
         if entry.offset == (before.end if before else 0) or entry.end > self._size():
             return True
-        head = records.parse_head(records.read_at(self._records, entry.offset, HEAD_BYTES))
+        head = records.parse_head(system.read_at(self._records, entry.offset, HEAD_BYTES))
         return head is not None and (head.task, head.length) == (task, entry.length)
 
     def _take_all(self, found: Iterable[tuple[int, Entry]]):
@@ -149,19 +160,19 @@ class Files:
     def _index_bytes(self):
         if self._index is None:
             return b""
-        return records.read_at(self._index, 0, os.fstat(self._index).st_size)
+        return system.read_at(self._index, 0, os.fstat(self._index).st_size)
 
     def _whole_record(self, offset):
         """Number and entry of the record at `offset`; None unless a whole or an erased one is."""
         # Places, lengths and numbers may be forged: the file's size bounds what is read and held.
         if offset >= (size := self._size()):
             return None
-        head = records.parse_head(records.read_at(self._records, offset, HEAD_BYTES))
+        head = records.parse_head(system.read_at(self._records, offset, HEAD_BYTES))
         if not head or offset + head.length > size or head.task > size // HEAD_BYTES:
             return None
-        end = records.read_at(self._records, offset + head.length - SHA_BYTES, SHA_BYTES)
+        end = system.read_at(self._records, offset + head.length - SHA_BYTES, SHA_BYTES)
         if end != records.ERASED:
-            data = records.read_at(self._records, offset, head.length)
+            data = system.read_at(self._records, offset, head.length)
             if records.checksum(memoryview(data)) is None:
                 return None
         return head.task, Entry(offset, head.length, end)
@@ -178,7 +189,7 @@ class Files:
         found, step = 0, 1 << 24
         for start in range(offset, size, step):
             # Chunks overlap by what a magic spans.
-            chunk = records.read_at(self._records, start, step + len(records.MAGIC) - 1)
+            chunk = system.read_at(self._records, start, step + len(records.MAGIC) - 1)
             at = chunk.find(records.MAGIC)
             while at >= 0:
                 whole = self._whole_record(start + at)
@@ -201,12 +212,12 @@ class Files:
         """
         for start, end in self._gaps():
             while start < end:
-                head = records.parse_head(records.read_at(self._records, start, HEAD_BYTES))
+                head = records.parse_head(system.read_at(self._records, start, HEAD_BYTES))
                 if not head or start + head.length > end:
                     yield start, end - start, None
                     break
                 behind = HEAD_BYTES if thorough else head.length - SHA_BYTES
-                rest = records.read_at(self._records, start + behind, head.length - behind)
+                rest = system.read_at(self._records, start + behind, head.length - behind)
                 if any(rest):
                     yield start, head.length, head.task
                 start += head.length
@@ -244,12 +255,12 @@ class Files:
         """
         for offset, length in spans:
             rest = bytes(length - HEAD_BYTES - SHA_BYTES)
-            records.write_at(self._records, rest, offset + HEAD_BYTES)
-        records.flush(self._records)
+            system.write_at(self._records, rest, offset + HEAD_BYTES)
+        system.flush(self._records)
         for offset, length in spans:
-            records.write_at(self._records, records.ERASED, offset + length - SHA_BYTES)
+            system.write_at(self._records, records.ERASED, offset + length - SHA_BYTES)
         if durable:
-            records.flush(self._records)
+            system.flush(self._records)
 
     def _drop_partials(self):
         """Removes what a compaction that was cut short has left: tasks, and for good."""
@@ -257,7 +268,7 @@ class Files:
         for file in (left := [file for file in left if file.exists()]):
             os.unlink(file)
         if left:
-            records.flush_folder(self._file.parent)
+            system.flush_folder(self._file.parent)
 
     def _pack(self, read: Callable[[int, Entry], bytes]):
         """Exchanges both files for ones of the records that count alone: all or nothing.
@@ -265,47 +276,52 @@ class Files:
         read: number and entry -> the record's bytes.
         """
         tasks, index = (self._file.with_name(name) for name in PARTIALS)
-        fd, packed, end = os.open(tasks, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), [], 0
+        fd, packed, end = system.open_file(tasks, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), [], 0
         try:
-            locked(fd)  # from the moment it is in place
+            if system.HAS_FLOCK:
+                system.flocked(fd)  # from the moment it is in place
             for task, entry in enumerate(self._entries):
-                records.write_at(fd, read(task, entry), end)
+                system.write_at(fd, read(task, entry), end)
                 packed.append(entry._replace(offset=end))
                 end += entry.length
-            records.flush(fd)
+            system.flush(fd)
             rows = b"".join(map(records.entry_bytes, range(len(packed)), packed))
-            records.write_file(index, [rows], os.O_CREAT | os.O_TRUNC)
-            for file, former in ((tasks, self._records), (index, self._index)):
-                os.chmod(file, os.fstat(former).st_mode & 0o777)
+            system.write_file(index, [rows], os.O_CREAT | os.O_TRUNC)
+            for file, before in ((tasks, self._records), (index, self._index)):
+                os.chmod(file, os.fstat(before).st_mode & 0o777)
         except BaseException:
             os.close(fd)
             self._drop_partials()
             raise
+        former = [self._records, self._index]
+        if not system.HAS_FLOCK:  # the other lock stays; no file that is open can be exchanged
+            for each in (fd, *former):
+                os.close(each)
+            fd, former = None, []
+            self._records = self._index = None
         try:
             # Never an index beside records that it does not list: a lost one is made again.
             os.unlink(self._file.with_name(INDEX))
-            records.flush_folder(self._file.parent)
+            system.flush_folder(self._file.parent)
             for partial, file in ((tasks, self._file), (index, self._file.with_name(INDEX))):
                 os.replace(partial, file)
-                records.flush_folder(self._file.parent)
-            index = os.open(self._file.with_name(INDEX), os.O_RDWR)
-        except BaseException:
-            os.close(fd)
+                system.flush_folder(self._file.parent)
+            index = system.open_file(self._file.with_name(INDEX), os.O_RDWR)
+            if fd is None:
+                fd = system.open_file(self._file, os.O_RDWR)
+        except BaseException as error:
+            if fd is not None:
+                os.close(fd)
             self.close()  # to be opened again, which finds what there is
+            if isinstance(error, PermissionError) and not system.HAS_FLOCK:
+                raise OSError(
+                    error.errno,
+                    f"{os.strerror(error.errno)}: a reader has the store open, whose files this "
+                    "system does not exchange then: close it, and compact again",
+                    str(self.path),
+                ) from error
             raise
-        self.close()
+        for each in former:
+            os.close(each)
         self._records, self._index = fd, index
         self._entries, self._end = packed, end
-
-
-def locked(fd: int) -> bool:
-    """Whether this process now has the writer's lock, which the system releases when it dies."""
-    import fcntl  # POSIX only; reading needs no lock
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-    return True

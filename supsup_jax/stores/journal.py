@@ -17,8 +17,9 @@ that it was removed. Once that one and its entry are on the device, the former i
 zeros. What a crash leaves of it the next writer overwrites.
 
 *Concurrency.* One writer, held off by a lock on tasks.bin that the system releases when the writer
-dies, and any number of readers, which take no lock: bytes that count never change. A reader that
-finds a record overwritten looks for the one in its place.
+dies (where there is no flock, by a file beside it), and any number of readers, which take no lock:
+bytes that count never change. A reader that finds a record overwritten looks for the one in its
+place.
 
 Reads copy from the file, never map it: a mapped file that is cut short kills its readers.
 """
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from supsup_jax.stores import files, records
+from supsup_jax.stores import files, records, system
 from supsup_jax.stores.files import INDEX, RECORDS, Files
 from supsup_jax.stores.records import ENTRY_BYTES, Entry, Record
 from supsup_jax.types import StoreError, TaskIdError
@@ -74,21 +75,21 @@ class TaskLog(Files):
         with files.allowed(path, writes=True):
             path.mkdir(exist_ok=True)
         # A creation cut short leaves empty files and no manifest: a store that never was.
-        unborn = {RECORDS, INDEX, _PARTIAL}
+        unborn = {RECORDS, INDEX, _PARTIAL, system.LOCK}
         if strange := [found.name for found in path.iterdir() if found.name not in unborn]:
             what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
             raise FileExistsError(f"{path} holds {what}; name a new folder")
         with files.allowed(path, writes=True):
-            records.write_file(path / RECORDS, [], os.O_CREAT)
+            system.write_file(path / RECORDS, [], os.O_CREAT)
         log = cls(path, manifest, writes=True)
         try:
             if log._size() or (path / MANIFEST).exists():
                 raise FileExistsError(f"{path} holds the records of a store; name a new folder")
             text = records.signed_manifest(manifest)
-            records.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
+            system.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
             os.replace(path / _PARTIAL, path / MANIFEST)
             for folder in (path, path.parent):
-                records.flush_folder(folder)
+                system.flush_folder(folder)
         except BaseException:
             log.close()
             raise
@@ -153,7 +154,7 @@ class TaskLog(Files):
         former = self.entry(i)
         self._write(i, metadata, body)
         # Else a crash that takes the entry could leave one of a record half overwritten.
-        records.flush(self._index)
+        system.flush(self._index)
         if former:
             self._erase([(former.offset, former.length)], durable)
         elif None not in self._entries:
@@ -185,18 +186,18 @@ class TaskLog(Files):
         held, place = len(self._entries), task * ENTRY_BYTES
         data = records.record_bytes(task, metadata, body)
         entry = Entry(self._end, len(data), data[-records.SHA_BYTES :])
-        row = records.read_at(self._index, place, ENTRY_BYTES) if task < held else b""
+        row = system.read_at(self._index, place, ENTRY_BYTES) if task < held else b""
         try:
-            records.write_at(self._records, data, entry.offset)
+            system.write_at(self._records, data, entry.offset)
             if durable:
-                records.flush(self._records)
-            records.write_at(self._index, records.entry_bytes(task, entry), place)
+                system.flush(self._records)
+            system.write_at(self._index, records.entry_bytes(task, entry), place)
         except BaseException as error:  # an interrupt, too: nothing half-written stays
             with contextlib.suppress(OSError):
                 # The index first: it must not list what is not there.
-                if row and row != records.read_at(self._index, place, ENTRY_BYTES):
-                    records.write_at(self._index, row, place)
-                    records.flush(self._index)
+                if row and row != system.read_at(self._index, place, ENTRY_BYTES):
+                    system.write_at(self._index, row, place)
+                    system.flush(self._index)
                 os.ftruncate(self._index, held * ENTRY_BYTES)
                 os.ftruncate(self._records, entry.offset)
             if not isinstance(error, OSError):
@@ -212,7 +213,7 @@ class TaskLog(Files):
     def flush(self) -> None:
         """Returns when every record is on the device."""
         self._check_open(writes=True)
-        records.flush(self._records)
+        system.flush(self._records)
 
     def entry(self, i: int) -> Entry | None:
         """Where record i is; None where nobody knows.
@@ -277,7 +278,7 @@ class TaskLog(Files):
     def _whole(self, i, entry):
         """The bytes of record i."""
         self._check_within(i, entry)
-        data = memoryview(records.read_at(self._records, entry.offset, entry.length))
+        data = memoryview(system.read_at(self._records, entry.offset, entry.length))
         if records.checksum(data) != entry.sha256:
             raise StoreError(
                 f"{self._file}: the record of task {i}, {entry.length:,} bytes at "
@@ -353,10 +354,10 @@ class TaskLog(Files):
                 records.entry_bytes(task, entry) if entry else bytes(ENTRY_BYTES)
                 for task, entry in enumerate(self._entries)
             ]
-            records.write_at(self._index, b"".join(rows), 0)
+            system.write_at(self._index, b"".join(rows), 0)
             os.ftruncate(self._index, len(rows) * ENTRY_BYTES)
         if spans := self._to_erase(thorough):
-            records.flush(self._index)
+            system.flush(self._index)
             self._erase(spans)
 
 
@@ -389,8 +390,8 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
             tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
             if log._whole_records_behind(log._end):
                 aside = log.path / f"aside-{log._end}.bin"
-                data = records.read_at(log._records, log._end, size - log._end)
-                records.write_file(aside, [data], os.O_CREAT | os.O_EXCL)
+                data = system.read_at(log._records, log._end, size - log._end)
+                system.write_file(aside, [data], os.O_CREAT | os.O_EXCL)
                 done.append(f"set aside in {aside.name}: {tail}, with whole records among them")
             else:
                 done.append(f"dropped {tail}, of an unfinished record")

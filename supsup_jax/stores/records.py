@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from supsup_jax.stores import system
 from supsup_jax.types import StoreError
 
 MAGIC = b"SSRC"
@@ -105,13 +106,13 @@ def parse_record(data: memoryview, task: int, file: Path) -> Record:
 
 def read_metadata(fd: int, entry: Entry, task: int, file: Path) -> dict[str, Any]:
     """The metadata of the record of `task` at `entry`, without a look at its body or checksum."""
-    data = read_at(fd, entry.offset, min(entry.length, _FIRST_BYTES))
+    data = system.read_at(fd, entry.offset, min(entry.length, _FIRST_BYTES))
     head = parse_head(data)
     if head is None or (head.task, head.length) != (task, entry.length):
         raise StoreError(f"{file}: the record of task {task} has a head that makes no sense")
     text = data[HEAD_BYTES : HEAD_BYTES + head.text_bytes]
     if len(text) < head.text_bytes:
-        text = read_at(fd, entry.offset + HEAD_BYTES, head.text_bytes)
+        text = system.read_at(fd, entry.offset + HEAD_BYTES, head.text_bytes)
     return _parse_metadata(text, task, file)
 
 
@@ -192,11 +193,11 @@ def write_alone(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         whole = [signed_manifest(manifest), record_bytes(0, metadata, body)]
-        write_file(partial, whole, os.O_CREAT | os.O_TRUNC)
+        system.write_file(partial, whole, os.O_CREAT | os.O_TRUNC)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    flush_folder(path.parent)
+    system.flush_folder(path.parent)
 
 
 def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
@@ -212,52 +213,3 @@ def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
             "restore it from a copy"
         )
     return manifest, parse_record(data, 0, path)
-
-
-def flush(fd: int) -> None:
-    """Returns when the bytes of a file are on the device."""
-    # Linux has the cheaper call, which leaves out what a reader does not need, such as times.
-    getattr(os, "fdatasync", os.fsync)(fd)
-
-
-def read_at(fd: int, offset: int, size: int) -> bytes:
-    """Up to `size` bytes, fewer only where the file ends."""
-    data = os.pread(fd, size, offset)
-    if len(data) == size or not data:
-        return data
-    parts = [data]  # the system returns 2 GiB at most at a time
-    while data and (size := size - len(data)):
-        offset += len(data)
-        data = os.pread(fd, size, offset)
-        parts.append(data)
-    return b"".join(parts)
-
-
-def write_at(fd: int, data: bytes, offset: int) -> None:
-    """Writes all of it, which one call to the system need not."""
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def write_file(path: Path, parts: Sequence[bytes], flags: int) -> None:
-    """A file of these bytes, joined, flushed to the device."""
-    fd = os.open(path, os.O_WRONLY | flags, 0o666)
-    try:
-        offset = 0
-        for part in parts:
-            write_at(fd, part, offset)
-            offset += len(part)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def flush_folder(path: Path) -> None:
-    """Returns when the names in a folder are on the device."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
