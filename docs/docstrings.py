@@ -42,7 +42,29 @@ def _escaped(line):
     return "".join(part if part[:1] == "`" else part.replace("<", "&lt;") for part in parts)
 
 
+def told_fields(source: str) -> str:
+    """The fields of a class that comments explain, behind them or above, as lines `name: text`."""
+    lines, above = [], []
+    for line in source.splitlines():
+        if comment := re.match(r"    # (.*)", line):
+            above.append(comment[1])
+        elif field := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            text = " ".join([*above, *filter(None, [field[2]])])
+            lines += [f"{field[1]}: {text}"] if text else []
+            above = []
+        elif line.startswith("    def "):
+            break
+        else:
+            above = []
+    return "\n".join(lines)
+
+
 class Docstrings(griffe.Extension):
+    """Every docstring as Markdown, a dataclass's with what is said of its fields."""
+
     def on_object(self, *, obj, **_):
-        if obj.docstring:
-            obj.docstring.value = markdown(obj.docstring.value)
+        if not obj.docstring:
+            return
+        made = " ".join(str(each.value) for each in getattr(obj, "decorators", ()))
+        told = told_fields(obj.source) if "dataclasses.dataclass" in made else ""
+        obj.docstring.value = markdown(f"{obj.docstring.value}\n\n{told}")
