@@ -32,6 +32,7 @@ from supsup_jax.inference.one_shot import (
     task_scores,
 )
 from supsup_jax.inference.predict import grouped
+from supsup_jax.kernels.race import check_error
 from supsup_jax.network import Network
 from supsup_jax.objectives import Standardised, entropy, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -340,7 +341,7 @@ def _judge(net, store, objective, x, slot):
 
 
 _OPTIONS = {
-    "one_shot": (one_shot, ("implementation",)),
+    "one_shot": (one_shot, ("implementation", "error")),
     "binary_search": (binary_search, ("base",)),
     "descend": (descend, ("optimizer", "steps")),
     "oracle": (oracle, ()),
@@ -367,6 +368,7 @@ class Rule:
     optimizer: optax.GradientTransformation | None = None
     steps: int | None = None
     implementation: str | None = None
+    error: float | None = None
 
     def __post_init__(self):
         if self.name not in _OPTIONS:
@@ -376,6 +378,7 @@ class Rule:
             raise ValueError(f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}")
         if self.name == "descend" and (self.optimizer is None or self.steps is None):
             raise ValueError("rule 'descend' needs an optimizer and steps")
+        check_error(self.error)
         for name, least in (("base", 2), ("best", 1), ("steps", 1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
