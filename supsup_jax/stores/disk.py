@@ -15,10 +15,16 @@ from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
-from supsup_jax.stores.coded import Form, Moments, TaskInfo
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, moments_in
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest
+from supsup_jax.stores.origin import (
+    Origin,
+    like_state,
+    manifest_of,
+    read_manifest,
+    sensible,
+)
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
@@ -295,7 +301,8 @@ class DiskStore:
         labelled = counts[0] is not None
         for i, count in zip(ids, counts, strict=True):
             _check_told(labelled, i, count)
-        measured = sorted({name for each in told for name in each.get("moments", ())})
+        with sensible(self.path):
+            measured = sorted({name for each in told for name in moments_in(each)})
         state = like_state(net, labelled, measured)
         fields = functools.partial(self._fields, labelled, measured)
         if mesh is None:
