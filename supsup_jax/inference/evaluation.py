@@ -422,6 +422,9 @@ class LabelAccuracy:
 
     num_labels: int
 
+    def __post_init__(self):
+        check_int("num_labels", self.num_labels, 1)
+
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         return is_right(logits[:, : self.num_labels], labels)
 
