@@ -310,7 +310,7 @@ def _on_device(name, leaf):
         np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"
     ):
         raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}")
-    put = jnp.asarray(array)
+    put = jax.device_put(array)
     if put.dtype != array.dtype and array.size and jnp.issubdtype(put.dtype, jnp.integer):
         info, (low, high) = jnp.iinfo(put.dtype), _host_range(array)
         if low < info.min or high > info.max:

@@ -91,7 +91,7 @@ class PermutedStream(ViewStream):
         self._seed, self._independent = seed, independent
 
     def view(self, task: int) -> jax.Array:
-        return jnp.asarray(
+        return jax.device_put(
             permutation(task, self.dataset.num_pixels, self._seed, self._independent)
         )
 
@@ -116,7 +116,7 @@ class RotatedStream(ViewStream):
 
     def view(self, task: int) -> jax.Array:
         shape = self.dataset.train.inputs.shape[1:]
-        return jnp.asarray(rotation(task * self._degrees, shape))
+        return jax.device_put(rotation(task * self._degrees, shape))
 
 
 class SplitStream(Stream):

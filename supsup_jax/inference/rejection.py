@@ -33,8 +33,8 @@ def confidence(belief: TaskBelief) -> jax.Array:
     """
     check_type("belief", belief, TaskBelief)
     scores = belief.scores
-    finite = jnp.isfinite(scores)
-    return jnp.sum(finite, axis=-1) * jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
+    num_tasks = jnp.sum(jnp.isfinite(scores), axis=-1, dtype=jnp.float32)
+    return num_tasks * jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
 
 
 def best_score(belief: TaskBelief) -> jax.Array:

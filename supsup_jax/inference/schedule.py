@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import custom_vjp_call_p
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import Race
-from supsup_jax.loops import primitives
+from supsup_jax.loops import equations
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
@@ -57,12 +58,12 @@ def by_labels(
     """
     if not differ(objective, store):
         return scores(of_labels(objective, *(store.label_counts[:1] or (None,))))
-    chosen = 0.0
+    chosen, num_tasks = 0.0, store.all_tasks.astype(jnp.float32)
     for count in store.label_counts:
         own = of_labels(objective, count)
         found = scores(Logarithm(own) if isinstance(own, Superfluous) else own)
         total = store.devices.total(jnp.sum(jnp.where(store.slots, found, 0), -1, keepdims=True))
-        chosen = jnp.where(store.num_labels == count, found - total / store.all_tasks, chosen)
+        chosen = jnp.where(store.num_labels == count, found - total / num_tasks, chosen)
     return chosen
 
 
@@ -275,5 +276,5 @@ def over_tasks(
 
 def _has_tangents(function, *args):
     """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
-    names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
-    return not any(name.startswith("custom_vjp") for name in names)
+    found = equations(jax.make_jaxpr(function)(*args).jaxpr)
+    return all(equation.primitive is not custom_vjp_call_p for equation in found)

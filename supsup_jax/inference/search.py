@@ -154,7 +154,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
     # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
     held = store.devices.all_slots(store.slots)
-    start = held / store.all_tasks.astype(jnp.float32)
+    start = held.astype(jnp.float32) / store.all_tasks.astype(jnp.float32)
     start = jnp.broadcast_to(start[None], (decisions.num, len(held)))
 
     def gradient(alphas):
@@ -216,7 +216,8 @@ def _narrow(field, scores, base, devices=ONE_DEVICE):
         return jnp.zeros_like(alive).at[order].set(jnp.arange(len(order)) < keep)
 
     alive = devices.across_slots(best, scores, field.alive)
-    return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
+    lived = (alive & (field.num_alive > 1)).astype(jnp.float32)
+    return _Field(alive, keep, field.survived + lived)
 
 
 @schedule.compiled(num_options=1)

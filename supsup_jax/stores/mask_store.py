@@ -418,7 +418,8 @@ def _write_task(large, hollow, i, held, task, *, append):
         here = valid & (place < store.capacity)
         written = arrays.write(bank, slot, here, held, task, store.layout, total)
         return written._replace(
-            num_tasks=store.all_tasks + (valid if append else 0), dropped=bank.dropped + ~valid
+            num_tasks=store.all_tasks + (valid.astype(jnp.int32) if append else 0),
+            dropped=bank.dropped + (~valid).astype(jnp.int32),
         )
 
     args = ((i, WHOLE), (held, SLOTS), (valid, WHOLE), (task, WHOLE))

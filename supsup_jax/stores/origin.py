@@ -76,7 +76,7 @@ class Origin:
             net.initializer,
             # A copy: donating a store must never consume what the network holds.
             seed=None if net.seed is None else jnp.array(net.seed, copy=True),
-            fingerprint=jnp.asarray(np.frombuffer(digest, np.uint8)),
+            fingerprint=jax.device_put(np.frombuffer(digest, np.uint8)),
         )
 
     @classmethod
