@@ -113,6 +113,7 @@ class Layout:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The masked leaves by name, in the order of the flat mask."""
         return dict(self.named_shapes)
 
     @functools.cached_property
@@ -209,4 +210,5 @@ def place(words: jax.Array, i: jax.Array) -> tuple:
 
 
 def bit_index() -> jax.Array:
+    """uint32 [32], the place of each bit in a word."""
     return jnp.arange(WORD_BITS, dtype=jnp.uint32)

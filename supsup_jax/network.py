@@ -229,12 +229,14 @@ class Network:
         return self._fingerprint
 
     def tree_flatten_with_keys(self):
+        """For JAX: the arrays by name, and what is static."""
         key = jax.tree_util.GetAttrKey
         leaves = [(key(name), getattr(self, name)) for name in ("params", "state", "seed")]
         return leaves, (self.apply, self.layout, self.initializer)
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
+        """For JAX: the inverse of `tree_flatten_with_keys`."""
         # Not through __init__: its checks ran once, and transformations put placeholders in.
         self = object.__new__(cls)
         self.apply, self.layout, self.initializer = static

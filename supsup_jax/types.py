@@ -182,6 +182,7 @@ class TaskData:
 
     @property
     def num_examples(self) -> int:
+        """N."""
         return num_rows(self.inputs)
 
     def check(self) -> None:

@@ -57,6 +57,7 @@ class ImageRecords:
 
     @property
     def num_labels(self) -> int:
+        """How many classes the dataset says it has; else one more than the largest label."""
         return self._num_classes or int(self.labels.max()) + 1  # integers do not say
 
     def image(self, i: int) -> "Image.Image":

@@ -56,6 +56,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_pixels(self) -> int:
+        """Of an image, with its channels: what a dense network takes."""
         return math.prod(self.train.inputs.shape[1:])
 
 

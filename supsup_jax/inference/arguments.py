@@ -82,6 +82,7 @@ def check_pair(net: Network, store: TaskStore) -> None:
 
 
 def check_objective(objective: Objective, name: str = "objective") -> None:
+    """Raises TypeError unless `objective` is a function that hashes, so that it never retraces."""
     if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
         raise TypeError(f"{name} must be a hashable function of logits, got {objective!r}")
 

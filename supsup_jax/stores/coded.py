@@ -177,6 +177,7 @@ class Form:
             )
 
     def state(self, coded: Coded) -> list[np.ndarray]:
+        """The leaves of the statistics."""
         return arrays_in(coded.state, self.states, self.path)
 
     def scores(self, coded: Coded) -> list[np.ndarray]:
@@ -185,6 +186,7 @@ class Form:
         return arrays_in(coded.scores, [("<f4", shape) for shape in shapes], self.path)
 
     def words(self, coded: Coded) -> np.ndarray:
+        """The mask packed, uint32 [nw]."""
         if coded.codec == WORDS:
             return np.frombuffer(coded.mask, "<u4")
         return np.asarray(arrays.pack_leaves(self.leaves(coded), self.layout))

@@ -102,6 +102,7 @@ class DiskStore:
 
     @property
     def path(self) -> Path:
+        """The folder."""
         return self._log.path
 
     @property

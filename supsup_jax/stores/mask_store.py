@@ -367,6 +367,7 @@ class MaskStore(Owned, TaskStore):
         return jnp.pad(alphas, [(0, 0)] * (alphas.ndim - 1) + [(0, spare)])
 
     def tree_flatten_with_keys(self):
+        """For JAX: the arrays by name, and what is static. Raises ValueError once consumed."""
         if self._consumed:  # before jit finds out in its own words
             self.check_usable()
         key = jax.tree_util.GetAttrKey
@@ -375,6 +376,7 @@ class MaskStore(Owned, TaskStore):
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
+        """For JAX: the inverse of `tree_flatten_with_keys`."""
         return cls(*leaves, *static)
 
     def __repr__(self) -> str:

@@ -52,6 +52,7 @@ class Made:
             raise TypeError(f"what Made is told must be hashable, got {self!r}: {error}") from error
 
     def make(self) -> Any:
+        """A new one, of arguments that are made first where they are `Made` themselves."""
         function, args, kwargs = self._words
         value = {name: _made(each) for name, each in kwargs}
         return function(*map(_made, args), **value)

@@ -314,6 +314,7 @@ def _check_loss(config, num_outputs, labels):
 
 
 def check_types(net, config):
+    """Raises TypeError for other arguments, ValueError for a density that topk cannot keep."""
     check_type("net", net, Network)
     check_type("config", config, TrainConfig)
     if config.rule == "topk":
@@ -328,6 +329,7 @@ def check_finite(result, config):
 
 
 def check_scores(layout, scores):
+    """Raises TypeError or ValueError, naming the leaf, unless all are finite floats like params."""
     for name, leaf in zip(layout.shapes, layout.leaves(scores, "init_scores"), strict=True):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"init_scores must be floats, got {jnp.result_type(leaf)} at {name!r}")
