@@ -53,7 +53,7 @@ def check_call(
     return check_input(x)
 
 
-def check_measured(objective: Objective, store: TaskStore) -> None:
+def check_measured(objective: Objective | None, store: TaskStore) -> None:
     """Raises StoreError unless the store has the moments that a `Standardised` objective needs."""
     if not isinstance(objective, Standardised):
         return

@@ -58,7 +58,7 @@ def by_labels(
     """
     if not differ(objective, store):
         return scores(of_labels(objective, *(store.label_counts[:1] or (None,))))
-    chosen, num_tasks = 0.0, store.all_tasks.astype(jnp.float32)
+    chosen, num_tasks = jnp.float32(0), store.all_tasks.astype(jnp.float32)
     for count in store.label_counts:
         own = of_labels(objective, count)
         found = scores(Logarithm(own) if isinstance(own, Superfluous) else own)
@@ -105,7 +105,9 @@ def single(x: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[:, None], x)
 
 
-def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
+def compiled(
+    num_options: int = 0, scores_only: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a rule for decisions the compiled program of a call; over a mesh, on every device.
 
     decorated: (net, store, Decisions, objective, *options, *arrays [K]) -> TaskBelief of task [D]
@@ -119,7 +121,8 @@ def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
         def program(net, store, x, objective, per_example, *options):
             options, arrays = options[:num_options], options[num_options:]
             here = functools.partial(_decided, decide, per_example, (objective, *options))
-            out = TaskBelief(ROWS, ROWS_OF_SLOTS) if per_example else TaskBelief(WHOLE, SLOTS)
+            where = (ROWS, ROWS_OF_SLOTS) if per_example else (WHOLE, SLOTS)
+            out = TaskBelief._make(where)
             out = out.scores if scores_only else out
             arrays = [(each, SLOTS) for each in arrays]
             return store.spread(here, (net, WHOLE), (x, ROWS), *arrays, out=out)
@@ -141,8 +144,8 @@ def _decided(decide, per_example, options, store, net, x, *arrays):
 
 def over_rows(function: Callable, store: TaskStore, rows: PyTree, *whole: PyTree) -> PyTree:
     """function(store, rows, *whole), row for row; over a mesh each device has rows of its own."""
-    whole = [(value, WHOLE) for value in whole]
-    return store.spread(function, (rows, ROWS), *whole, out=ROWS)
+    placed = [(value, WHOLE) for value in whole]
+    return store.spread(function, (rows, ROWS), *placed, out=ROWS)
 
 
 def map_decisions(
@@ -197,8 +200,8 @@ def map_decisions(
         one_by_one = lambda gradient: functools.partial(lax.map, gradient)  # noqa: E731
         some = functools.partial(many, one_by_one, _product(store, "matrix"))
         on_cpu = functools.partial(in_pieces, some, size=size)
-    many = functools.partial(many, jax.vmap, contract)
-    elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
+    together = functools.partial(many, jax.vmap, contract)
+    elsewhere = functools.partial(in_pieces, together, size=piece_size(store))
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
@@ -92,7 +93,7 @@ def binary_search(
     x = check_call(net, store, x, objective)
     check_int("base", base, 2)
     num_tasks = store.num_tasks
-    if not isinstance(num_tasks, jax.core.Tracer):
+    if not isinstance(num_tasks, Tracer):
         _check_base(base, int(num_tasks))
     return _binary_search(net, store, x, objective, per_example, int(base))
 

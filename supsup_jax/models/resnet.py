@@ -5,6 +5,7 @@ kernels and the running statistics of the norms. Images are [B, H, W, channels].
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,8 @@ class ResNet(nnx.Module):
             raise ValueError(f"images must be [B, H, W, channels], got shape {x.shape}")
         x = jax.nn.relu(self.stem_norm(self.stem(x)))
         if not self.small_images:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            padding: Any = ((1, 1), (1, 1))  # flax takes it, and types a string only
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         for name in self.blocks:
             x = getattr(self, name)(x)
         return self.head(jnp.mean(x, axis=(1, 2)))

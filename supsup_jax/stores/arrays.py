@@ -48,7 +48,7 @@ class Bank(NamedTuple):
 
 
 # Where these lie on a mesh: words by tiles, statistics by slots, the rest on every device.
-ON_MESH = Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
+ON_MESH = Bank._make([SLOTS, WHOLE, SLOTS, WHOLE, WHOLE])
 
 
 def like_state(bank: Bank) -> PyTree:

@@ -209,7 +209,7 @@ class Form:
         if base is not None:
             return codec, codecs.encode_leaves(self.layout, leaves, codec, self.leaves_of(base))
         most = 0.9 * 4 * self.layout.num_words
-        bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
+        bound = sum(codecs.bound_of(leaf.size, int(np.count_nonzero(leaf))) for leaf in leaves)
         if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
             coded = codecs.encode_leaves(self.layout, leaves, "enumerative")
             if len(coded) < most:

@@ -133,6 +133,8 @@ class Origin:
 class Owned:
     """A store of one network's masks: its `origin` says whose."""
 
+    origin: "Origin"
+
     @property
     def layout(self) -> Layout:
         """Which leaves are masked, and their order."""
@@ -269,7 +271,7 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[recor
 
 def as_bytes(array: jax.Array | np.ndarray) -> memoryview:
     """The bytes of an array in C order; any dtype, also such as NumPy lends no buffer of."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def arrays_in(
