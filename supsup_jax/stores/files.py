@@ -273,7 +273,7 @@ class Files:
         if left:
             system.flush_folder(self._file.parent)
 
-    def _pack(self, read: Callable[[int, Entry], bytes | memoryview]):
+    def _pack(self, read: Callable[[int, Entry | None], bytes | memoryview]):
         """Exchanges both files for ones of the records that count alone: all or nothing.
 
         read: number and entry -> the record's bytes.
@@ -284,8 +284,8 @@ class Files:
             if system.HAS_FLOCK:
                 system.flocked(fd)  # from the moment it is in place
             for task, entry in enumerate(self._entries):
-                assert entry  # an unknown one makes `read` fail
                 system.write_at(fd, read(task, entry), end)
+                assert entry is not None  # else `read` has failed
                 packed.append(entry._replace(offset=end))
                 end += entry.length
             system.flush(fd)
