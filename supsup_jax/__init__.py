@@ -8,7 +8,8 @@ Names listed in `__all__` are the public interface; what few call is reached by 
 from supsup_jax import hopfield, losses, objectives
 from supsup_jax.inference import rejection
 from supsup_jax.inference.diagnosis import diagnose, measure_statistics
-from supsup_jax.inference.evaluation import evaluate, parse_scenario
+from supsup_jax.inference.evaluation import LabelAccuracy, evaluate, parse_scenario
+from supsup_jax.inference.misfit import misfit
 from supsup_jax.inference.one_shot import alpha_gradient, one_shot, one_shot_streamed
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule, binary_search, descend, oracle, rerank
@@ -55,6 +56,7 @@ __all__ = [
     "CapacityError",
     "DiskStore",
     "ErdosRenyi",
+    "LabelAccuracy",
     "LabelledViews",
     "Made",
     "MaskStore",
@@ -86,6 +88,7 @@ __all__ = [
     "max_confidence",
     "max_logit",
     "measure_statistics",
+    "misfit",
     "objectives",
     "one_shot",
     "one_shot_streamed",

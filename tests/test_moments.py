@@ -33,6 +33,12 @@ def logits_of(net, mask, x):
 
 BY_HAND = {
     RAW: lambda z: max(z[:LABELS]),
+    ss.MaxLogit(LABELS, 1): lambda z: np.log(
+        max(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z)
+    ),
+    ss.MaxLogit(LABELS, 0.5): lambda z: (
+        max(z[:LABELS]) - 0.5 * np.log(sum(np.exp(each) for each in z))
+    ),
     OfLabels(energy, LABELS): lambda z: np.log(sum(np.exp(each) for each in z[:LABELS])),
     OfLabels(ss.max_confidence, LABELS): lambda z: (
         max(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z[:LABELS])
@@ -124,7 +130,7 @@ def test_moments_stay_with_their_tasks(problem, tmp_path, labelled):
     for objective in (RAW, ss.entropy):
         store = ss.measure_statistics(net, store, stream, objective)
     before = moments(store)
-    assert before.keys() == {"OfLabels(max_logit, 3)", "entropy"}
+    assert before.keys() == {"MaxLogit(num_labels=3, normalised=0.0)", "entropy"}
     assert all((rows[:, 1] > 0).all() for rows in before.values())
 
     store.save(tmp_path / "all.supsup")
@@ -257,3 +263,36 @@ def test_diagnose_says_what_helps(problem):
     assert store.moments == {}
     with pytest.raises(ValueError, match="at least 2 examples"):
         ss.diagnose(net, store, [ss.TaskData(np.ones((1, 6), np.float32), np.zeros(1, int))] * 5)
+
+
+def test_misfit_is_a_loop_over_statistics(norm_net):
+    masks = random_masks(norm_net, 3)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 6), np.float32)
+    states = [jax.tree.map(lambda s, i=i: s + 0.3 * i + 0.1, norm_net.state) for i in range(3)]
+    store = ss.MaskStore.create(norm_net, 4)
+    for mask, state in zip(masks, states, strict=True):
+        store = store.append(ss.Task(mask, state))
+    want = []
+    for mask, state in zip(masks, states, strict=True):
+        hidden = x @ (np.asarray(norm_net.params["layer0"]["kernel"]) * mask["layer0"]["kernel"])
+        batch = {"mean": hidden.mean(0), "var": hidden.var(0)}
+        each = []
+        for name, own in batch.items():
+            task = np.asarray(state["norm"][name])
+            each.append(((own - task) ** 2).sum() / ((own**2).sum() + (task**2).sum()))
+        want.append(-np.mean(each))
+    got = ss.misfit(norm_net, store, x)
+    np.testing.assert_allclose(got.scores[:3], want, rtol=1e-4)
+    assert got.task == np.argmax(want)
+    data = [ss.TaskData(x, np.zeros(16, int))] * 3
+    rows = ss.evaluate(norm_net, store, data, "batch-16", rule="misfit")
+    assert [int(row.inferred[0]) for row in rows] == [np.argmax(want)] * 3
+    with pytest.raises(ValueError, match="several inputs that decide together"):
+        ss.misfit(norm_net, store, x, per_example=True)
+
+
+def test_misfit_wants_statistics(problem):
+    net, _, store, stream = problem
+    with pytest.raises(ValueError, match="this network keeps none"):
+        ss.misfit(net, store, np.asarray(stream[0].inputs))

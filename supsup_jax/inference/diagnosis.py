@@ -17,7 +17,12 @@ import numpy as np
 from supsup_jax.checks import check_int
 from supsup_jax.devices import in_pieces
 from supsup_jax.inference import arguments
-from supsup_jax.inference.evaluation import check_stream, evaluate, parts_of
+from supsup_jax.inference.evaluation import (
+    LabelAccuracy,
+    check_stream,
+    evaluate,
+    parts_of,
+)
 from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import MaxLogit, Standardised, Superfluous, entropy, name_of, of_labels
@@ -143,7 +148,9 @@ def diagnose(
     first, second = zip(*halves, strict=True)
     raw = MaxLogit(num_labels)
     measured = measure_statistics(net, store, first, raw, batch_size=batch_size)
-    given = _mean(evaluate(net, store, second, batch_size=batch_size), "accuracy")
+    metric = LabelAccuracy(num_labels)
+    rows = evaluate(net, store, second, metric=metric, batch_size=batch_size)
+    given = _mean(rows, "accuracy")
     objectives = [entropy]
     if num_outputs(net, data[0]) > num_labels:
         objectives.append(Superfluous(num_labels))
@@ -161,6 +168,7 @@ def diagnose(
                 protocol,
                 objective=objective,
                 rule=rule,
+                metric=metric,
                 batch_size=batch_size,
             )
             means = _mean(rows, "task_accuracy"), _mean(rows, "accuracy")

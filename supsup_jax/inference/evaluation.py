@@ -156,7 +156,8 @@ def evaluate(
       decision is one image's, and without for m images that decide together. What it names -1
       (see `reject`) counts as wrong.
     metric: (logits [B, C], labels [B, ...]) -> [B], what rows give the mean of as accuracy, where
-      it is not whether the largest logit is the label's: traced, equal by value.
+      it is not whether the largest logit is the label's: traced, equal by value. `LabelAccuracy`
+      looks at labels alone.
     tasks: which of the learned tasks; None for all.
     ids: the store's id of each task of the stream, where masks were found rather than told, and
       may be more or fewer than tasks; -1 where no mask belongs to it. None: task i has id i.
@@ -410,6 +411,19 @@ def _joined(outcomes, numpy=np):
 def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the largest logit is the label's, bool [B]."""
     return jnp.argmax(logits, axis=-1) == labels
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelAccuracy:
+    """A metric of `evaluate`: whether the largest of the first `num_labels` logits is the label's.
+
+    Superfluous outputs name the task and are no answer; by default one that is largest is wrong.
+    """
+
+    num_labels: int
+
+    def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return is_right(logits[:, : self.num_labels], labels)
 
 
 def _measured(metric, logits, labels):

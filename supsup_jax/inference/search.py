@@ -23,6 +23,7 @@ from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
 from supsup_jax.inference import schedule
 from supsup_jax.inference.arguments import check_call, check_measured, check_objective
+from supsup_jax.inference.misfit import misfit
 from supsup_jax.inference.one_shot import (
     Uncertainty,
     belief,
@@ -32,6 +33,7 @@ from supsup_jax.inference.one_shot import (
     task_scores,
 )
 from supsup_jax.inference.predict import grouped
+from supsup_jax.kernels.race import check_error
 from supsup_jax.network import Network
 from supsup_jax.objectives import Standardised, entropy, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -341,11 +343,12 @@ def _judge(net, store, objective, x, slot):
 
 
 _OPTIONS = {
-    "one_shot": (one_shot, ("implementation",)),
+    "one_shot": (one_shot, ("implementation", "error")),
     "binary_search": (binary_search, ("base",)),
     "descend": (descend, ("optimizer", "steps")),
     "oracle": (oracle, ()),
     "rerank": (rerank, ("best", "judge")),
+    "misfit": (misfit, ()),
 }
 
 
@@ -355,7 +358,7 @@ class Rule:
 
     Equal by value, so that a jitted function that takes it as a static argument, such as
     `evaluate`'s, never retraces (optimizer, as in `descend`, is equal to itself only).
-    name: "one_shot", "binary_search", "descend", "oracle" or "rerank".
+    name: "one_shot", "binary_search", "descend", "oracle", "rerank" or "misfit".
     The other fields are the options of that function; None is its default.
     Raises ValueError on construction for another name, or an option that the rule does not take.
     """
@@ -367,6 +370,7 @@ class Rule:
     optimizer: optax.GradientTransformation | None = None
     steps: int | None = None
     implementation: str | None = None
+    error: float | None = None
 
     def __post_init__(self):
         if self.name not in _OPTIONS:
@@ -376,6 +380,7 @@ class Rule:
             raise ValueError(f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}")
         if self.name == "descend" and (self.optimizer is None or self.steps is None):
             raise ValueError("rule 'descend' needs an optimizer and steps")
+        check_error(self.error)
         for name, least in (("base", 2), ("best", 1), ("steps", 1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)

@@ -1,7 +1,7 @@
 """Residual networks of the SplitCIFAR and SplitImageNet experiments (paper section 4.1).
 
 No biases, and norms without a learned scale or offset: all that a task adds is a mask over the
-kernels and the running statistics of the norms. Images are [B, H, W, channels].
+kernels and, where norms are by the batch, their running statistics. Images are [B, H, W, channels].
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-MOMENTUM = 0.9  # of the running statistics: what is kept each step; PyTorch calls this .1
+from supsup_jax.models.norms import norm_of, of_images
 
 
 class _Block(nnx.Module):
@@ -22,13 +22,19 @@ class _Block(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, num_in: int, convolutions: Sequence[tuple[int, int, int]], rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_in: int,
+        convolutions: Sequence[tuple[int, int, int]],
+        norm: str,
+        rngs: nnx.Rngs,
+    ):
         self.depth, features, total = len(convolutions), num_in, 1
         for i, (num_out, size, stride) in enumerate(convolutions, 1):
             setattr(self, f"conv{i}", _conv(features, num_out, size, stride, rngs))
-            setattr(self, f"norm{i}", _norm(num_out, rngs))
+            setattr(self, f"norm{i}", norm_of(norm, num_out, rngs))
             features, total = num_out, total * stride
-        self.shortcut = _shortcut(num_in, features, total, rngs)
+        self.shortcut = _shortcut(num_in, features, total, norm, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x
@@ -41,8 +47,10 @@ class _Block(nnx.Module):
 class BasicBlock(_Block):
     """Two 3x3 convolutions beside a shortcut."""
 
-    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
-        super().__init__(num_in, [(width, 3, stride), (width, 3, 1)], rngs)
+    def __init__(
+        self, num_in: int, width: int, stride: int, *, norm: str = "batch", rngs: nnx.Rngs
+    ):
+        super().__init__(num_in, [(width, 3, stride), (width, 3, 1)], norm, rngs)
 
 
 class Bottleneck(_Block):
@@ -50,17 +58,19 @@ class Bottleneck(_Block):
 
     expansion = 4
 
-    def __init__(self, num_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, num_in: int, width: int, stride: int, *, norm: str = "batch", rngs: nnx.Rngs
+    ):
         last = self.expansion * width, 1, 1
-        super().__init__(num_in, [(width, 1, 1), (width, 3, stride), last], rngs)
+        super().__init__(num_in, [(width, 1, 1), (width, 3, stride), last], norm, rngs)
 
 
 class ResNet(nnx.Module):
     """A stem, four stages of blocks at width, 2, 4 and 8 times width, and a linear classifier.
 
-    block: BasicBlock or Bottleneck, called with (num_in, width, stride, rngs=).
+    block: BasicBlock or Bottleneck, called with (num_in, width, stride, norm=, rngs=).
     depths: blocks of each stage. small_images: a 3x3 stem at stride 1, for images of 32x32; else
-      7x7 at stride 2 and a max-pool.
+      7x7 at stride 2 and a max-pool. norm: one of `norms.NORMS`.
     Raises ValueError for a width or number of outputs below 1.
     """
 
@@ -73,6 +83,7 @@ class ResNet(nnx.Module):
         width: int,
         small_images: bool,
         num_channels: int = 3,
+        norm: str = "batch",
         rngs: nnx.Rngs,
     ):
         if width < 1 or num_outputs < 1:
@@ -80,14 +91,14 @@ class ResNet(nnx.Module):
         size, stride = (3, 1) if small_images else (7, 2)
         self.small_images = small_images
         self.stem = _conv(num_channels, width, size, stride, rngs)
-        self.stem_norm = _norm(width, rngs)
+        self.stem_norm = norm_of(norm, width, rngs)
         self.blocks = []
         num_in = width
         for stage, depth in enumerate(depths):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"stage{stage + 1}_block{i + 1}"
-                setattr(self, name, block(num_in, width * 2**stage, stride, rngs=rngs))
+                setattr(self, name, block(num_in, width * 2**stage, stride, norm=norm, rngs=rngs))
                 self.blocks.append(name)
                 num_in = width * 2**stage * block.expansion
         self.blocks = tuple(self.blocks)  # static: NNX looks for modules in lists
@@ -95,8 +106,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits [B, C] of images [B, H, W, channels]."""
-        if x.ndim != 4:
-            raise ValueError(f"images must be [B, H, W, channels], got shape {x.shape}")
+        of_images(x)
         x = jax.nn.relu(self.stem_norm(self.stem(x)))
         if not self.small_images:
             padding: Any = ((1, 1), (1, 1))  # flax takes it, and types a string only
@@ -106,9 +116,13 @@ class ResNet(nnx.Module):
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
-def gem_resnet18(num_outputs: int, *, width: int = 20, rngs: nnx.Rngs) -> ResNet:
+def gem_resnet18(
+    num_outputs: int, *, width: int = 20, norm: str = "batch", rngs: nnx.Rngs
+) -> ResNet:
     """ResNet-18 for images of 32x32; at 20 base channels and 5 outputs, 1,090,940 weights."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_outputs, width=width, small_images=True, rngs=rngs)
+    return ResNet(
+        BasicBlock, (2, 2, 2, 2), num_outputs, width=width, small_images=True, norm=norm, rngs=rngs
+    )
 
 
 def resnet18(num_outputs: int, *, width: int = 64, rngs: nnx.Rngs) -> ResNet:
@@ -134,12 +148,8 @@ def _conv(num_in, num_out, size, stride, rngs):
     )
 
 
-def _norm(width, rngs):
-    return nnx.BatchNorm(width, momentum=MOMENTUM, use_bias=False, use_scale=False, rngs=rngs)
-
-
-def _shortcut(num_in, num_out, stride, rngs):
+def _shortcut(num_in, num_out, stride, norm, rngs):
     """What x passes through where its shape changes."""
     if stride == 1 and num_in == num_out:
         return None
-    return nnx.Sequential(_conv(num_in, num_out, 1, stride, rngs), _norm(num_out, rngs))
+    return nnx.Sequential(_conv(num_in, num_out, 1, stride, rngs), norm_of(norm, num_out, rngs))
