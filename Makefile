@@ -20,6 +20,7 @@ test-scripts: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

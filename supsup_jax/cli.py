@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         app = tyro.extras.SubcommandApp()
         for command in (inspect, verify, repair, export, remove, compact, predict):
             app.command(command)
-        app.command(import_, name="import")
+        app.command(name="import")(import_)
         app.cli(prog="supsup", description=__doc__, args=argv)
 
 

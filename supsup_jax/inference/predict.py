@@ -19,7 +19,9 @@ from supsup_jax.types import PyTree, TaskIdError, num_rows
 SEGMENT = 32
 
 
-def predict(net: Network, store: TaskStore, x: PyTree, task: jax.Array | int) -> jax.Array:
+def predict(
+    net: Network, store: TaskStore, x: PyTree, task: jax.Array | np.ndarray | int
+) -> jax.Array:
     """Logits [B, C] of x [B, ...] under its task's mask and statistics, in eval mode.
 
     task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each

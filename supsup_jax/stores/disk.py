@@ -15,6 +15,7 @@ from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
+from supsup_jax.stores.codecs import Leaves
 from supsup_jax.stores.coded import Form, Moments, TaskInfo, moments_in
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
@@ -25,6 +26,7 @@ from supsup_jax.stores.origin import (
     read_manifest,
     sensible,
 )
+from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
@@ -53,7 +55,8 @@ class DiskStore:
         origin, states = read_manifest(log.manifest, FORMAT, log.path, net)
         self._layout: Layout = net.layout if net else origin.layout
         self._form = Form(self._layout, list(states.values()), log.path, self._leaves_of)
-        self._base = None, None  # the last base of an xor-delta, and its leaves
+        # The last base of an xor-delta, and its leaves.
+        self._base: tuple[Entry | None, Leaves] = None, []
 
     @classmethod
     def open(
@@ -81,6 +84,7 @@ class DiskStore:
         if not isinstance(net, Network) and (new or net is not None):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
         if new:
+            assert net is not None  # as is checked
             manifest = manifest_of(FORMAT, Origin.of(net), net.state)
             return cls(TaskLog.create(path, manifest), net)
         read_manifest(journal.read_manifest(path), FORMAT, path, net)  # before a writer mends it
@@ -108,6 +112,7 @@ class DiskStore:
 
     @property
     def path(self) -> Path:
+        """The folder."""
         return self._log.path
 
     @property
@@ -210,12 +215,13 @@ class DiskStore:
         names: one a task; numbers of labels and moments as the store has them. Raises as `append`.
         """
         store.check_fits(self._network())
-        names = [None] * int(store.num_tasks) if names is None else names
-        if len(names) != int(store.num_tasks):
-            raise ValueError(f"names must be {int(store.num_tasks)}, one a task, got {len(names)}")
+        held = int(store.num_tasks)
+        told_names = [None] * held if names is None else list(names)
+        if len(told_names) != held:
+            raise ValueError(f"names must be {held}, one a task, got {len(told_names)}")
         first = len(self)
         told, moments = jax.device_get((store.num_labels, store.moments))
-        for i, name in enumerate(names):
+        for i, name in enumerate(told_names):
             count = None if told is None else int(told[i])
             own = {each: rows[i].tolist() for each, rows in moments.items() if rows[i, 1] > 0}
             self.append(store.task(i), name=name, num_labels=count, moments=own, durable=False)
@@ -313,7 +319,7 @@ class DiskStore:
             lambda slots: (fields(ids[slot]) for slot in slots),
             mesh,
             state,
-            counts if labelled else (),
+            [count for count in counts if count is not None],
         )
 
     def parts(self, size: int = 1024) -> "Parts":
@@ -413,4 +419,4 @@ class Parts:
     def __iter__(self) -> Iterator[MaskStore]:
         ids = self._disk.ids
         for start in range(0, len(ids), self._size):
-            yield self._disk.load(ids[start : start + self._size])
+            yield self._disk.load(ids[start : start + self._size].tolist())
