@@ -67,10 +67,6 @@ class TaskStore:
         del out
         return function(self, *(value for value, _ in args))
 
-    def untyped(self) -> "TaskStore":
-        """This store for programs that mix its results with arrays of one device. Outside jit."""
-        return self
-
     def mask(self, i: int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
 
