@@ -74,13 +74,12 @@ def measure_statistics(
     )
     counts = None if store.num_labels is None else on_host(store.num_labels)
     check_stream(stream, held)
-    plain = store.untyped()
     for i in range(held) if tasks is None else tasks:
         if not 0 <= i < held:
             raise TaskIdError(f"tasks must lie in [0, {held}), got {i}")
         own = of_labels(objective, None if counts is None else int(counts[i]))
         parts = [
-            _scores(net, plain, data, i, objective=own, batch_size=batch_size)
+            _scores(net, store, data, i, objective=own, batch_size=batch_size)
             for data in _examples(stream, i)
         ]
         scores = np.concatenate(jax.device_get(parts)).astype(np.float64)

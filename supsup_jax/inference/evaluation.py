@@ -174,7 +174,6 @@ def evaluate(
     rule = parse_rule(rule)
     if metric is not None:
         check_objective(metric, "metric")
-    store = store.untyped()
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)

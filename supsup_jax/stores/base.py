@@ -83,10 +83,6 @@ class TaskStore:
         del out
         return function(self, *(value for value, _ in args))
 
-    def untyped(self) -> "TaskStore":
-        """This store for programs that mix its results with arrays of one device. Outside jit."""
-        return self
-
     def mask(self, i: jax.Array | int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from supsup_jax.checks import check_int
-from supsup_jax.layout import Layout
+from supsup_jax.layout import Layout, dense_widths
 from supsup_jax.stores import arrays, codecs
 from supsup_jax.stores.base import as_index
 from supsup_jax.stores.codecs import Leaves
@@ -100,6 +100,7 @@ class Form:
         _check_names(name, labels)
         if num_labels is not None:
             check_int("num_labels", num_labels, 1)
+        self._check_labels(list(labels or ()), num_labels or 0)
         leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
         base = None if base is None else as_index(base)
         codec, mask = self._encoded(leaves, codec, base)
@@ -203,6 +204,17 @@ class Form:
             return codecs.decode_leaves(coded.mask, self.layout, against)
         except StoreError as error:
             raise StoreError(f"{self.path}: the mask of task {coded.i}: {error}") from error
+
+    def _check_labels(self, labels, num_labels):
+        if twice := [name for name in dict.fromkeys(labels) if name and labels.count(name) > 1]:
+            raise ValueError(f"labels must differ, got {twice[0]!r} more than once")
+        widths = dense_widths(self.layout.named_shapes)
+        # Of other networks it shows when they are asked.
+        if widths and max(len(labels), num_labels) > widths[-1]:
+            raise ValueError(
+                f"labels must be at most {widths[-1]}, the network's outputs, got "
+                f"{max(len(labels), num_labels)}"
+            )
 
     def _encoded(self, leaves, codec, base):
         """The codec of a mask, chosen where it is "auto", and the mask in it."""
