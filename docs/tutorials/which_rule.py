@@ -106,6 +106,10 @@ rows = ss.evaluate(asked, turned, tests, "per_example", objective=ss.Superfluous
 print(f"rerank, best=2: task accuracy {np.mean([row.task_accuracy for row in rows]):.3f}")
 
 # %% [markdown]
+# Here the short list is too short: one gradient often leaves the right mask out of its best two, and
+# `oracle` is worth its five forward passes. Rotations made the largest logit right in .85 of cases, from
+# .74, and 16 images together name the task every time.
+#
 # ## From symptom to cause
 #
 # | you see | look at |

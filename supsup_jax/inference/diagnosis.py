@@ -198,11 +198,8 @@ def _words(found):
             for each in found.findings
             if each.together == together
         )
-    gradient = max(
-        each.task_accuracy
-        for each in found.findings
-        if each.rule == "one_shot" and each.together == best.together
-    )
+    alone = [each for each in found.findings if each.together == best.together]
+    gradient = max(each.task_accuracy for each in alone if each.rule == "one_shot")
     # Midway between what chance and certainty would name.
     halfway = (1 + chance) / 2
     if gradient >= 0.99 * best.task_accuracy:

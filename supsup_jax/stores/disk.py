@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,9 @@ from supsup_jax.stores.coded import Form, Moments, TaskInfo, moments_in
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
-from supsup_jax.stores.origin import (
-    Origin,
-    like_state,
-    manifest_of,
-    read_manifest,
-    sensible,
-)
+from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest, sensible
 from supsup_jax.stores.records import Entry
+from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
@@ -363,11 +358,11 @@ class DiskStore:
             [count for count in counts if count is not None],
         )
 
-    def parts(self, size: int = 1024) -> "Parts":
+    def parts(self, size: int = 1024) -> Parts:
         """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
         self._network()
         check_int("size", size, 1)
-        return Parts(self, size)
+        return Parts(lambda: self.ids, self.load, size)
 
     def refresh(self) -> int:
         """Takes in what was appended, removed and replaced since, and returns `len`.
@@ -443,21 +438,3 @@ def _check_told(labelled, i, num_labels):
             f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
             f"{'lacks' if labelled else 'has'} it: load others, or replace it"
         )
-
-
-class Parts:
-    """The tasks of a DiskStore as MaskStores, loaded one at a time, as often as gone through.
-
-    What is held at a time is one part, and while it is loaded two more copies of its masks.
-    """
-
-    def __init__(self, disk: DiskStore, size: int):
-        self._disk, self._size = disk, size
-
-    def __len__(self) -> int:
-        return -(-len(self._disk.ids) // self._size)
-
-    def __iter__(self) -> Iterator[MaskStore]:
-        ids = self._disk.ids
-        for start in range(0, len(ids), self._size):
-            yield self._disk.load(ids[start : start + self._size].tolist())
