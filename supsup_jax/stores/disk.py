@@ -21,8 +21,8 @@ from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
 from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest, sensible
-from supsup_jax.stores.records import Entry
 from supsup_jax.stores.parts import Parts
+from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
