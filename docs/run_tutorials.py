@@ -19,7 +19,7 @@ def main(names):
             continue
         notebook, start = jupytext.read(path), time.monotonic()
         notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-        NotebookClient(notebook, timeout=600, record_timing=False).execute(cwd=str(FOLDER))
+        NotebookClient(notebook, timeout=None, record_timing=False).execute(cwd=str(FOLDER))
         for number, cell in enumerate(notebook.cells):
             cell.id, cell.metadata = f"cell{number}", {}
         notebook.metadata = {

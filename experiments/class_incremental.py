@@ -188,6 +188,11 @@ def learn(run: Run, config: Config, training: str, net, dataset, tasks) -> ss.Ma
         return disk.load()
 
 
+@jax.jit
+def _inputs(task, index):
+    return task.batch(index)[0]
+
+
 @functools.partial(jax.jit, static_argnames="view")
 def _outputs(net, store, x, i, view):
     task = store.task(i)
@@ -202,9 +207,9 @@ def outputs(
     masks: which; None for all.
     """
     masks = range(int(store.num_tasks)) if masks is None else masks
-    batch, found = jax.jit(task.batch), []
+    found = []
     for start in range(0, task.num_examples, BATCH):
-        x, _ = batch(jnp.arange(start, min(start + BATCH, task.num_examples)))
+        x = _inputs(task, jnp.arange(start, min(start + BATCH, task.num_examples)))
         each = [_outputs(net, store, x, i, view) for i in masks]
         found.append(np.stack(jax.device_get(each)))
     return np.concatenate(found, axis=1)

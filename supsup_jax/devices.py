@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from supsup_jax.types import CapacityError, PyTree
+from supsup_jax.types import CapacityError, PyTree, is_open
 
 TASK, DATA = "task", "data"
 # Where the arrays of a program lie.
@@ -199,9 +199,12 @@ def varying_like(value: PyTree, like: PyTree) -> PyTree:
 def in_pieces(function: Callable, rows: PyTree, size: int) -> PyTree:
     """function(rows) computed for `size` rows at a time, and the rest at the end.
 
-    Unlike lax.map with a batch_size, function sees whole pieces and is not vmapped.
+    Unlike lax.map with a batch_size, function sees whole pieces and is not vmapped. Rows whose
+    number an export leaves open are one piece.
     """
-    num_rows = len(jax.tree.leaves(rows)[0])
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    if is_open(num_rows):
+        return function(rows)
     whole = num_rows - num_rows % size if num_rows > size else 0
     parts = []
     if whole:

@@ -73,8 +73,7 @@ class LabelledViews:
         which = jax.random.randint(key, (len(y),), 0, len(self.views))
         pick = jax.vmap(lambda v, *each: jnp.stack(each)[v])
         x = jax.tree.map(lambda *leaves: pick(which, *leaves), *seen)
-        y = jnp.asarray(y)
-        return x, y + which.astype(y.dtype) * self.num_labels
+        return x, jnp.asarray(y, jnp.int32) + which * self.num_labels  # bytes hold 256 classes only
 
     def check(self, data: TaskData, num_outputs: int, where: str = "") -> None:
         """Raises ValueError unless the views keep the shape of the data, its labels are among the

@@ -19,8 +19,9 @@ loops run over the tiles that hold a task, so time follows T and not K. Wider ti
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -213,3 +214,16 @@ def place(words: jax.Array, i: jax.Array) -> tuple:
 def bit_index() -> jax.Array:
     """uint32 [32], the place of each bit in a word."""
     return jnp.arange(WORD_BITS, dtype=jnp.uint32)
+
+
+def dense_widths(named_shapes: Iterable[tuple[str, Sequence[int]]]) -> list[int] | None:
+    """Widths of the layers, inputs first, of a `models.MLP` with these masked leaves, None of other
+    networks: of them the leaves do not tell which comes last.
+    """
+    names, shapes = zip(*named_shapes, strict=True)
+    named = all(name == f"layer{i}/kernel" for i, name in enumerate(names))
+    if not (named and all(len(shape) == 2 for shape in shapes)):
+        return None
+    if any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
+        return None
+    return [shapes[0][0], *(shape[1] for shape in shapes)]

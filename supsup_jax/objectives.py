@@ -5,6 +5,7 @@ function never retraces. Values are float32, in nats where they are logarithms.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import jax
@@ -127,6 +128,9 @@ class MaxLogit:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
         if not 0 <= self.normalised <= 1:
             raise ValueError(f"normalised must lie in [0, 1], got {self.normalised!r}")
+        # Equals have one name: 1 is 1.0, and NumPy's numbers are numbers.
+        object.__setattr__(self, "num_labels", operator.index(self.num_labels))
+        object.__setattr__(self, "normalised", float(self.normalised))
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] < self.num_labels:

@@ -284,6 +284,11 @@ def num_rows(tree: PyTree) -> int:
     return jax.tree.leaves(tree)[0].shape[0]
 
 
+def is_open(length: Any) -> bool:
+    """Whether a length is one that an export leaves open, a `jax.export.symbolic_shape`'s."""
+    return not isinstance(length, int)
+
+
 def shapes_of(tree: PyTree) -> PyTree:
     """The shapes of the arrays in a tree, for messages."""
     shapes = jax.tree.map(lambda leaf: tuple(getattr(leaf, "shape", ())), tree)

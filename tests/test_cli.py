@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import supsup_jax as ss
 from supsup_jax import cli, models
@@ -70,10 +71,96 @@ def test_verify_and_repair(path, capsys):
     cli.main(["repair", str(path)])
     assert capsys.readouterr().out == "nothing to mend\n"
     cli.main(["verify", str(path)])
+
+
+def damage(path, place):
     data = bytearray((path / "tasks.bin").read_bytes())
-    data[50] ^= 1
+    data[place] ^= 1
     (path / "tasks.bin").write_bytes(data)
-    assert "the record of task 0" in fails(capsys, "verify", path, code=1)
+
+
+def test_work_goes_on_without_a_damaged_task(path, net, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32))
+    ask = ["predict", path, "--input", tmp_path / "x.npy"]
+    cli.main(["export", str(path), "0", str(tmp_path / "zero.task")])
+    damage(path, 50)
+    told = fails(capsys, "verify", path, code=1)
+    assert "the record of task 0" in told and "lost: task 0; the other 2 are whole" in told
+    assert "lost: task 0" in fails(capsys, "repair", path, code=1)
+    assert "go on with the others by --without 0" in fails(capsys, *ask)
+    cli.main([*map(str, ask), "--without", "0"])
+    answers = capsys.readouterr().out
+    assert {row["task"] for row in csv.DictReader(io.StringIO(answers))} <= {"1", "2"}
+    assert "is damaged" in fails(capsys, "export", path, "all", tmp_path / "all")
+    cli.main(["export", str(path), "all", str(tmp_path / "copy"), "--without", "0"])
+    cli.main(["verify", str(tmp_path / "copy")])
+    assert "2 tasks, 0 problems, 0 of which lose data; 1 more" in capsys.readouterr().out
+    cli.main(["predict", str(tmp_path / "copy"), *map(str, ask[2:])])
+    assert capsys.readouterr().out == answers  # under the same numbers
+    assert "--without 7 is no task" in fails(capsys, *ask, "--without", 7)
+    assert "for the export of all tasks" in fails(
+        capsys, "export", path, 1, tmp_path / "one", "--without", 0
+    )
+    cli.main(["replace", str(path), "0", str(tmp_path / "zero.task")])
+    cli.main(["verify", str(path)])
+    assert "3 tasks, 0 problems" in capsys.readouterr().out
+
+
+def test_tasks_by_name(path, tmp_path, capsys):
+    cli.main(["find", str(path), "task ?"])
+    assert capsys.readouterr().out.splitlines()[1] == "     1  task 1  1a, 1b, 1c, 1d"
+    assert fails(capsys, "find", path, "task", code=1) == ""
+    assert "no task of" in fails(capsys, "export", path, "two", tmp_path / "two.task")
+    cli.main(["export", str(path), "task 2", str(tmp_path / "two.task")])
+    with ss.DiskStore.open(path) as disk:
+        words = disk.words(2)
+    assert "task 2 of" in fails(capsys, "replace", path, "0", tmp_path / "two.task")  # its name
+    assert "task 2 of" in fails(capsys, "import", path, tmp_path / "two.task")
+    cli.main(["remove", str(path), "task 2"])
+    cli.main(["replace", str(path), "task 0", str(tmp_path / "two.task")])
+    with ss.DiskStore.open(path) as disk:
+        np.testing.assert_array_equal(disk.words(0), words)
+    assert capsys.readouterr().out == "removed task 2\nreplaced task 0\n"
+
+
+def test_one_file_is_looked_at_and_becomes_a_folder(path, net, tmp_path, capsys):
+    masks = random_masks(net, 2)
+    filled_store(net, masks).save(tmp_path / "masks.npz")
+    cli.main(["inspect", str(tmp_path / "masks.npz")])
+    out = capsys.readouterr().out
+    assert "2 tasks of one network in one file" in out and "signed_constant, seed 3" in out
+    assert f"supsup import FOLDER {tmp_path / 'masks.npz'}" in out
+    cli.main(["import", str(tmp_path / "folder"), str(tmp_path / "masks.npz")])
+    assert capsys.readouterr().out == "tasks 0 to 1\n"
+    with ss.DiskStore.open(tmp_path / "folder", net) as disk:
+        np.testing.assert_array_equal(
+            disk.task(1).mask["layer0"]["kernel"], masks[1]["layer0"]["kernel"]
+        )
+    cli.main(["export", str(path), "1", str(tmp_path / "one.task")])
+    cli.main(["inspect", str(tmp_path / "one.task")])
+    assert "one task, 'task 1', labels: 1a, 1b, 1c, 1d" in capsys.readouterr().out
+    assert "is a file, and a store is a folder" in fails(capsys, "verify", tmp_path / "masks.npz")
+
+
+def test_names_and_labels_are_checked_where_they_are_given(path, net):
+    (mask,) = random_masks(net, 1, seed=9)
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        with pytest.raises(ValueError, match=r"task 1 of .* is called 'task 1': replace that one"):
+            disk.append(mask, name="task 1")
+        with pytest.raises(ValueError, match="labels must differ, got 'a' more than once"):
+            disk.append(mask, labels=["a", "b", "a"])
+        for many in ({"labels": [str(i) for i in range(6)]}, {"num_labels": 6}):
+            with pytest.raises(ValueError, match="at most 5, the network's outputs, got 6"):
+                disk.append(mask, **many)
+        disk.replace(1, mask, name="task 1", labels=["a", "", "", "b", ""])
+        assert disk.append(mask, name="new") == 3
+        with pytest.raises(ValueError, match="called 'new'"):
+            disk.replace(0, mask, name="new")
+
+
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith(f"supsup_jax {ss.__version__}, jax ")
 
 
 def test_export_and_import(path, net, tmp_path, capsys):
@@ -106,14 +193,78 @@ def test_predict(path, net, tmp_path, capsys, format, together):
     store = filled_store(net, random_masks(net, 3))
     task = ss.one_shot(net, store, x, per_example=not together).task
     tasks = np.broadcast_to(task, len(x))
-    labels = ss.predict(net, store, x, tasks).argmax(-1)
+    labels = ss.predict(net, store, x, tasks)[:, :4].argmax(-1)  # of five outputs four are named
     assert [int(row["task"]) for row in rows] == list(tasks)
     assert [int(row["label"]) for row in rows] == list(labels)
     for row, task, label in zip(rows, tasks, labels, strict=True):
         assert row["task_name"] == f"task {task}"
-        # The tasks name four of five outputs.
-        unnamed = "" if format == "csv" else None
-        assert row["label_name"] == (f"{task}{'abcd'[label]}" if label < 4 else unnamed)
+        assert row["label_name"] == f"{task}{'abcd'[label]}"
+
+
+def answers(capsys, *argv):
+    cli.main([*map(str, argv), "--format", "jsonl"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_by_rule_and_known_task(path, net, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(150, 6)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x)
+    ask = ["predict", path, "--input", tmp_path / "x.npz"]
+    store = filled_store(net, random_masks(net, 3))
+    rows = answers(capsys, *ask, "--rule", "oracle", "--objective", "max_logit", "--scores")
+    want = ss.oracle(net, store, x, ss.MaxLogit(4))
+    assert [row["task"] for row in rows] == list(want.task)
+    np.testing.assert_allclose(
+        [[row["scores"][str(i)] for i in range(3)] for row in rows], want.scores[:, :3], rtol=1e-5
+    )
+    rows = answers(capsys, *ask, "--task", "task 1")
+    assert {row["task"] for row in rows} == {1}
+    logits = ss.predict(net, store, x, np.ones(150, int))
+    assert [row["label"] for row in rows] == list(logits[:, :4].argmax(-1))
+    with ss.DiskStore.open(path, net, mode="a") as disk:  # a label without a name never wins
+        disk.replace(1, random_masks(net, 3)[1], name="task 1", labels=["", "b", "", "d"])
+    rows = answers(capsys, *ask, "--task", "1")
+    assert [row["label"] for row in rows] == list(2 * logits[:, 1:4:2].argmax(-1) + 1)
+    assert {row["label_name"] for row in rows} == {"b", "d"}
+    # G needs to know how many outputs are labels; here all tasks name four.
+    rows = answers(capsys, *ask, "--objective", "superfluous")
+    want = ss.one_shot(net, store, x, ss.Superfluous(4)).task
+    assert [row["task"] for row in rows] == list(want)
+    told = fails(capsys, *ask, "--standardised", "--rule", "oracle")
+    assert "needs the mean and deviation" in told
+
+
+def test_predict_refuses_what_it_does_not_know(path, net, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    ask = ["predict", path, "--input", tmp_path / "x.npy"]
+    rows = answers(capsys, *ask, "--reject", 0.25, "--calibrate", tmp_path / "x.npy")
+    belief = ss.one_shot(net, filled_store(net, random_masks(net, 3), capacity=3), x)
+    want = ss.rejection.reject(belief, ss.rejection.calibrate(belief, 0.25)).task
+    assert [-1 if row["task"] is None else row["task"] for row in rows] == list(want)
+    assert {row["label"] for row in rows if row["task"] is None} == {None}
+    assert "pass both or neither" in fails(capsys, *ask, "--reject", 0.25)
+    told = fails(capsys, *ask, "--reject", 0.1, "--calibrate", tmp_path / "x.npy", "--together")
+    assert "rows one by one" in told
+
+
+def test_predict_reads_images(path, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 2, 3), np.uint8)
+    np.save(tmp_path / "x.npy", pixels.reshape(4, 6))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    ask = ["predict", path, "--mean", 0.5, "--std", 0.25, "--scores", "--input"]
+    want = answers(capsys, *ask, tmp_path / "x.npy")
+    got = answers(capsys, *ask, tmp_path / "images")
+    assert [row.pop("file") for row in got] == [
+        str(tmp_path / "images" / f"{i}.png") for i in range(4)
+    ]
+    assert got == want
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "large.png")
+    told = fails(capsys, *ask, tmp_path / "images" / "0.png", tmp_path / "large.png")
+    assert "images must be of one size" in told
+    assert "takes 6 numbers" in fails(capsys, *ask, tmp_path / "large.png")
 
 
 def test_predict_with_a_network_by_name(tmp_path, capsys):
@@ -131,7 +282,8 @@ def test_predict_with_a_network_by_name(tmp_path, capsys):
 
 def test_bad_input(path, tmp_path, capsys):
     for command in ("inspect", "verify", "repair"):
-        assert "manifest.json" in fails(capsys, command, tmp_path / "nothing")
+        assert "no store at" in fails(capsys, command, tmp_path / "nothing")
+        assert "is no store: the folder lacks manifest.json" in fails(capsys, command, tmp_path)
     assert "no store at" in fails(capsys, "import", tmp_path / "nothing", tmp_path / "x")
     np.save(tmp_path / "flat.npy", np.ones(3))
     (tmp_path / "text.npy").write_text("hello")

@@ -144,10 +144,10 @@ def test_without_a_network(small_net, path):
     (mask,) = random_masks(small_net, 1)
     with ss.DiskStore.open(path, small_net, mode="a") as disk:
         for codec in ("words", "enumerative"):
-            disk.append(mask, name="one", codec=codec)
+            disk.append(mask, name=codec, codec=codec)
         words = disk.words(0)
     with ss.DiskStore.open(path) as disk:
-        assert disk.info(0).name == "one"
+        assert disk.info(0).name == "words" and disk.find("enumerative") == [1]
         assert disk.verify() == []
         for i in range(2):
             np.testing.assert_array_equal(disk.words(i), words)

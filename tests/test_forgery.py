@@ -64,7 +64,7 @@ def folder(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("forgery") / "store"
     with ss.DiskStore.open(path, net, mode="x") as disk:
         for codec, mask in zip(("words", "enumerative"), random_masks(net, 2), strict=True):
-            disk.append(mask, name="one", labels=["a"], codec=codec)
+            disk.append(mask, name=codec, labels=["a"], codec=codec)
     return path, {file.name: file.read_bytes() for file in path.iterdir()}
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("stores",),
     ("inference",),
     ("training", "hopfield"),
-    ("baselines", "data", "models", "cli"),
+    ("baselines", "data", "models", "command", "cli"),
     ("experiments",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

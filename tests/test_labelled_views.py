@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import supsup_jax as ss
-from supsup_jax import labelled_views
+from supsup_jax import baselines, labelled_views
 from supsup_jax.labelled_views import LabelledViews
 from tests.conftest import ConvNet, filled_store, random_masks, relu_net
 
@@ -40,6 +40,13 @@ def test_each_example_gets_a_view_and_its_class():
         np.testing.assert_array_equal(row, np.rot90(image, turn, (0, 1)))
     # 400 draws of 4: each about 100, with a deviation of 8.7.
     assert np.bincount(turns, minlength=4).min() > 50
+
+
+def test_labels_of_bytes_become_more_classes_than_bytes_hold():
+    views, y = LabelledViews(100), np.arange(64, dtype=np.uint8)
+    _, labels = views(jax.random.key(0), np.zeros((64, 4, 4, 1), np.float32), y)
+    np.testing.assert_array_equal(np.asarray(labels) % 100, y)
+    assert labels.max() >= 300
 
 
 def test_the_average_counts_from_each_view_on():
@@ -167,6 +174,14 @@ def test_what_does_not_fit_is_refused():
         train(net, ss.TaskData(images, np.zeros(4, int)), config(LabelledViews(3)))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\)"):
         train(net, ss.TaskData(images, np.array([0, 1, 2, 1])), config(LabelledViews(2)))
+    weighted = ss.losses.CrossEntropy(weights=(1, 2))
+    with pytest.raises(ValueError, match="weights of 2 classes, got a label of 7"):
+        train(net, ss.TaskData(images, np.zeros(4, int)), config(LabelledViews(2), loss=weighted))
+    small, key = flat_net(4), jax.random.key(0)
+    baseline, weights = baselines.upper_bound(small), baselines.shared_weights(small, key)
+    with pytest.raises(ValueError, match="4 views of 2 labels need 8 outputs, the network has 4"):
+        data = ss.TaskData(images, np.zeros(4, int))
+        baselines.learn(key, baseline, weights, data, config(LabelledViews(2)), first=True)
     oblong = ss.TaskData(np.ones((4, 2, 8, 1), np.float32), np.zeros(4, int))
     with pytest.raises(ValueError, match=r"a view must keep the inputs' shapes .* quarter_turn"):
         train(net, oblong, config(LabelledViews(2)))

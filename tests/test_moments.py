@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
+from supsup_jax.inference import diagnosis
 from supsup_jax.objectives import OfLabels, energy, name_of
+from supsup_jax.stores import coded
 from tests.conftest import filled_store, random_masks, relu_net
 
 LABELS = 3
@@ -211,6 +213,8 @@ def test_without_moments_the_error_says_how_to_get_them(problem):
     constant = [ss.TaskData(np.zeros((4, 6), np.float32), np.zeros(4, int))] * 5
     with pytest.raises(ValueError, match="scores of task 0 must differ"):
         ss.measure_statistics(net, store, constant, RAW)
+    with pytest.raises(ValueError, match="<lambda> is not its alone"):
+        ss.measure_statistics(net, store, stream, lambda logits: logits[..., 0])
     with pytest.raises(IndexError, match="tasks must lie"):
         ss.measure_statistics(net, store, stream, RAW, tasks=[5])
     with pytest.raises(ValueError, match="needs 9 outputs, got 7"):
@@ -223,6 +227,80 @@ def test_inside_jit_a_task_without_moments_is_never_named(problem):
     x = jnp.asarray(stream[0].inputs)
     named = jax.jit(lambda store, x: ss.oracle(net, store, x, ss.Standardised(RAW)))(measured, x)
     assert set(np.asarray(named.task).tolist()) <= {1, 3}
+
+
+def test_scores_that_differ_in_rounding_alone_have_no_deviation(problem):
+    """The mean of seven equal float32 need not be one of them."""
+    net, _, store, stream = problem
+    x = np.repeat(np.asarray(stream[0].inputs)[:1], 7, axis=0)
+    with pytest.raises(ValueError, match="scores of task 0 must differ"):
+        ss.measure_statistics(net, store, [ss.TaskData(x, np.zeros(7, int))] * 5, RAW)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"num_labels": np.int32(1)}, {"moments": {"x": np.ones(2)}}, np.ones(3)],
+    ids=["num_labels", "moments", "bare"],
+)
+def test_a_networks_own_statistics_may_have_any_name(tmp_path, state):
+    def apply(params, state, x, train):
+        return x @ params["kernel0"], state
+
+    net = ss.Network(apply, relu_net((6, 4)).params, state=state)
+    mask = random_masks(net, 1)[0]
+    for i, count in enumerate((None, 2)):
+        plain = ss.MaskStore.create(net, 2).append(ss.Task(mask, net.state), num_labels=count)
+        for j, store in enumerate((plain, plain.with_moments({"entropy": [[1.5, 2]]}))):
+            store.save(tmp_path / f"{i}{j}.supsup")
+            with ss.DiskStore.open(tmp_path / f"{i}{j}", net, "x") as disk:
+                disk.extend(store)
+            with ss.DiskStore.open(tmp_path / f"{i}{j}", net) as disk:
+                found = disk.load(), ss.MaskStore.load(tmp_path / f"{i}{j}.supsup", net)
+            for other in found:
+                assert jax.tree.structure(other.bank) == jax.tree.structure(store.bank)
+                for one, want in zip(
+                    jax.tree.leaves(other.bank.states),
+                    jax.tree.leaves(store.bank.states),
+                    strict=True,
+                ):
+                    np.testing.assert_array_equal(one[0], want[0])
+
+
+FORGED = [
+    [],
+    None,
+    "entropy",
+    [["entropy"]],
+    {"entropy": 1},
+    {"entropy": [1]},
+    {"entropy": [1, 2, 3]},
+    {"entropy": ["1", "2"]},
+    {"entropy": [float("nan"), 1]},
+    {"entropy": [0, -1]},
+    {"entropy": [0, 1e-60]},
+    {"entropy": [10**400, 1]},
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=repr)
+def test_forged_moments_are_refused(problem, tmp_path, monkeypatch, forged):
+    net, masks, _, _ = problem
+    with ss.DiskStore.open(tmp_path / "tasks", net, "x") as disk:
+        if forged:
+            with pytest.raises((ValueError, TypeError, OverflowError)):
+                disk.append(masks[0], moments=forged)
+        monkeypatch.setattr(coded, "moments_in", lambda metadata: forged)
+        disk.append(masks[0], moments={"entropy": (1, 2)})
+        monkeypatch.undo()
+        for call in (disk.load, lambda: disk.info(0), lambda: disk.task(0)):
+            with pytest.raises(ss.StoreError, match="no sense"):
+                call()
+
+
+def test_names_of_equals_are_equal():
+    assert name_of(ss.MaxLogit(np.int64(2), 1)) == name_of(ss.MaxLogit(2, 1.0))
+    with pytest.raises(TypeError):
+        ss.MaxLogit(2.5)
 
 
 def test_objectives_are_equal_by_value_and_compile_once(problem):
@@ -261,8 +339,19 @@ def test_diagnose_says_what_helps(problem):
     assert f"rule={found.best.rule!r}, objective={name_of(found.best.objective)}" in said
     assert "Told the task" in said
     assert store.moments == {}
-    with pytest.raises(ValueError, match="at least 2 examples"):
-        ss.diagnose(net, store, [ss.TaskData(np.ones((1, 6), np.float32), np.zeros(1, int))] * 5)
+    with pytest.raises(ValueError, match="at least 3 examples"):
+        ss.diagnose(net, store, [ss.TaskData(np.ones((2, 6), np.float32), np.zeros(2, int))] * 5)
+
+
+def test_words_compare_rules_of_one_input_with_each_other():
+    """One gradient of several inputs is no rival of the best rule of one."""
+    found = [
+        diagnosis.Finding("oracle", RAW, 1, 0.6, 0.6),
+        diagnosis.Finding("one_shot", ss.entropy, 1, 0.3, 0.3),
+        diagnosis.Finding("one_shot", ss.entropy, 16, 0.9, 0.9),
+    ]
+    said = str(diagnosis.Diagnosis(0.9, 0.2, tuple(found)))
+    assert "One gradient is of little use here (0.300)" in said
 
 
 def test_misfit_is_a_loop_over_statistics(norm_net):

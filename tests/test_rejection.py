@@ -168,6 +168,18 @@ def test_the_script_runs_without_data(tmp_path, capsys):
     assert "one_shot" in capsys.readouterr().out
 
 
+def test_logits_of_refused_rows_are_not_numbers(problem):
+    net, store, x = problem
+    belief = ss.one_shot(net, store, x)
+    sure = belief._replace(task=belief.task.at[np.array([2, 7])].set(-1))
+    want = np.array(ss.predict(net, store, x, belief.task))
+    want[[2, 7]] = np.nan
+    np.testing.assert_array_equal(ss.predict(net, store, x, sure.task), want)
+    compiled = jax.jit(lambda task: ss.predict(net, store, x, task))
+    np.testing.assert_array_equal(compiled(sure.task), want)
+    assert np.isnan(ss.predict(net, store, x, -1)).all()
+
+
 def test_bad_input(known):
     alone = np.full((200, 4), -np.inf)
     alone[:, 0] = np.arange(200)

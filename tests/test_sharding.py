@@ -115,6 +115,24 @@ def test_rules_over_tasks_and_rows(net, store, x, name):
     assert tuple(got.scores.sharding.spec) == (("data", "task") if per_example else ("task",))
 
 
+def test_scores_read_like_those_of_one_device(net, store, x):
+    sharded = ss.shard(store, mesh_of(task=4, data=2))
+    want = ss.one_shot(net, store, x).scores[:, :NUM_TASKS]
+    scores = ss.one_shot(net, sharded, x).scores
+    assert_close(scores[:, :NUM_TASKS], want)
+    assert_close(scores[2, :5] - want[2, :5], np.zeros(5))  # beside an array of one device
+    rows = jax.device_put(x, jax.NamedSharding(mesh_of(task=4, data=2), jax.P("data")))
+    sliced = jax.jit(lambda store, x: ss.one_shot(net, store, x).scores[:, :NUM_TASKS])
+    assert_close(sliced(sharded, x), want)
+    assert_close(sliced(sharded, rows), want)
+    with jax.set_mesh(mesh_of(task=4, data=2)):  # axes stay explicit for who asks for that
+        belief = ss.one_shot(net, sharded, rows)
+        assert jax.typeof(belief.scores).sharding.spec == jax.P("data", "task")
+        refused = ss.predict(net, sharded, rows, np.array([0, -1, 12, -1, 3, 0]))
+    assert_close(np.asarray(belief.scores)[:, :NUM_TASKS], want)
+    np.testing.assert_array_equal(np.isnan(refused).all(1), [0, 1, 0, 1, 0, 0])
+
+
 def test_of_equal_tasks_on_several_devices_the_lowest_wins(net, store, x):
     same = filled_store(net, random_masks(net, 1) * NUM_TASKS, capacity=16)
     found = ss.one_shot(net, ss.shard(same, mesh_of(task=8)), x)
@@ -167,6 +185,8 @@ def test_append_replace_and_remove(norm_net):
     full = before.append(tasks[4], donate=True)  # full: it grows
     assert full.capacity == 8
     sharded = full.append(tasks[5], donate=True).replace(1, tasks[5])
+    for leaf in (sharded.bank.words, *jax.tree.leaves(sharded.bank.states)):
+        assert leaf.sharding.spec[0] == "task"  # each device has its own, and no more
     kept = [tasks[0], tasks[5], *tasks[2:]]
     want = filled_store(norm_net, kept, capacity=8)
     assert_same_tasks(sharded, want)

@@ -89,7 +89,7 @@ net
 
 # %%
 config = ss.TrainConfig(
-    steps=200, batch_size=64, optimizer="adam", learning_rate=5e-3, schedule="cosine", balanced=True
+    steps=300, batch_size=64, optimizer="adam", learning_rate=5e-3, schedule="cosine", balanced=True
 )
 store = ss.MaskStore.create(net, capacity=3)
 for i, (pair, task) in enumerate(zip(pairs, tasks, strict=True)):

@@ -12,7 +12,6 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import supsup_jax as ss
-from supsup_jax import data, models
 
 digits = load_digits()
 images = np.float32(digits.images[..., None] / 16)
@@ -21,42 +20,27 @@ train, held_out = order[:1100], order[1100:]
 centre = ss.Normalize(mean=0.3, std=0.5)
 
 # %% [markdown]
-# ## Tasks that look different: one gradient
-#
-# Permuted digits, five tasks. `diagnose` takes data that the masks have not learned.
-
-# %%
-permuted = data.PermutedStream(data.load_dataset("digits"), num_tasks=5)
-dense = models.lenet_300_100(40, num_inputs=64, rngs=nnx.Rngs(0))
-net = ss.signed_constant(ss.Network.from_nnx(dense), seed=0)
-config = ss.TrainConfig(steps=400, learning_rate=1e-3)
-store = ss.MaskStore.create(net, capacity=5)
-for i, task in enumerate(permuted.train):
-    store = store.append(ss.train_task(jax.random.key(i), net, task, config).task)
-print(ss.diagnose(net, store, permuted.test, num_labels=10))
-
-# %% [markdown]
-# One gradient is enough: `ss.one_shot(net, store, x)`, whose time hardly grows with the tasks.
+# Where tasks look different to the network there is nothing to do: permuted pixels are named by one
+# gradient in .999 of cases ([Ten tasks](ten_tasks.ipynb)), and `ss.one_shot` takes hardly longer for many
+# tasks than for few. This page is about the other case.
 #
 # ## Tasks that are natural classes
 #
-# The digits as they are, two classes a task: 0 and 1, 2 and 3, ... A conv net with LayerNorm and
+# The digits as they are, two classes a task: 0 and 1, 2 and 3, ... A small net with LayerNorm and
 # eight outputs: two labels, six superfluous. Equally many images of each task, so that what is compiled
 # for one serves all.
 
 
 # %%
-class ConvNet(nnx.Module):
+class Net(nnx.Module):
     def __init__(self, *, rngs):
-        self.conv0 = nnx.Conv(1, 32, (3, 3), rngs=rngs)
-        self.conv1 = nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs)
-        self.norm = nnx.LayerNorm(64, rngs=rngs)
-        self.head = nnx.Linear(64 * 16, 8, rngs=rngs)
+        self.hidden = nnx.Linear(64, 300, rngs=rngs)
+        self.norm = nnx.LayerNorm(300, rngs=rngs)
+        self.head = nnx.Linear(300, 8, rngs=rngs)
 
-    def __call__(self, x):
-        x = jax.nn.relu(self.conv0(x))
-        x = jax.nn.relu(self.norm(self.conv1(x)))
-        return self.head(x.reshape(len(x), -1))
+    def __call__(self, x):  # [B, 8, 8, 1]
+        x = jax.nn.relu(self.norm(self.hidden(x.reshape(len(x), -1))))
+        return self.head(x)
 
 
 def pair(rows, count, i):
@@ -66,7 +50,7 @@ def pair(rows, count, i):
 
 tasks = [pair(train, 200, i) for i in range(5)]
 tests = [pair(held_out, 128, i) for i in range(5)]
-net = ss.signed_constant(ss.Network.from_nnx(ConvNet(rngs=nnx.Rngs(0))), seed=0)
+net = ss.signed_constant(ss.Network.from_nnx(Net(rngs=nnx.Rngs(0))), seed=0)
 
 
 def learned(config):
@@ -117,12 +101,15 @@ print(
 measured = ss.measure_statistics(asked, turned, tests, judge)
 same_scale = ss.oracle(asked, measured, x, ss.Standardised(judge))
 print("standardised:", np.bincount(same_scale.task, minlength=5))
-for best in (2, 3):
-    rule = ss.Rule("rerank", best=best, judge=judge)
-    rows = ss.evaluate(asked, turned, tests, "per_example", objective=ss.Superfluous(2), rule=rule)
-    print(f"rerank, best={best}: {np.mean([row.task_accuracy for row in rows]):.3f}")
+rule = ss.Rule("rerank", best=2, judge=judge)
+rows = ss.evaluate(asked, turned, tests, "per_example", objective=ss.Superfluous(2), rule=rule)
+print(f"rerank, best=2: task accuracy {np.mean([row.task_accuracy for row in rows]):.3f}")
 
 # %% [markdown]
+# Here the short list is too short: one gradient often leaves the right mask out of its best two, and
+# `oracle` is worth its five forward passes. Rotations made the largest logit right in .85 of cases, from
+# .74, and 16 images together name the task every time.
+#
 # ## From symptom to cause
 #
 # | you see | look at |

@@ -200,7 +200,9 @@ def learn(
     check_type("data", data, TaskData)
     check_type("config", config, TrainConfig)
     data.check()
-    data.check_classes(num_outputs(baseline.net, data))
+    data.check_classes(outputs := num_outputs(baseline.net, data))
+    if config.views is not None:
+        config.views.check(data, outputs)
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from supsup_jax.checks import check_int
-from supsup_jax.devices import in_pieces
+from supsup_jax.devices import in_pieces, on_host
 from supsup_jax.inference import arguments
 from supsup_jax.inference.evaluation import (
     LabelAccuracy,
@@ -44,6 +44,8 @@ def measure_statistics(
 ) -> TaskStore:
     """The store, with the mean and deviation of each task's own scores, for `Standardised`.
 
+    net: the one that will be asked: `LabelledViews.averaged(net)` scores otherwise than `net`, and
+      the store keeps of an objective what was measured last.
     A task's scores are -objective(logits) of its own inputs under its own mask and statistics.
     They are kept beside its mask, two floats an objective, through `save`, `DiskStore.extend`,
     `shard`, `remove`; a task that is appended or put in another's place has none until measured.
@@ -61,22 +63,30 @@ def measure_statistics(
     if keep is None:
         raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
     held, name = int(store.num_tasks), name_of(objective)
+    if "<lambda>" in name or " at 0x" in name:
+        raise ValueError(
+            f"moments are kept under the objective's name, and {name} is not its alone: pass a "
+            "function with a name, or a frozen dataclass"
+        )
     before = store.moments.get(name)
-    moments = np.zeros((held, 2)) if before is None else np.array(before[:held], np.float64)
-    counts = None if store.num_labels is None else np.asarray(store.num_labels)
+    moments = (
+        np.zeros((held, 2)) if before is None else np.array(on_host(before)[:held], np.float64)
+    )
+    counts = None if store.num_labels is None else on_host(store.num_labels)
     check_stream(stream, held)
-    plain = store.untyped()
     for i in range(held) if tasks is None else tasks:
         if not 0 <= i < held:
             raise TaskIdError(f"tasks must lie in [0, {held}), got {i}")
         own = of_labels(objective, None if counts is None else int(counts[i]))
         parts = [
-            _scores(net, plain, data, i, objective=own, batch_size=batch_size)
+            _scores(net, store, data, i, objective=own, batch_size=batch_size)
             for data in _examples(stream, i)
         ]
         scores = np.concatenate(jax.device_get(parts)).astype(np.float64)
         moments[i] = scores.mean(), scores.std()
-        if not np.isfinite(moments[i]).all() or not moments[i, 1]:
+        # What float32 makes of equal scores is no deviation.
+        noise = np.finfo(np.float32).eps * np.abs(scores).max()
+        if not np.isfinite(moments[i]).all() or moments[i, 1] <= noise:
             raise ValueError(
                 f"the scores of task {i} must differ and be finite, and the {len(scores)} of "
                 f"stream[{i}] have mean {moments[i, 0]:g} and deviation {moments[i, 1]:g}"
@@ -135,7 +145,7 @@ def diagnose(
       say. Outputs beyond them are superfluous.
     progress: wraps the loop over rules.
     The store stays as it is: to use a `Standardised` objective, `measure_statistics` first.
-    Raises as `evaluate`, and ValueError for fewer than 2 images a task.
+    Raises as `evaluate` and `measure_statistics`, and ValueError for fewer than 3 images a task.
     """
     arguments.check_pair(net, store)
     held = int(store.num_tasks)
@@ -188,7 +198,8 @@ def _words(found):
             for each in found.findings
             if each.together == together
         )
-    gradient = max(each.task_accuracy for each in found.findings if each.rule == "one_shot")
+    alone = [each for each in found.findings if each.together == best.together]
+    gradient = max(each.task_accuracy for each in alone if each.rule == "one_shot")
     # Midway between what chance and certainty would name.
     halfway = (1 + chance) / 2
     if gradient >= 0.99 * best.task_accuracy:
@@ -219,9 +230,9 @@ def _mean(rows, field):
 
 
 def _halves(data, i):
-    """Every other example, and the rest."""
-    if data.num_examples < 2:
-        raise ValueError(f"stream[{i}] must hold at least 2 examples, got {data.num_examples}")
+    """Every other example, at least two, which have a deviation; and the rest."""
+    if data.num_examples < 3:
+        raise ValueError(f"stream[{i}] must hold at least 3 examples, got {data.num_examples}")
 
     def part(rows):
         inputs = jax.tree.map(lambda leaf: leaf[rows], data.inputs)

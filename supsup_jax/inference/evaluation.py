@@ -174,7 +174,6 @@ def evaluate(
     rule = parse_rule(rule)
     if metric is not None:
         check_objective(metric, "metric")
-    store = store.untyped()
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)
@@ -421,6 +420,9 @@ class LabelAccuracy:
     """
 
     num_labels: int
+
+    def __post_init__(self):
+        check_int("num_labels", self.num_labels, 1)
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         return is_right(logits[:, : self.num_labels], labels)

@@ -13,8 +13,10 @@ from supsup_jax.devices import varying_like
 from supsup_jax.inference import arguments, schedule
 from supsup_jax.network import Network
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import PyTree, TaskIdError, num_rows
+from supsup_jax.types import PyTree, TaskIdError, is_open, num_rows
 
+# The task of rows that `rejection.reject` refuses.
+REFUSED = -1
 # Rows of one task that go through the network together.
 SEGMENT = 32
 
@@ -26,8 +28,10 @@ def predict(
 
     task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each
     group goes through the network together, so no network is ever built per example.
+    A row of task -1, which `rejection.reject` refused, has NaN for logits. Their argmax is a number
+    like any other: a refused row is told by its task.
     Raises TypeError for ids that are not integers, ValueError (TaskIdError) for one out of
-    range, where values are known; inside jit an id is clipped to the tasks held.
+    range, where values are known; inside jit an id is clipped to the tasks held, and -1.
     """
     arguments.check_pair(net, store)
     x = arguments.check_input(x)
@@ -41,8 +45,11 @@ def predict(
     if not is_traced((task, num_tasks)):
         ids = np.asarray(task)
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= int(num_tasks):
-            raise TaskIdError(f"task must lie in [0, {int(num_tasks)}), got {low} to {high}")
+        if low < REFUSED or high >= int(num_tasks):
+            raise TaskIdError(
+                f"task must lie in [0, {int(num_tasks)}), or be {REFUSED} of rows that reject "
+                f"refused, got {low} to {high}"
+            )
     return _predict(net, store, x, task)
 
 
@@ -55,15 +62,19 @@ def _predict(net, store, x, task):
 
 def _all_under_one(store, x, net, task):
     slot = store.slot_of(jnp.clip(task, 0, store.all_tasks - 1))
-    return store.devices.total(_logits_under(net, store, x, slot))
+    return _unless_refused(task, store.devices.total(_logits_under(net, store, x, slot)))
 
 
 def _each_under_its_own(store, rows, net):
     x, task = rows
     slot = store.slot_of(jnp.clip(task, 0, store.all_tasks - 1))
-    index = jnp.arange(len(task), dtype=jnp.int32)
+    index = jnp.arange(task.shape[0], dtype=jnp.int32)
     found = grouped(functools.partial(_logits_under, net, store), x, index, slot)
-    return store.devices.total(found)
+    return _unless_refused(task, store.devices.total(found))
+
+
+def _unless_refused(task, logits):
+    return jnp.where((task < 0)[..., None], jnp.asarray(jnp.nan, logits.dtype), logits)
 
 
 def _logits_under(net, store, x, slot):
@@ -81,8 +92,8 @@ def grouped(
     function: (part of x [r, ...], one id) -> [r, ...], row for row. Rows of one id go through it
     together, and no more than a segment of x is copied at a time.
     """
-    count = len(rows)
-    segment = min(SEGMENT, count)
+    count = rows.shape[0]
+    segment = SEGMENT if is_open(count) else min(SEGMENT, count)
     order = jnp.argsort(ids)
     ids, rows = ids[order], rows[order]
     # A segment starts where the id changes, and every `segment` rows within a run of one id.

@@ -113,7 +113,7 @@ def calibrate(
 def reject(belief: TaskBelief, rejection: Rejection) -> TaskBelief:
     """The belief with task -1 where its confidence lies below the threshold; scores as they are.
 
-    What is not a number is refused. `predict` takes no id of -1: look at the task before.
+    What is not a number is refused. `predict` gives rows of task -1 logits of NaN.
     Raises TypeError unless given a TaskBelief and a Rejection.
     """
     check_type("belief", belief, TaskBelief)

@@ -21,7 +21,7 @@ from supsup_jax.inference.arguments import Race
 from supsup_jax.loops import equations
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
+from supsup_jax.types import Objective, PyTree, TaskBelief, is_open, num_rows
 
 # Weight gradients held at once on a GPU or TPU: 512 MiB of float32. On CPU one at a time, which
 # stays in the cache.
@@ -237,6 +237,8 @@ def _product(store, implementation):
 
 def _few_tasks(store, decisions):
     """Whether probing mask by mask is cheaper on CPU than a gradient a decision."""
+    if is_open(decisions.num) or is_open(decisions.deciders):
+        return False
     few = store.capacity * decisions.deciders <= TANGENTS_UPTO
     return few and decisions.num >= TANGENTS_FROM
 

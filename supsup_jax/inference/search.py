@@ -298,13 +298,13 @@ def _oracle(net, store, decisions, objective):
 def _rerank(net, store, decisions, objective, best, judge):
     slots = store.slot_of(_shortlist(net, store, decisions, objective, best))  # [D, best]
     judge, rows = functools.partial(_judge, net, store, judge), decisions.rows
-    if num_rows(rows) == len(slots):  # each row has a list of its own
-        each = jnp.repeat(jnp.arange(len(slots), dtype=jnp.int32), best)
+    if num_rows(rows) == slots.shape[0]:  # each row has a list of its own
+        each = jnp.repeat(jnp.arange(slots.shape[0], dtype=jnp.int32), best)
         judged = grouped(judge, rows, each, slots.reshape(-1)).reshape(slots.shape)
     else:
         judged = lax.map(lambda slot: judge(rows, slot).mean(), slots[0])[None]
     # Each device has judged its own, and puts them where its own are.
-    scores = jnp.full((len(slots), store.capacity), -jnp.inf, jnp.float32)
+    scores = jnp.full((slots.shape[0], store.capacity), -jnp.inf, jnp.float32)
     put = jax.vmap(lambda row, slot, new: row.at[slot].set(new, mode="drop"))
     return belief(store, put(scores, slots, decisions.over_devices(judged)))
 

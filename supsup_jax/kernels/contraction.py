@@ -295,13 +295,13 @@ def _matrix_blocks(words, pieces, live_tiles, block_floats):
             0,
             whole,
             lambda i, total: total + product(tile, i * rows, rows),
-            _zeros(words, pieces, (len(columns), lanes)),
+            _zeros(words, pieces, (columns.shape[0], lanes)),
         )
         if rest := num_words - whole * rows:
             total = total + product(tile, whole * rows, rest)
         return lax.dynamic_update_index_in_dim(s, total, tile, 1)
 
-    s = _zeros(words, pieces, (len(columns), num_tiles, lanes))
+    s = _zeros(words, pieces, (columns.shape[0], num_tiles, lanes))
     s = lax.fori_loop(0, live_tiles, add_tile, s)
     return s.reshape(*pieces.shape[:-1], num_tiles * lanes).sum(axis=0)
 
@@ -319,12 +319,12 @@ def _superpose_blocks(words, alphas, live_tiles, block_floats):
 
         rows, whole = _blocks(words, block_floats)
         blocks = lax.map(lambda i: block(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
-        joined = jnp.moveaxis(blocks, 0, 2).reshape(len(batched), WORD_BITS, whole * rows)
+        joined = jnp.moveaxis(blocks, 0, 2).reshape(batched.shape[0], WORD_BITS, whole * rows)
         if rest := num_words - whole * rows:
             joined = jnp.concatenate([joined, block(whole * rows, rest)], axis=2)
         return w + joined
 
-    w = _zeros(words, alphas, (len(batched), WORD_BITS, num_words))
+    w = _zeros(words, alphas, (batched.shape[0], WORD_BITS, num_words))
     w = lax.fori_loop(0, live_tiles, add_tile, w)
     return w.reshape(*alphas.shape[:-1], WORD_BITS * num_words)
 

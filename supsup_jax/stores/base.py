@@ -83,10 +83,6 @@ class TaskStore:
         del out
         return function(self, *(value for value, _ in args))
 
-    def untyped(self) -> "TaskStore":
-        """This store for programs that mix its results with arrays of one device. Outside jit."""
-        return self
-
     def mask(self, i: jax.Array | int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
 
@@ -176,7 +172,8 @@ def checked_task(
         _, state = checked_task(Task(mask, state), layout, facts.state)
         count = None if num_labels is None else jnp.int32(num_labels)
         # Not measured: those of another task would be wrong.
-        return leaves, Facts(state, count, jax.tree.map(lambda _: jnp.zeros(2), facts.moments))
+        none = jax.tree.map(lambda each: jnp.zeros(2, each.dtype), facts.moments)
+        return leaves, Facts(state, count, none)
     if jax.tree.structure(state) != jax.tree.structure(like_state):
         if like_state is None:
             raise ValueError("the network has no state, but the task brings one")

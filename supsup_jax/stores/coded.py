@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from supsup_jax.checks import check_int
-from supsup_jax.layout import Layout
+from supsup_jax.layout import Layout, dense_widths
 from supsup_jax.stores import arrays, codecs
 from supsup_jax.stores.base import as_index
 from supsup_jax.stores.codecs import Leaves
@@ -100,6 +100,7 @@ class Form:
         _check_names(name, labels)
         if num_labels is not None:
             check_int("num_labels", num_labels, 1)
+        self._check_labels(list(labels or ()), num_labels or 0)
         leaves = [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
         base = None if base is None else as_index(base)
         codec, mask = self._encoded(leaves, codec, base)
@@ -117,9 +118,11 @@ class Form:
         if num_labels is not None:
             metadata["num_labels"] = int(num_labels)
         if moments:
-            pairs = {name: tuple(map(float, pair)) for name, pair in moments.items()}
-            _check_moments(pairs)
-            metadata["moments"] = pairs
+            if not isinstance(moments, Mapping):
+                raise TypeError(f"moments must be a dict, got {type(moments).__name__}")
+            # Of arrays their numbers; what is none is refused as it came.
+            pairs = {name: np.asarray(pair).tolist() for name, pair in moments.items()}
+            metadata["moments"] = moments_in({"moments": pairs})
         return metadata, [mask, *map(as_bytes, [*jax.tree.leaves(state), *scores])]
 
     def alone(self, coded: Coded) -> tuple[dict[str, Any], list[Any]]:
@@ -143,8 +146,7 @@ class Form:
                 type(count) is int and 0 < count < 2**31
             ):
                 raise ValueError(f"task {i} of {count!r} labels")
-            moments = record.metadata.get("moments", {})
-            _check_moments(moments)
+            moments = moments_in(record.metadata)
             if type(scored) is not int or scored not in (0, 4 * self.layout.num_weights):
                 raise ValueError(f"task {i} with scores of {scored!r} bytes")
             if type(size) is not int or size != len(record.body) - self.state_bytes - scored:
@@ -203,6 +205,17 @@ class Form:
         except StoreError as error:
             raise StoreError(f"{self.path}: the mask of task {coded.i}: {error}") from error
 
+    def _check_labels(self, labels, num_labels):
+        if twice := [name for name in dict.fromkeys(labels) if name and labels.count(name) > 1]:
+            raise ValueError(f"labels must differ, got {twice[0]!r} more than once")
+        widths = dense_widths(self.layout.named_shapes)
+        # Of other networks it shows when they are asked.
+        if widths and max(len(labels), num_labels) > widths[-1]:
+            raise ValueError(
+                f"labels must be at most {widths[-1]}, the network's outputs, got "
+                f"{max(len(labels), num_labels)}"
+            )
+
     def _encoded(self, leaves, codec, base):
         """The codec of a mask, chosen where it is "auto", and the mask in it."""
         codecs.check_codec(codec, base, CODECS)
@@ -226,13 +239,25 @@ def _check_names(name, labels):
         raise TypeError(f"labels must be a list of str, got {labels!r}")
 
 
-def _check_moments(moments):
-    for name, (mean, deviation) in moments.items():
-        if not (isinstance(name, str) and abs(mean) < math.inf and 0 < deviation < math.inf):
+def moments_in(metadata: Mapping[str, Any]) -> Moments:
+    """The moments in a task's metadata. Raises ValueError for what is none, as of a forged file."""
+    moments = metadata.get("moments", {})
+    if not isinstance(moments, dict):
+        raise ValueError(f"moments {moments!r}, which are no dict")
+    for name, pair in moments.items():
+        numbers = isinstance(pair, list) and all(type(each) in (int, float) for each in pair)
+        if not (isinstance(name, str) and numbers and len(pair) == 2 and _are_moments(*pair)):
             raise ValueError(
-                f"moments must be a finite mean and a positive deviation by an objective's name, "
-                f"got {(mean, deviation)} of {name!r}"
+                "moments must be a finite mean and a positive deviation, in float32, by an "
+                f"objective's name, got {pair!r} of {name!r}"
             )
+    return moments
+
+
+def _are_moments(mean, deviation):
+    with np.errstate(over="ignore"):
+        mean, deviation = np.float32(float(mean)), np.float32(float(deviation))
+    return abs(mean) < math.inf and 0 < deviation < math.inf
 
 
 def _checked_scores(layout, scores):

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.codecs import Leaves
-from supsup_jax.stores.coded import Form, Moments, TaskInfo
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, moments_in
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest
+from supsup_jax.stores.names import Names
+from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest, sensible
+from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
@@ -51,6 +53,7 @@ class DiskStore:
         self._form = Form(self._layout, list(states.values()), log.path, self._leaves_of)
         # The last base of an xor-delta, and its leaves.
         self._base: tuple[Entry | None, Leaves] = None, []
+        self._names = Names(log)
 
     @classmethod
     def open(
@@ -132,7 +135,8 @@ class DiskStore:
         task: a Task, or a bare mask where the network has no state.
         scores: a TrainResult's, float32 pytree like the mask, kept so that training can go on; 32
           times the bytes of packed masks, which loading reads past.
-        name, labels: what people call the task and its outputs.
+        name, labels: what people call the task and its outputs, one name each; the first name that
+          is given has those of all tasks read, 2 s for 100,000.
         num_labels: as of `MaskStore.append`, and told of all tasks that are loaded together or of
           none; `labels` do not tell it.
         moments: of `MaskStore.moments`, the mean and deviation of the task's scores by the names of
@@ -141,14 +145,16 @@ class DiskStore:
         base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
           many are appended, pass False and call `flush` once: a crash before may take the last.
-        Raises TypeError or ValueError for a task of another network, or what is no name; StoreError
+        Raises TypeError or ValueError for a task of another network, what is no name or one that is
+        taken, and more labels than outputs; StoreError
         unless the store is open for appending; OSError where the disk is full, and then the store
         holds what it held.
         """
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
         record = self._form.record(len(self), task, scores, *told)
-        return self._log.append(*record, durable=durable)
+        with self._names.giving(name):
+            return self._log.append(*record, durable=durable)
 
     def replace(
         self,
@@ -174,8 +180,9 @@ class DiskStore:
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
         record = self._form.record(i, task, scores, *told)
-        self._recode(i)
-        self._log.replace(i, *record, durable=durable)
+        with self._names.giving(name, i):
+            self._recode(i)
+            self._log.replace(i, *record, durable=durable)
 
     def remove(self, i: int) -> None:
         """Removes task i, which may be damaged; the ids of others stay.
@@ -191,6 +198,7 @@ class DiskStore:
         """
         self._log.entry(i := as_index(i))
         self._recode(i)
+        self._names.forget()
         self._log.remove(i)
 
     def compact(self) -> int:
@@ -238,6 +246,20 @@ class DiskStore:
         Raises FileNotFoundError, StoreError where it is damaged or of another network, and as
         `append`.
         """
+        record = self._of_file(path)
+        with self._names.giving(record.metadata["name"]):
+            return self._log.append(record.metadata, [record.body])
+
+    def replace_by_file(self, i: int, path: str | os.PathLike) -> None:
+        """Makes task i that in a file of `export`. Raises as `append_file` and `replace`."""
+        self._log.entry(i := as_index(i))
+        record = self._of_file(path)
+        with self._names.giving(record.metadata["name"], i):
+            self._recode(i)
+            self._log.replace(i, record.metadata, [record.body])
+
+    def _of_file(self, path):
+        """The record of a task in a file, once it is seen to belong here."""
         manifest, record = records.read_alone(path)
         read_manifest(manifest, FORMAT, path, self._net)
         for field in ("layout", "states", "fingerprint"):
@@ -248,7 +270,27 @@ class DiskStore:
                 )
         coded = self._form.read(record, 0)
         self._form.words(coded)  # against no other, being the first of its file
-        return self._log.append(record.metadata, [record.body])
+        self._form.info(coded)
+        return record
+
+    def copy(self, path: str | os.PathLike, without: Sequence[int] = ()) -> list[int]:
+        """Writes a new store of the tasks but for those `without`, and returns their ids.
+
+        They keep their ids; those left out, of which nothing is read, count as removed. Each is
+        coded anew where it was coded against another.
+        Raises FileExistsError where a store is, as `task` for damage among them, OSError.
+        """
+        for i in (without := set(map(as_index, without))):
+            self._log.entry(i)
+        held = [i for i in self._log.ids if i not in without]
+        kept = set(held)
+        found = (self._read(i, self._form.alone) if i in kept else None for i in range(len(self)))
+        journal.write_all(path, self.manifest, found)
+        return held
+
+    def find(self, name: str) -> list[int]:
+        """Ids of the tasks of that name, as far as their records can be read."""
+        return self._names.find(name)
 
     def flush(self) -> None:
         """Returns when all tasks are on the device: for `append(durable=False)`."""
@@ -301,7 +343,8 @@ class DiskStore:
         labelled = counts[0] is not None
         for i, count in zip(ids, counts, strict=True):
             _check_told(labelled, i, count)
-        measured = sorted({name for each in told for name in each.get("moments", ())})
+        with sensible(self.path):
+            measured = sorted({name for each in told for name in moments_in(each)})
         state = like_state(net, labelled, measured)
         fields = functools.partial(self._fields, labelled, measured)
         if mesh is None:
@@ -315,11 +358,11 @@ class DiskStore:
             [count for count in counts if count is not None],
         )
 
-    def parts(self, size: int = 1024) -> "Parts":
+    def parts(self, size: int = 1024) -> Parts:
         """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
         self._network()
         check_int("size", size, 1)
-        return Parts(self, size)
+        return Parts(lambda: self.ids, self.load, size)
 
     def refresh(self) -> int:
         """Takes in what was appended, removed and replaced since, and returns `len`.
@@ -395,21 +438,3 @@ def _check_told(labelled, i, num_labels):
             f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
             f"{'lacks' if labelled else 'has'} it: load others, or replace it"
         )
-
-
-class Parts:
-    """The tasks of a DiskStore as MaskStores, loaded one at a time, as often as gone through.
-
-    What is held at a time is one part, and while it is loaded two more copies of its masks.
-    """
-
-    def __init__(self, disk: DiskStore, size: int):
-        self._disk, self._size = disk, size
-
-    def __len__(self) -> int:
-        return -(-len(self._disk.ids) // self._size)
-
-    def __iter__(self) -> Iterator[MaskStore]:
-        ids = self._disk.ids
-        for start in range(0, len(ids), self._size):
-            yield self._disk.load(ids[start : start + self._size].tolist())

@@ -26,7 +26,7 @@ Reads copy from the file, never map it: a mapped file that is cut short kills it
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +42,14 @@ _PARTIAL = MANIFEST + ".partial"
 
 
 class Problem(NamedTuple):
-    """What `verify` found. loses: whether a task cannot be read, which `repair` cannot mend."""
+    """What `verify` found. loses: whether a task cannot be read, which `repair` cannot mend; task:
+    which, where that is known.
+    """
 
     file: str
     what: str
     loses: bool
+    task: int | None = None
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}"
@@ -313,7 +316,7 @@ class TaskLog(Files):
                 records.parse_record(self._whole(task, entry), task, self._file)
             except StoreError as error:
                 what = str(error).removeprefix(f"{self._file}: ")
-                problems.append(Problem(RECORDS, what, loses=True))
+                problems.append(Problem(RECORDS, what, loses=True, task=task))
         for offset, length, task in self._remains(thorough=True):
             what = f"left of a former task {task}" if self._replaced(task, offset) else "no record"
             what = f"{length:,} bytes at {offset:,} are {what}"
@@ -407,12 +410,35 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
     return done
 
 
+def write_all(
+    path: str | os.PathLike,
+    manifest: dict[str, Any],
+    found: Iterable[tuple[dict[str, Any], Sequence[Any]] | None],
+) -> None:
+    """A new folder of these records, metadata and body; None, of one that was removed.
+
+    Raises as `TaskLog.create`; what `found` raises leaves those before it.
+    """
+    log = TaskLog.create(path, manifest)
+    try:
+        for record in found:
+            log.append(*(record or (records.REMOVED, [])), durable=False)
+        log.flush()
+    finally:
+        log.close()
+
+
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the store in folder `path`. Raises as `TaskLog.open`."""
     file = Path(path) / MANIFEST
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no store at {path}")
+    if Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is a file, and a store is a folder: supsup inspect says what the file is"
+        )
     if not file.exists():
-        kind = "is a file, not" if Path(path).is_file() else "holds no"
-        raise FileNotFoundError(f"{path} {kind} a store's folder: there is no {file.name} in it")
+        raise FileNotFoundError(f"{path} is no store: the folder lacks {file.name}")
     with open(file, "rb") as stream:
         data = stream.read(_MAX_MANIFEST_BYTES + 1)
     manifest, rest = records.split_manifest(data, file)

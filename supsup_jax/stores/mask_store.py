@@ -103,11 +103,13 @@ class MaskStore(Owned, TaskStore):
         float32 [T, 2] by objectives' names. Outside jit.
         """
         states, held = self.bank.states, int(self.num_tasks)
+        if not moments:
+            return self
         facts = states if isinstance(states, Facts) else Facts(states)
         new = dict(facts.moments or {})
         for name, value in moments.items():
-            if jnp.shape(value) != (held, 2):
-                raise ValueError(f"moments must be [{held}, 2], got {jnp.shape(value)} of {name}")
+            if np.shape(value) != (held, 2):
+                raise ValueError(f"moments must be [{held}, 2], got {np.shape(value)} of {name}")
             rows = np.zeros((self.capacity, 2), np.float32)
             rows[:held] = value
             new[name] = self._placed(rows)

@@ -243,10 +243,11 @@ def like_state(net: Network, labelled: bool = False, moments: Iterable[str] = ()
 
 
 def state_in(states: Iterable[str], net: Network) -> PyTree:
-    """The statistics of these leaves, of a network's task."""
-    facts = all(name.startswith(("state/", "moments/")) or name == "num_labels" for name in states)
+    """What one task's statistics are like, of the names of their leaves in a file."""
+    if {*states} == {*named_leaves(net.state)}:  # whatever a network calls its own
+        return net.state
     named = [name.removeprefix("moments/") for name in states if name.startswith("moments/")]
-    return like_state(net, "num_labels" in states, named) if facts else net.state
+    return like_state(net, "num_labels" in states, named)
 
 
 def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[records.Record, PyTree]:

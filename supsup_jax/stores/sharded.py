@@ -180,7 +180,10 @@ class ShardedStore(MaskStore):
 
     def spread(self, function: Callable, *args: tuple[PyTree, Any], out: PyTree) -> PyTree:
         """As `TaskStore.spread`: one shard_map over the whole mesh."""
-        mesh, names = self.mesh, self.mesh.axis_names
+        mesh, context = self.mesh, jax.sharding.get_abstract_mesh()
+        if dict(context.shape) == dict(mesh.shape):  # the caller's `jax.set_mesh`
+            mesh = context
+        names = mesh.axis_names
         rows = [
             len(leaf) for value, spec in args if spec == ROWS for leaf in jax.tree.leaves(value)
         ]
@@ -196,6 +199,9 @@ class ShardedStore(MaskStore):
             return function(shard, *values)
 
         specs = [there(spec) for _, spec in args]
+        bank = arrays.Bank(
+            *(_resharded(mesh, *pair) for pair in zip(self.bank, arrays.ON_MESH, strict=True))
+        )
         values = [
             _resharded(mesh, value, spec) for (value, _), spec in zip(args, specs, strict=True)
         ]
@@ -206,11 +212,7 @@ class ShardedStore(MaskStore):
             out_specs=jax.tree.map(there, out, is_leaf=lambda spec: isinstance(spec, P)),
             # A network may loop from constants of its own, whose type the check would refuse.
             check_vma=False,
-        )(self.bank, *values)
-
-    def untyped(self) -> "ShardedStore":
-        """The same arrays over a mesh of no explicit axes."""
-        return _moved(self, devices.auto(self.mesh))
+        )(bank, *values)
 
     def _grown(self):
         return shard(self, self.mesh, 2 * self.capacity)
@@ -327,6 +329,7 @@ def _tiled_anew(store, new_capacity, new_parts):
 
 def _moved(store, mesh):
     """The sharded store of a MaskStore tiled for the mesh, its arrays there."""
+    mesh = devices.auto(mesh)  # of explicit axes, types would refuse slices, and mixing with others
 
     def put(tree, spec):
         sharding = devices.on_mesh(mesh, spec)

@@ -280,6 +280,7 @@ def check_labels(
         data.check_classes(known, where)
         if (weights := config.loss.weights) is not None and len(weights) < known:
             high = int(np.max(data.labels)) if not is_traced(data.labels) else 0
+            high = high if config.views is None else config.views.num_outputs - 1
             if high >= len(weights):
                 raise ValueError(
                     f"the loss has weights of {len(weights)} classes, got a label of {high}"

@@ -1,0 +1,99 @@
+"""Rows to be asked about, from the files that people have."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from supsup_jax.extras import needed
+from supsup_jax.types import PyTree, shapes_of
+
+ARRAYS = (".npy", ".npz")
+
+
+class Rows(NamedTuple):
+    """x: [B, ...], an array or a dict of arrays; files: of each row, where each is an image."""
+
+    x: PyTree
+    files: list[str] | None = None
+
+
+def read(paths: list[Path], widths: list[int] | None, mean: float = 0.0, std: float = 1.0) -> Rows:
+    """The rows in a .npy or .npz file, or in images, one a file, or in a folder of images.
+
+    widths: of the network, where it is a chain of dense layers: rows are then made flat, and images
+      grey where that gives as many pixels as it has inputs.
+    mean, std: pixels, in [0, 1], become (pixel - mean) / std; bytes are scaled to [0, 1] first.
+    Raises ValueError for what holds no rows, FileNotFoundError, MissingExtraError.
+    """
+    arrays = [path for path in paths if path.suffix.lower() in ARRAYS]
+    if arrays and len(paths) > 1:
+        raise ValueError(f"--input takes one file of arrays, or images, got {len(paths)} files")
+    x, files = (_arrays(arrays[0]), None) if arrays else _images(paths, widths)
+    leaves = jax.tree.leaves(x)
+    least = 1 if isinstance(x, dict) else 2
+    if any(leaf.ndim < least or len(leaf) != len(leaves[0]) for leaf in leaves) or not len(
+        leaves[0]
+    ):
+        raise ValueError(f"--input must hold rows [B, ...], got {shapes_of(x)}")
+
+    def scaled(leaf):
+        if leaf.dtype == np.uint8:
+            leaf = leaf.astype(np.float32) / 255
+        if np.issubdtype(leaf.dtype, np.floating) and (mean, std) != (0, 1):
+            leaf = (leaf.astype(np.float32) - mean) / std
+        return leaf.reshape(len(leaf), -1) if widths else leaf
+
+    return Rows(jax.tree.map(scaled, x), files)
+
+
+def _arrays(path):
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            with found:
+                found = {name: found[name] for name in found.files}
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--input {path} is no file of NumPy arrays: {error}") from error
+    if isinstance(found, dict) and len(found) == 1:
+        return next(iter(found.values()))
+    if not len(found):
+        raise ValueError(f"--input {path} holds nothing")
+    return found  # several arrays go to the network by their names
+
+
+def _images(paths, widths):
+    with needed("data"):
+        from PIL import Image, UnidentifiedImageError
+
+    files = []
+    for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else ()
+        files += inside or [path]
+    pixels = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size = image.width * image.height
+                flat = widths and widths[0] == size
+                grey = flat or (not widths and image.mode in ("1", "L", "I", "I;16"))
+                pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
+        except (UnidentifiedImageError, IsADirectoryError) as error:
+            raise ValueError(
+                f"--input {file} is neither a .npy or .npz file nor an image"
+            ) from error
+        if pixels[-1].shape != pixels[0].shape:
+            raise ValueError(
+                f"images must be of one size and kind: {files[0]} is {pixels[0].shape}, {file} is "
+                f"{pixels[-1].shape}"
+            )
+        if widths and pixels[-1].size != widths[0]:
+            raise ValueError(
+                f"the network takes {widths[0]} numbers, and {file} has {image.width} x "
+                f"{image.height} pixels"
+            )
+    if not pixels:
+        raise ValueError("--input names no file")
+    x = np.stack(pixels)
+    return (x if x.ndim == 4 else x[..., None]), [str(file) for file in files]
