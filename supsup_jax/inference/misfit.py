@@ -2,7 +2,7 @@
 
 Under a wrong mask a batch's own mean and variance lie elsewhere than those that the mask was
 learned with. No output is looked at; nothing of the kind has been published, and what it reached is
-in docs/class_incremental.md.
+in docs/natural_images.md.
 """
 
 import jax
