@@ -201,7 +201,7 @@ def _belief(asked, x):
     for batch, real in _batches(x):
         found = jax.device_get(asked.rule(asked.net, asked.store, batch, asked.objective))
         parts.append((found.task[:real], found.scores[:real]))
-    return TaskBelief(*map(np.concatenate, zip(*parts, strict=True)))
+    return TaskBelief._make(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _answers(asked, rows, refusal, with_scores):
@@ -209,13 +209,11 @@ def _answers(asked, rows, refusal, with_scores):
     x, files = rows
     total = num_rows(x)
     if asked.known is not None:
-        belief = TaskBelief(np.full(total, asked.known), None)
+        belief = TaskBelief._make((np.full(total, asked.known), None))
     elif asked.together:
         found = jax.device_get(asked.rule(asked.net, asked.store, x, asked.objective, False))
-        belief = TaskBelief(
-            np.broadcast_to(found.task, total),
-            np.broadcast_to(found.scores, (total, len(found.scores))),
-        )
+        scores = np.broadcast_to(found.scores, (total, len(found.scores)))
+        belief = TaskBelief._make((np.broadcast_to(found.task, total), scores))
     else:
         belief = _belief(asked, x)
         if refusal is not None:
@@ -224,7 +222,7 @@ def _answers(asked, rows, refusal, with_scores):
     for row in range(total):
         task, label = int(belief.task[row]), int(labels[row])
         info = None if task == REFUSED else asked.infos[task]
-        answer = {"row": row} if files is None else {"row": row, "file": files[row]}
+        answer: dict[str, Any] = {"row": row} if files is None else {"row": row, "file": files[row]}
         answer |= {
             "task": None if info is None else int(asked.ids[task]),
             "task_name": info and info.name,
