@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test test-scripts lint format clean
+.PHONY: demo test test-scripts lint format docs tutorials clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.permuted --out $(DEMO) --resume
@@ -20,13 +20,27 @@ test-scripts: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in build/site: built without the network, a warning is an error.
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Runs the notebooks of the site anew, minutes, and draws the pictures of the idea.
+tutorials: $(VENV)/.ready-docs
+	$(BIN)/python docs/draw_idea.py
+	$(BIN)/python docs/run_tutorials.py
+
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
+
+$(VENV)/.ready-docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'

@@ -1,18 +1,15 @@
 """All finished runs under a folder as one table and one picture a figure, beside the paper.
 
-    python -m experiments.report --runs runs --out docs/results --readme README.md
+    python -m experiments.report --runs runs --out docs/results --add
 
-Reads every result.json below --runs, averages over seeds, and writes results.md, results.json (the
-same as data) and the figures to --out; with --readme also puts the table between that file's two
-result markers. Each line names what it stands on: network, method, scenario, objective, protocol,
-tasks, seeds, seconds, device. With --add the entries of the results.json that is there stay, where
-no run below --runs has the like: runs need not be kept for ever, nor on one machine. So does a
-figure to which no run adds.
+Reads every result.json below --runs, averages over seeds, and writes results.md, a page by itself,
+results.json (the same as data) and the figures to --out. Each line names what it stands on:
+network, method, scenario, objective, protocol, tasks, seeds, seconds, device. With --add the
+entries of the results.json that is there stay, where no run below --runs has the like: runs need
+not be kept for ever, nor on one machine. So does a figure to which no run adds.
 """
 
 import dataclasses
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +21,7 @@ import tyro
 import supsup_jax as ss
 from experiments.frame import plots
 from experiments.frame.figures import of_report
-from experiments.frame.run import UsageError, usage_errors, writable_folder
+from experiments.frame.run import usage_errors, writable_folder
 from experiments.frame.series import (
     EXPERIMENTS,
     Mean,
@@ -36,7 +33,13 @@ from experiments.frame.series import (
     scenario_name,
 )
 
-MARKERS = "<!-- results -->", "<!-- /results -->"
+TITLE = """# All runs
+
+H and G are what inference minimises: H is `ss.entropy`, G is `ss.Superfluous(num_labels)`. The
+paper's numbers are digitised from its figures, to about .0003. GNs stands beside GNu: the same
+decisions, judged by the label alone. `python -m experiments.report` made this page.
+
+"""
 HEADER = (
     "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
     "| difference | GNs | task accuracy | decisions | seeds | seconds a run |"
@@ -50,8 +53,6 @@ class Args:
     runs: Path = Path("runs")
     """Folder below which every result.json is read."""
     out: Path = Path("runs/report")
-    readme: Path | None = None
-    """Markdown file whose results section is replaced by the table."""
     scenario: str | None = None
     """Only this one: GG, GNs, GNu, NNs, or task-il, domain-il, class-il, task-free."""
     add: bool = False
@@ -126,20 +127,10 @@ def commit() -> str:
         return "unknown"
 
 
-def pictures(names: list[str], folder: Path) -> str:
-    """Markdown that shows the figures of a folder, each under its name."""
+def pictures(names: list[str]) -> str:
+    """Markdown that shows the figures beside the page, each under its name."""
     titles = [Path(name).stem.replace("_", " ").capitalize() for name in names]
-    shown = [f"\n![{t}]({folder / name})\n" for t, name in zip(titles, names, strict=True)]
-    return "".join(shown)
-
-
-def put_between_markers(text: str, section: str) -> str:
-    """`text` with what stands between the markers exchanged. Raises UsageError without them."""
-    start, end = MARKERS
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise UsageError(f"--readme must hold {start} and then {end}, once each")
-    pattern = f"({re.escape(start)}\n).*?({re.escape(end)})"
-    return re.sub(pattern, lambda found: found[1] + section + found[2], text, flags=re.DOTALL)
+    return "".join(f"\n![{t}]({name})\n" for t, name in zip(titles, names, strict=True))
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -151,7 +142,6 @@ def main(args: Args) -> dict[str, Any]:
             return main(dataclasses.replace(args, runs=Path(folder), tiny=False))
     with usage_errors():
         results = read(args.runs)
-        readme = args.readme and args.readme.read_text()
         entries = means(results)
         if args.scenario is not None:
             wanted = ss.parse_scenario(args.scenario)
@@ -162,17 +152,12 @@ def main(args: Args) -> dict[str, Any]:
             entries.sort(key=lambda entry: order(entry.series))
             section += ", beside those of the reports before"
         section += f".\n\n{table(entries)}"
-        if readme:
-            put_between_markers(readme, section)  # fails now if it ever will
         writable_folder(args.out)
     save(args.out / "results.json", entries)
     figures = of_report(args.out, entries, results)
     if args.add:  # figures to which no run adds stay as they are
         figures = sorted({path.name for path in args.out.glob("*.png")})
-    (args.out / "results.md").write_text(section + pictures(figures, Path()))
-    if readme:
-        folder = Path(os.path.relpath(args.out, args.readme.parent))
-        args.readme.write_text(put_between_markers(readme, section + pictures(figures, folder)))
+    (args.out / "results.md").write_text(TITLE + section + pictures(figures))
     print(section)
     print("figures: " + (", ".join(str(args.out / name) for name in figures) or "none"))
     return {"entries": entries, "figures": figures}

@@ -3,8 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 class WrongTypeError(TypeError, ValueError):
@@ -42,9 +42,9 @@ def cause(error: Exception) -> str:
 
 def in_trace(*trees: Any) -> bool:
     """Whether this runs inside jit and the like, whatever was closed over."""
-    return is_traced(trees) or isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
+    return is_traced(trees) or isinstance(jax.device_put(np.int32(0)), Tracer)
 
 
 def is_traced(tree: Any) -> bool:
     """Whether any leaf is a tracer: under jit and the like, where values cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

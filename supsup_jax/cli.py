@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         app = tyro.extras.SubcommandApp()
         for command in _COMMANDS:
             app.command(command)
-        app.command(import_, name="import")
+        app.command(name="import")(import_)
         app.cli(prog="supsup", description=__doc__, args=argv)
 
 

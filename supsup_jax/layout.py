@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from supsup_jax.types import PyTree
@@ -114,6 +115,7 @@ class Layout:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The masked leaves by name, in the order of the flat mask."""
         return dict(self.named_shapes)
 
     @functools.cached_property
@@ -166,7 +168,7 @@ class Layout:
             planes.append(matrix.swapaxes(1, 2).reshape(WORD_BITS, -1))
         return jnp.concatenate(planes, axis=1).reshape(-1)
 
-    def unravel(self, flat: jax.Array) -> PyTree:
+    def unravel(self, flat: jax.Array | np.ndarray) -> PyTree:
         """The mask-like pytree of a vector [32 nw]."""
         leaves, start, planes = [], 0, flat.reshape(WORD_BITS, -1)
         for (_, shape), (rows, words, columns) in zip(self.named_shapes, self.columns, strict=True):
@@ -210,6 +212,7 @@ def place(words: jax.Array, i: jax.Array) -> tuple:
 
 
 def bit_index() -> jax.Array:
+    """uint32 [32], the place of each bit in a word."""
     return jnp.arange(WORD_BITS, dtype=jnp.uint32)
 
 

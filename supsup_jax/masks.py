@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from supsup_jax import prng
 from supsup_jax.devices import varying_like
@@ -195,7 +196,7 @@ def _checked_floats(scores):
 
 
 def _check_count(k, size):
-    if isinstance(k, bool) or not hasattr(k, "__index__") or isinstance(k, jax.core.Tracer):
+    if isinstance(k, bool) or not hasattr(k, "__index__") or isinstance(k, Tracer):
         raise TypeError(f"k must be a host integer (see kept_count), got {k!r}")
     if not 0 <= k <= size:
         raise ValueError(f"k must lie in [0, {size}], the size of scores, got {k}")
@@ -203,7 +204,7 @@ def _check_count(k, size):
 
 def check_binary(name: str, leaf: Any) -> None:
     """Raises TypeError or ValueError unless a mask's leaf, if concrete, holds 0 and 1 only."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.bool_):

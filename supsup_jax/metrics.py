@@ -9,6 +9,7 @@ were not told their task (scenario NNs). A mask's task, and a task's mask, is th
 windows, the lower id among equals.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,20 +91,24 @@ class Found(NamedTuple):
     merged: int
 
 
-def window_counts(tasks: list[int], masks: list[int], num_tasks: int | None = None) -> np.ndarray:
+def window_counts(
+    tasks: Sequence[int] | np.ndarray,
+    masks: Sequence[int] | np.ndarray,
+    num_tasks: int | None = None,
+) -> np.ndarray:
     """[true task, mask] counts of windows, given task and mask of each; -1: learned by no mask.
 
     num_tasks: rows, where the last tasks may have no window.
     """
-    tasks, masks = np.asarray(tasks, int), np.asarray(masks, int)
-    if tasks.shape != masks.shape or tasks.ndim != 1:
+    true, chosen = np.asarray(tasks, int), np.asarray(masks, int)
+    if true.shape != chosen.shape or true.ndim != 1:
         raise ValueError(
-            f"tasks and masks must name one of each a window, got {tasks.shape} and {masks.shape}"
+            f"tasks and masks must name one of each a window, got {true.shape} and {chosen.shape}"
         )
-    rows = tasks.max(initial=-1) + 1 if num_tasks is None else num_tasks
-    counts = np.zeros((rows, masks.max(initial=-1) + 1), int)
-    learned = masks >= 0
-    np.add.at(counts, (tasks[learned], masks[learned]), 1)
+    rows = true.max(initial=-1) + 1 if num_tasks is None else num_tasks
+    counts = np.zeros((rows, chosen.max(initial=-1) + 1), int)
+    learned = chosen >= 0
+    np.add.at(counts, (true[learned], chosen[learned]), 1)
     return counts
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from supsup_jax import prng, roles
 from supsup_jax.checks import cause, check_int
@@ -63,8 +64,8 @@ class Network:
         self.apply = apply
         self.params = jax.tree.map(jnp.asarray, params)
         self.state = jax.tree.map(jnp.asarray, state) if jax.tree.leaves(state) else None
-        self.seed = None
-        self.initializer = None
+        self.seed: jax.Array | None = None
+        self.initializer: str | None = None
         # What modules say of their leaves (`found`, of the adapters) goes before what names say.
         found = roles.of_names(self.params) | (found or {})
         self.layout = Layout.of(
@@ -220,7 +221,7 @@ class Network:
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for name, leaf in sorted(named_leaves(self.params).items()):
-                if isinstance(leaf, jax.core.Tracer):
+                if isinstance(leaf, Tracer):
                     raise TypeError("a fingerprint is taken outside jit, where weights have values")
                 array = np.ascontiguousarray(jax.device_get(leaf))
                 digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -229,12 +230,14 @@ class Network:
         return self._fingerprint
 
     def tree_flatten_with_keys(self):
+        """For JAX: the arrays by name, and what is static."""
         key = jax.tree_util.GetAttrKey
         leaves = [(key(name), getattr(self, name)) for name in ("params", "state", "seed")]
         return leaves, (self.apply, self.layout, self.initializer)
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
+        """For JAX: the inverse of `tree_flatten_with_keys`."""
         # Not through __init__: its checks ran once, and transformations put placeholders in.
         self = object.__new__(cls)
         self.apply, self.layout, self.initializer = static
@@ -292,7 +295,7 @@ def signed_constant(net: Network, seed: int) -> Network:
     """
     if isinstance(seed, bool) or not jnp.issubdtype(jnp.result_type(seed), jnp.integer):
         raise TypeError(f"seed must be an integer, got {seed!r}")
-    if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
+    if not isinstance(seed, Tracer) and not 0 <= int(seed) < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), got {int(seed)}")
     if not any(net.layout.fan_ins):
         raise ValueError(
@@ -307,9 +310,9 @@ def signed_constant(net: Network, seed: int) -> Network:
     fan_ins = dict(zip(net.layout.shapes, net.layout.fan_ins, strict=True))
 
     def redraw(name, leaf):
-        if fan_ins[name] is None:
+        if (fan_in := fan_ins[name]) is None:
             return leaf
-        return (signs[name] * np.float32(math.sqrt(2 / fan_ins[name]))).astype(leaf.dtype)
+        return (signs[name] * np.float32(math.sqrt(2 / fan_in))).astype(leaf.dtype)
 
     drawn.params = _with_masked(net.params, redraw, fan_ins)
     return drawn

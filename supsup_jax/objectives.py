@@ -108,13 +108,31 @@ class OfLabels:
         return f"OfLabels({name_of(self.objective)}, {self.num_labels})"
 
 
-def MaxLogit(num_labels: int) -> OfLabels:
-    """Minus the largest raw logit among the first `num_labels` outputs, a task's own labels.
+@dataclasses.dataclass(frozen=True)
+class MaxLogit:
+    """Minus the largest logit among the first `num_labels` outputs, a task's own labels, less
+    `normalised` times the logsumexp of all outputs.
 
-    For masks tried alone (`oracle`, `rerank`): what names the task best on natural images, once
-    masks have learned `LabelledViews`.
+    normalised: 0 compares raw logits, which tell how much a mask knows; 1 log-probabilities, which
+      tell how sure it is; in between, both. For masks tried alone (`oracle`, `rerank`) on natural
+      images (docs/rules.md).
+    Raises ValueError where there are fewer outputs, and for a weight outside [0, 1].
     """
-    return OfLabels(max_logit, num_labels)
+
+    num_labels: int
+    normalised: float = 0.0
+
+    def __post_init__(self):
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+        if not 0 <= self.normalised <= 1:
+            raise ValueError(f"normalised must lie in [0, 1], got {self.normalised!r}")
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        if logits.shape[-1] < self.num_labels:
+            raise ValueError(f"{self!r} needs {self.num_labels} outputs, got {logits.shape[-1]}")
+        own = max_logit(logits[..., : self.num_labels])
+        return own - self.normalised * energy(logits) if self.normalised else own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +191,8 @@ def of_labels(
         return objective
     if isinstance(objective, Superfluous):
         return Superfluous(num_labels)
-    if isinstance(objective, OfLabels):
-        return OfLabels(objective.objective, num_labels)
+    if isinstance(objective, OfLabels | MaxLogit):
+        return dataclasses.replace(objective, num_labels=num_labels)
     own = (max_logit, max_confidence, energy)
     return OfLabels(objective, num_labels) if objective in own else objective
 

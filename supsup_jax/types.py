@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 PyTree = Any
 Objective = Callable[[jax.Array], jax.Array]  # logits [..., C] -> [...], lower is more certain
@@ -182,6 +183,7 @@ class TaskData:
 
     @property
     def num_examples(self) -> int:
+        """N."""
         return num_rows(self.inputs)
 
     def check(self) -> None:
@@ -208,7 +210,7 @@ class TaskData:
             raise ValueError(
                 f"a view is of the pixels of one array of images, got {shapes_of(self.inputs)}"
             )
-        if not isinstance(self.view, jax.core.Tracer):
+        if not isinstance(self.view, Tracer):
             num_pixels = math.prod(self.inputs.shape[1:])
             low, high = _host_range(self.view)
             if low < -1 or high >= num_pixels:
@@ -227,7 +229,7 @@ class TaskData:
                 f"{self.labels.shape}{where}: pass a loss (TrainConfig) or metric (evaluate) that "
                 "takes them"
             )
-        if not isinstance(self.labels, jax.core.Tracer):
+        if not isinstance(self.labels, Tracer):
             low, high = _host_range(self.labels)
             if low < 0 or high >= num_outputs:
                 raise ValueError(
@@ -315,7 +317,7 @@ def _on_device(name, leaf):
         np.issubdtype(array.dtype, np.number) or array.dtype == bool or array.dtype.kind == "V"
     ):
         raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}")
-    put = jnp.asarray(array)
+    put = jax.device_put(array)
     if put.dtype != array.dtype and array.size and jnp.issubdtype(put.dtype, jnp.integer):
         info, (low, high) = jnp.iinfo(put.dtype), _host_range(array)
         if low < info.min or high > info.max:
@@ -323,7 +325,7 @@ def _on_device(name, leaf):
     return put
 
 
-def _host_range(array: jax.Array) -> tuple[int, int]:
+def _host_range(array: jax.Array | np.ndarray) -> tuple[int, int]:
     # In NumPy: under the caller's jit, jnp would trace even what is concrete.
     values = np.asarray(array)
     return int(values.min()), int(values.max())

@@ -42,6 +42,20 @@ from flax import nnx  # noqa: E402
 import supsup_jax as ss  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
+MAPS = Path("/proc/self/maps")  # Linux's; a process may have 65,530
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Compiled programs take maps of memory: those of all tests in one process more than there are.
+
+    jax.clear_caches() gave back three in four (jax 0.10.2). Compiling again costs, so not after
+    each file: worker processes never come as far.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def golden(name):

@@ -10,6 +10,7 @@ from experiments.class_incremental import TINY, Args, network, tasks_of
 from experiments.frame import judging
 from supsup_jax import data
 
+pytestmark = pytest.mark.scripts
 VIEWS = ss.LabelledViews(2)
 
 

@@ -33,6 +33,12 @@ def logits_of(net, mask, x):
 
 BY_HAND = {
     RAW: lambda z: max(z[:LABELS]),
+    ss.MaxLogit(LABELS, 1): lambda z: np.log(
+        max(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z)
+    ),
+    ss.MaxLogit(LABELS, 0.5): lambda z: (
+        max(z[:LABELS]) - 0.5 * np.log(sum(np.exp(each) for each in z))
+    ),
     OfLabels(energy, LABELS): lambda z: np.log(sum(np.exp(each) for each in z[:LABELS])),
     OfLabels(ss.max_confidence, LABELS): lambda z: (
         max(np.exp(each) for each in z[:LABELS]) / sum(np.exp(each) for each in z[:LABELS])
@@ -124,7 +130,7 @@ def test_moments_stay_with_their_tasks(problem, tmp_path, labelled):
     for objective in (RAW, ss.entropy):
         store = ss.measure_statistics(net, store, stream, objective)
     before = moments(store)
-    assert before.keys() == {"OfLabels(max_logit, 3)", "entropy"}
+    assert before.keys() == {"MaxLogit(num_labels=3, normalised=0.0)", "entropy"}
     assert all((rows[:, 1] > 0).all() for rows in before.values())
 
     store.save(tmp_path / "all.supsup")

@@ -62,16 +62,13 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
         fake_run(tmp_path / f"runs/a/{seed}", seed, accuracy)
     fake_run(tmp_path / "runs/b", 0, 0.88, method="batche", outputs=10)
     fake_run(tmp_path / "runs/c", 0, 0.90, outputs=25)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    made = report.main(report.Args(tmp_path / "runs", tmp_path / "out", readme))
+    made = report.main(report.Args(tmp_path / "runs", tmp_path / "out"))
     assert made["figures"] == ["figure_3_left.png", "figure_6_lenet.png"]
     assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in made["figures"])
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- results -->\n5 runs, gathered at commit ")
-    assert "\n![Figure 3 left](out/figure_3_left.png)\n" in text
-    assert text.endswith("<!-- /results -->\nafter\n")
-    assert "old" not in text
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.startswith("# All runs\n")
+    assert "\n5 runs, gathered at commit " in text
+    assert "\n![Figure 3 left](figure_3_left.png)\n" in text
     supsup = next(line for line in text.splitlines() if "100 outputs | SupSup" in line)
     cells = [cell.strip() for cell in supsup.split("|")]
     # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
@@ -96,7 +93,9 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     fake_run(tmp_path / "b", 0, 0.7, dataset="digits")
     made = report.main(report.Args(tmp_path / "b", out, add=True))
     after = (out / "results.md").read_text()
-    assert re.match(r"1 runs, gathered at commit \S+, beside those of the reports before\.", after)
+    assert re.search(
+        r"^1 runs, gathered at commit \S+, beside those of the reports before\.$", after, re.M
+    )
     lines = [line for line in before.splitlines() if line.startswith("|")]
     assert set(lines) < set(after.splitlines())
     assert len([line for line in after.splitlines() if line.startswith("|")]) == len(lines) + 1
@@ -113,6 +112,12 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert (out / "figure_3_left.png").read_bytes() != picture
 
 
+def lines_of(out):
+    """Of a report's page all lines but the one that says what was gathered when."""
+    lines = (out / "results.md").read_text().splitlines()
+    return [line for line in lines if "gathered at commit" not in line]
+
+
 def test_a_report_added_to_itself_stays_as_it_is(tmp_path):
     """Two experiments go by one name in the table; no line may come twice for that."""
     out = tmp_path / "out"
@@ -122,11 +127,10 @@ def test_a_report_added_to_itself_stays_as_it_is(tmp_path):
             made = {"experiment": experiment, "dataset": f"{experiment}_data"}
             fake_run(folder, 0, 0.9, width=10, scale=scale, **made)
     report.main(report.Args(tmp_path / "runs", out))
-    before = (out / "results.md").read_text().splitlines()
+    before = lines_of(out)
     data = (out / "results.json").read_bytes()
     report.main(report.Args(tmp_path / "runs", out, add=True))
-    after = (out / "results.md").read_text().splitlines()
-    assert after[1:] == before[1:]
+    assert lines_of(out) == before
     assert (out / "results.json").read_bytes() == data
 
 
@@ -140,8 +144,8 @@ def test_mistakes_of_the_report(tmp_path, capsys):
     out = tmp_path / "out"
     assert "is no folder" in error(tmp_path / "none", out)
     fake_run(tmp_path / "one", 0, 0.9)
-    assert "NNs (task-free), got 'x'" in error(tmp_path / "one", out, None, "x")
-    assert "results.json is not there to add to" in error(tmp_path / "one", out, None, None, True)
+    assert "NNs (task-free), got 'x'" in error(tmp_path / "one", out, "x")
+    assert "results.json is not there to add to" in error(tmp_path / "one", out, None, True)
     before = tmp_path / "before"
     before.mkdir()
     for text, message in (
@@ -150,14 +154,12 @@ def test_mistakes_of_the_report(tmp_path, capsys):
         ('{"schema": 1, "entries": [{"tasks": 1}]}', "is damaged: KeyError('experiment')"),
     ):
         (before / "results.json").write_text(text)
-        said = error(tmp_path / "one", before, None, None, True)
+        said = error(tmp_path / "one", before, None, True)
         assert f"results.json {message}" in said
         assert [path.name for path in before.iterdir()] == ["results.json"]
     (tmp_path / "runs").mkdir()
     assert "holds no finished run" in error(tmp_path / "runs", out)
     fake_run(tmp_path / "runs/a", 0, 0.9)
-    (tmp_path / "README.md").write_text("no markers")
-    assert "must hold <!-- results -->" in error(tmp_path / "runs", out, tmp_path / "README.md")
     (tmp_path / "runs/a/result.json").write_text("{")
     assert "result.json is damaged" in error(tmp_path / "runs", out)
     assert not out.exists()

@@ -292,6 +292,7 @@ def test_a_rule_is_the_function_it_names(problem):
     net, store, x = problem
     for rule, function in (
         (ss.Rule("one_shot"), ss.one_shot),
+        (ss.Rule("one_shot", error=1e-6), functools.partial(ss.one_shot, error=1e-6)),
         (ss.Rule("rerank", best=1), functools.partial(ss.rerank, best=1)),
     ):
         for per_example in (True, False):
@@ -325,6 +326,7 @@ def test_bad_input(problem):
         (r"'binary_search' takes the options \('base',\), not", "binary_search", {"best": 3}),
         ("best must be an int of at least 1, got 0", "rerank", {"best": 0}),
         ("rule 'descend' needs an optimizer and steps", "descend", {"steps": 1}),
+        ("error must lie between 0 and 1", "one_shot", {"error": 2.0}),
     ):
         with pytest.raises(ValueError, match=message):
             ss.Rule(name, **options)

@@ -53,6 +53,7 @@ class RankOne(Baseline):
     """A task scales the inputs and outputs of every kernel."""
 
     def draw_own(self, key: jax.Array) -> dict[str, Factors]:
+        """Signs drawn for a new task: by kernel, t [in] and s [out]."""
         layout = self.net.layout
         keys = jax.random.split(prng.purpose_key(key, "factors"), (len(layout.shapes), 2))
         return {
@@ -64,6 +65,7 @@ class RankOne(Baseline):
         }
 
     def weights(self, shared: PyTree, own: dict[str, Factors]) -> PyTree:
+        """The shared weights, each kernel times t s' of the task's own."""
         kernels = named_leaves(shared)
         scaled = {name: kernels[name] * outer(own[name], kernels[name].shape) for name in own}
         return put_leaves(shared, scaled)
@@ -114,6 +116,7 @@ class FactorStore(TaskStore):
 
     @property
     def capacity(self) -> int:
+        """K, how many tasks there is room for."""
         return jax.tree.leaves(self.factors)[0].shape[0]
 
     def task(self, i: jax.Array | int) -> Task:

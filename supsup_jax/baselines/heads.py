@@ -83,12 +83,15 @@ class OwnLeaves(Baseline):
     names: tuple[str, ...] = dataclasses.field(metadata=STATIC)
 
     def draw_own(self, key: jax.Array) -> dict[str, jax.Array]:
+        """The leaves of a new task: kernels drawn anew, others as the network has them."""
         start = named_leaves(self.net.params) | draw_kernels(key, self.net.layout)
         return {name: start[name] for name in self.names}
 
     def weights(self, shared: PyTree, own: dict[str, jax.Array]) -> PyTree:
+        """The shared leaves, the task's own in their places."""
         return put_leaves(shared, own)
 
     @property
     def owns_state(self) -> bool:
+        """Whether each task has normalisation statistics of its own."""
         return bool(self.names)

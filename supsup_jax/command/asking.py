@@ -21,6 +21,7 @@ from supsup_jax.inference.search import Rule
 from supsup_jax.layout import dense_widths
 from supsup_jax.network import Network
 from supsup_jax.objectives import (
+    MaxLogit,
     OfLabels,
     Standardised,
     Superfluous,
@@ -179,6 +180,8 @@ def _objective(name, num_labels, infos, standardised):
         found = Superfluous(num_labels)
     elif name == "entropy":
         found = entropy
+    elif name == "max_logit" and num_labels:
+        found = MaxLogit(num_labels)
     else:
         found = OfLabels(_OF_LOGITS[name], num_labels) if num_labels else _OF_LOGITS[name]
     return Standardised(found) if standardised else found

@@ -10,6 +10,14 @@ from supsup_jax.checks import WrongTypeError
 from supsup_jax.extras import needed
 
 
+def library() -> Any:
+    """TFDS, imported where it is needed. Its own annotations say less than it does."""
+    with needed("data"):
+        import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
 def check_keys(keys: Sequence[str] | None) -> None:
     """Raises TypeError unless `keys` is None, or a pair of names."""
     pair = isinstance(keys, tuple | list) and list(map(type, keys)) == [str, str]
@@ -27,9 +35,7 @@ def find_keys(folder: Path, info: Any, keys: Sequence[str] | None = None) -> tup
     only ClassLabel, or the only integer. Raises ValueError, naming the features found, unless they
     are an image of bytes and an integer.
     """
-    with needed("data"):
-        import tensorflow_datasets as tfds
-
+    tfds = library()
     features = dict(sorted(info.features.items()))  # TFDS gives them in any order
     images = [
         name
@@ -47,7 +53,7 @@ def find_keys(folder: Path, info: Any, keys: Sequence[str] | None = None) -> tup
     only = (*images, *(classes if len(classes) == 1 else integers))
     for pair in [info.supervised_keys, ("image", "label"), only] if keys is None else [keys]:
         if pair and len(pair) == 2 and pair[0] in images and pair[1] in integers:
-            return tuple(pair)
+            return pair[0], pair[1]
     found = ", ".join(f"{name}: {type(each).__name__}" for name, each in features.items())
     raise ValueError(
         f"keys {'must say which are' if keys is None else f'{tuple(keys)} must be'} an image of "

@@ -5,6 +5,7 @@ out: finding which images belong to a class decodes none of them.
 """
 
 import functools
+import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from supsup_jax.data.keys import find_keys
+from supsup_jax.data.keys import find_keys, library
 from supsup_jax.data.sources import MissingDataError, as_labels, cached
 from supsup_jax.extras import needed
 
@@ -35,8 +36,7 @@ class ImageRecords:
     def __init__(self, folder: Path, split: str, keys: Sequence[str] | None = None):
         with needed("data"):
             import PIL.Image  # noqa: F401  what `image` needs, missed before anything slow
-            import tensorflow_datasets as tfds
-
+        tfds = library()
         builder = tfds.builder_from_directory(str(folder))
         info = builder.info
         self.name, self.split, self.splits = info.name, split, list(info.splits)
@@ -57,6 +57,7 @@ class ImageRecords:
 
     @property
     def num_labels(self) -> int:
+        """How many classes the dataset says it has; else one more than the largest label."""
         return self._num_classes or int(self.labels.max()) + 1  # integers do not say
 
     def image(self, i: int) -> "Image.Image":
@@ -95,14 +96,14 @@ class ImageRecords:
         return {"labels": as_labels(self._folder, self.split, parts)}
 
     def _check_files(self, folder):
-        with needed("data"):
-            from array_record.python import array_record_module
+        with needed("data"):  # it has no annotations
+            reader = importlib.import_module("array_record.python.array_record_module")
 
         def holds(path, size):
             if not path.is_file():
                 return False
             # The count is at the end of the file: whatever cuts it short loses it.
-            return array_record_module.ArrayRecordReader(str(path)).num_records() == size
+            return reader.ArrayRecordReader(str(path)).num_records() == size
 
         pairs = zip(self._files, self._sizes, strict=True)
         if bad := [path.name for path, size in pairs if not holds(path, size)]:

@@ -12,14 +12,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote_plus
 
 import jax
 import numpy as np
 
 from supsup_jax.checks import check_int
-from supsup_jax.data.keys import check_keys, find_keys
+from supsup_jax.data.keys import check_keys, find_keys, library
 from supsup_jax.extras import needed
 from supsup_jax.types import Normalize, TaskData
 
@@ -56,6 +56,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_pixels(self) -> int:
+        """Of an image, with its channels: what a dense network takes."""
         return math.prod(self.train.inputs.shape[1:])
 
 
@@ -94,15 +95,15 @@ def _digits(seed, channels):
     with needed("data"):
         from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    order, num_train = set_apart("digits", len(digits.target), seed)
-    images = digits.data.astype(np.uint8)[order]
+    values, labels = load_digits(return_X_y=True)
+    order, num_train = set_apart("digits", len(labels), seed)
+    images = values.astype(np.uint8)[order]
     # Centred, at less than unit variance (std would be .376): networks that see less contrast
     # are less sure under a wrong mask. One-shot task accuracy .987 -> .999, GG unchanged.
     normalize = Normalize(float(np.mean(images[:num_train] / 16)), 0.5, scale=16.0)
     if channels is not None:
         images = _repeated("digits", images.reshape(-1, 8, 8), channels)
-    return _cut("digits", images, digits.target[order], num_train, normalize)
+    return _cut("digits", images, labels[order], num_train, normalize)
 
 
 def set_apart(name: str, num: int, seed: int) -> tuple[np.ndarray, int]:
@@ -143,15 +144,17 @@ def synthetic(
 
 def _cut(name, images, labels, num_train, transform):
     """The dataset whose first `num_train` examples are for training."""
-    parts = [slice(num_train), slice(num_train, None)]
-    splits = [{"images": images[p], "labels": labels[p].astype(np.int32)} for p in parts]
-    return _dataset(name, *splits, transform)
+    train, test = (
+        {"images": images[part], "labels": labels[part].astype(np.int32)}
+        for part in (slice(num_train), slice(num_train, None))
+    )
+    return _dataset(name, train, test, transform)
 
 
 def _dataset(name, train, test, transform):
-    put = [TaskData(*map(split.get, _ARRAYS), transform=transform) for split in (train, test)]
+    put = (TaskData(*map(split.get, _ARRAYS), transform=transform) for split in (train, test))
     num_labels = max(int(split["labels"].max()) for split in (train, test)) + 1
-    return Dataset(name, *put, num_labels)
+    return Dataset(name, *put, num_labels=num_labels)
 
 
 def _tfds(name, data_dir, seed, keys, channels):
@@ -244,7 +247,7 @@ def cached(
                 return dict(arrays)
         except Exception as error:  # a damaged archive fails in a dozen ways, all of one cure
             warnings.warn(f"{path} is damaged, reading {name} again: {error!r}", stacklevel=2)
-    arrays = read()
+    arrays: dict[str, Any] = read()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as partial:
@@ -257,10 +260,7 @@ def cached(
 
 def _decode(folder, split, keys):
     """Images and labels of a split."""
-    with needed("data"):
-        import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(str(folder))
+    builder = library().builder_from_directory(str(folder))
     image, label = find_keys(folder, builder.info, keys)
     source = builder.as_data_source(split)
     examples = [source[i] for i in range(len(source))]
@@ -275,9 +275,9 @@ def _decode(folder, split, keys):
     return {"images": images[..., 0] if images.shape[-1] == 1 else images, "labels": labels}
 
 
-def as_labels(folder: Path, split: str, labels: Sequence[int]) -> np.ndarray:
+def as_labels(folder: Path, split: str, found: Sequence[int] | np.ndarray) -> np.ndarray:
     """int32 [N]. Raises ValueError for numbers that are no classes, such as -1 for unknown."""
-    labels = np.asarray(labels)
+    labels = np.asarray(found)
     if labels.size and not 0 <= labels.min() <= labels.max() <= np.iinfo(np.int32).max:
         raise ValueError(
             f"{folder} must have labels of 0 and more in {split!r}, got {labels.min()} to "

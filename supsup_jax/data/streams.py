@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,15 @@ from supsup_jax.types import PyTree, TaskData
 
 
 class Split(Sequence):
-    """One split of a stream as a sequence of TaskData, one a task."""
+    """One split of a stream as a sequence of TaskData, one a task, or of iterables of them."""
 
-    def __init__(self, num_tasks: int, data_of: Callable[[int], TaskData]):
+    def __init__(self, num_tasks: int, data_of: Callable[[int], Any]):
         self._num_tasks, self._data_of = num_tasks, data_of
 
     def __len__(self):
         return self._num_tasks
 
-    def __getitem__(self, task):
+    def __getitem__(self, task) -> Any:
         if isinstance(task, slice):
             return [self[i] for i in range(*task.indices(len(self)))]
         task = task + len(self) if task < 0 else task
@@ -46,6 +47,9 @@ class Stream:
             Split(num_tasks, functools.partial(self._data_of, split))
             for split in (dataset.train, dataset.test)
         )
+
+    def _data_of(self, split: TaskData, task: int) -> TaskData:
+        raise NotImplementedError(f"{type(self).__name__} must say what task {task} is made of")
 
     def __len__(self) -> int:
         return len(self.train)
@@ -91,7 +95,7 @@ class PermutedStream(ViewStream):
         self._seed, self._independent = seed, independent
 
     def view(self, task: int) -> jax.Array:
-        return jnp.asarray(
+        return jax.device_put(
             permutation(task, self.dataset.num_pixels, self._seed, self._independent)
         )
 
@@ -116,7 +120,7 @@ class RotatedStream(ViewStream):
 
     def view(self, task: int) -> jax.Array:
         shape = self.dataset.train.inputs.shape[1:]
-        return jnp.asarray(rotation(task * self._degrees, shape))
+        return jax.device_put(rotation(task * self._degrees, shape))
 
 
 class SplitStream(Stream):
@@ -173,13 +177,13 @@ def deal_classes(
     classes_per_task: int | Sequence[int], num_labels: int, order: Sequence[int] | None
 ) -> list[tuple[int, ...]]:
     """Each task's classes, as `SplitStream` says and refuses."""
-    order = np.asarray(range(num_labels) if order is None else order)
-    if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
-        raise TypeError(f"order must be a sequence of labels, got {order.tolist()!r}")
-    if len(set(order.tolist())) != len(order):
-        raise ValueError(f"order must name each class once, got {order.tolist()}")
-    ends = np.cumsum(_counts(classes_per_task, len(order)))
-    return [tuple(part.tolist()) for part in np.split(order, ends[:-1])]
+    dealt = np.asarray(range(num_labels) if order is None else order)
+    if dealt.ndim != 1 or (dealt.size and not np.issubdtype(dealt.dtype, np.integer)):
+        raise TypeError(f"order must be a sequence of labels, got {dealt.tolist()!r}")
+    if len(set(dealt.tolist())) != len(dealt):
+        raise ValueError(f"order must name each class once, got {dealt.tolist()}")
+    ends = np.cumsum(_counts(classes_per_task, len(dealt)))
+    return [tuple(part.tolist()) for part in np.split(dealt, ends[:-1])]
 
 
 def _counts(wanted, total):
@@ -197,6 +201,7 @@ def _counts(wanted, total):
             )
         return counts
     check_int("classes_per_task", wanted, 2)
+    wanted = int(wanted)
     whole, left = divmod(total, wanted)
     if left == 1:
         counts = (wanted + 1,) + (whole - 1) * (wanted,) if whole else (1,)
@@ -207,7 +212,9 @@ def _counts(wanted, total):
     return [wanted] * whole + [left] * (left > 0)
 
 
-def check_present(classes: list[tuple[int, ...]], labels: np.ndarray, absent: str) -> None:
+def check_present(
+    classes: list[tuple[int, ...]], labels: jax.Array | np.ndarray, absent: str
+) -> None:
     """Raises ValueError, `absent` with the class, unless every class is among the labels."""
     if missing := sorted({label for task in classes for label in task} - set(np.unique(labels))):
         raise ValueError(f"{absent} of class {missing[0]}")

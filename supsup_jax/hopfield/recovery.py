@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from supsup_jax import masks
 from supsup_jax.checks import check_int, check_type
@@ -154,7 +155,7 @@ def recover_best(
         settled = store.settle(recovery.mask)
         found.append(recovery._replace(mask=settled))
         judged.append(_uncertainty(net, settled, x, objective=objective))
-        if not isinstance(store.num_tasks, jax.core.Tracer) and attempt + 1 == int(store.num_tasks):
+        if not isinstance(store.num_tasks, Tracer) and attempt + 1 == int(store.num_tasks):
             break
         left = left.remove(settled)
     uncertainty = jnp.stack(judged)

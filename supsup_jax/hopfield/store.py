@@ -146,7 +146,8 @@ class HopfieldStore(Owned):
                 f"Hopfield networks of {sizes} units take {needed:,} bytes, and there are "
                 f"{room:,}: mask leaves of few weights, such as norm scales"
             )
-        return cls(*_empty(tuple(sizes.values())), Origin.of(net), rule)
+        weights, total, num_tasks = _empty(tuple(sizes.values()))
+        return cls(weights, total, num_tasks, Origin.of(net), rule)
 
     @property
     def nbytes(self) -> int:

@@ -53,7 +53,7 @@ def check_call(
     return check_input(x)
 
 
-def check_measured(objective: Objective, store: TaskStore) -> None:
+def check_measured(objective: Objective | None, store: TaskStore) -> None:
     """Raises StoreError unless the store has the moments that a `Standardised` objective needs."""
     if not isinstance(objective, Standardised):
         return
@@ -82,6 +82,7 @@ def check_pair(net: Network, store: TaskStore) -> None:
 
 
 def check_objective(objective: Objective, name: str = "objective") -> None:
+    """Raises TypeError unless `objective` is a function that hashes, so that it never retraces."""
     if not isinstance(objective, Callable) or not isinstance(objective, Hashable):
         raise TypeError(f"{name} must be a hashable function of logits, got {objective!r}")
 

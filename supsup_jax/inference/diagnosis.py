@@ -57,7 +57,8 @@ def measure_statistics(
     arguments.check_objective(objective)
     if isinstance(objective, Standardised):
         raise TypeError(f"measure the objective itself, {objective.name}, not {objective!r}")
-    if not hasattr(store, "with_moments"):
+    keep = getattr(store, "with_moments", None)
+    if keep is None:
         raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
     held, name = int(store.num_tasks), name_of(objective)
     before = store.moments.get(name)
@@ -79,7 +80,7 @@ def measure_statistics(
                 f"the scores of task {i} must differ and be finite, and the {len(scores)} of "
                 f"stream[{i}] have mean {moments[i, 0]:g} and deviation {moments[i, 1]:g}"
             )
-    return store.with_moments({name: moments})
+    return keep({name: moments})
 
 
 class Finding(NamedTuple):

@@ -13,6 +13,7 @@ the caller's own jit the same code becomes part of the caller's program.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from supsup_jax.network import Network
 from supsup_jax.objectives import entropy, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, StoreError, TaskBelief, num_rows
+
+if TYPE_CHECKING:
+    from supsup_jax.stores.mask_store import MaskStore
 
 
 def task_scores(
@@ -98,7 +102,7 @@ def alpha_gradient(
     store: TaskStore,
     x: PyTree,
     objective: Objective = entropy,
-    alphas: jax.Array | None = None,
+    alphas: jax.Array | np.ndarray | None = None,
     per_example: bool = True,
 ) -> jax.Array:
     """dF/da at coefficients `alphas` ([K] or [T]; None is 1/T each), 0 in empty slots.
@@ -130,7 +134,7 @@ def scores_of(
     objective: Objective,
     implementation: str | None = None,
     *,
-    alphas: jax.Array | None = None,
+    alphas: jax.Array | np.ndarray | None = None,
     finish: Callable = schedule.unchanged,
 ) -> PyTree:
     """The `task_scores` of each decision, [D, K], under the statistics of all that is asked about.
@@ -217,7 +221,7 @@ def _task_ids(store, x, uncertainty, mixture):
 
 def one_shot_streamed(
     net: Network,
-    parts: Iterable[TaskStore],
+    parts: "Iterable[MaskStore]",
     x: PyTree,
     objective: Objective = entropy,
     per_example: bool = True,
@@ -245,7 +249,7 @@ def one_shot_streamed(
             "parts are gone through twice: pass a list, or an object whose __iter__ starts anew, "
             f"not a {type(parts).__name__}"
         )
-    counts, num_tasks, own = 0, 0, set()
+    counts, num_tasks, own = jnp.uint32(0), 0, set()
     for part in parts:
         arguments.check_pair(net, part)
         own |= {of_labels(objective, count) for count in part.label_counts or (None,)}

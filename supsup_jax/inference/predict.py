@@ -21,7 +21,9 @@ REFUSED = -1
 SEGMENT = 32
 
 
-def predict(net: Network, store: TaskStore, x: PyTree, task: jax.Array | int) -> jax.Array:
+def predict(
+    net: Network, store: TaskStore, x: PyTree, task: jax.Array | np.ndarray | int
+) -> jax.Array:
     """Logits [B, C] of x [B, ...] under its task's mask and statistics, in eval mode.
 
     task: one id, or one for each row, [B], in any mixture: rows are grouped by task, and each

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from supsup_jax.checks import check_type
 from supsup_jax.types import TaskBelief
@@ -33,8 +34,8 @@ def confidence(belief: TaskBelief) -> jax.Array:
     """
     check_type("belief", belief, TaskBelief)
     scores = belief.scores
-    finite = jnp.isfinite(scores)
-    return jnp.sum(finite, axis=-1) * jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
+    num_tasks = jnp.sum(jnp.isfinite(scores), axis=-1, dtype=jnp.float32)
+    return num_tasks * jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
 
 
 def best_score(belief: TaskBelief) -> jax.Array:
@@ -97,7 +98,7 @@ def calibrate(
             f"statistic must return one number a decision, {belief.task.shape}, "
             f"got shape {jnp.shape(values)}"
         )
-    if not isinstance(values, jax.core.Tracer):
+    if not isinstance(values, Tracer):
         known = np.asarray(values)
         if np.isnan(known).any():
             raise ValueError(f"statistic is not a number for {np.isnan(known).sum()} of the inputs")

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import custom_vjp_call_p
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import Race
-from supsup_jax.loops import primitives
+from supsup_jax.loops import equations
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, PyTree, TaskBelief, is_open, num_rows
@@ -57,12 +58,12 @@ def by_labels(
     """
     if not differ(objective, store):
         return scores(of_labels(objective, *(store.label_counts[:1] or (None,))))
-    chosen = 0.0
+    chosen, num_tasks = jnp.float32(0), store.all_tasks.astype(jnp.float32)
     for count in store.label_counts:
         own = of_labels(objective, count)
         found = scores(Logarithm(own) if isinstance(own, Superfluous) else own)
         total = store.devices.total(jnp.sum(jnp.where(store.slots, found, 0), -1, keepdims=True))
-        chosen = jnp.where(store.num_labels == count, found - total / store.all_tasks, chosen)
+        chosen = jnp.where(store.num_labels == count, found - total / num_tasks, chosen)
     return chosen
 
 
@@ -104,7 +105,9 @@ def single(x: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[:, None], x)
 
 
-def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
+def compiled(
+    num_options: int = 0, scores_only: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a rule for decisions the compiled program of a call; over a mesh, on every device.
 
     decorated: (net, store, Decisions, objective, *options, *arrays [K]) -> TaskBelief of task [D]
@@ -118,7 +121,8 @@ def compiled(num_options: int = 0, scores_only: bool = False) -> Callable:
         def program(net, store, x, objective, per_example, *options):
             options, arrays = options[:num_options], options[num_options:]
             here = functools.partial(_decided, decide, per_example, (objective, *options))
-            out = TaskBelief(ROWS, ROWS_OF_SLOTS) if per_example else TaskBelief(WHOLE, SLOTS)
+            where = (ROWS, ROWS_OF_SLOTS) if per_example else (WHOLE, SLOTS)
+            out = TaskBelief._make(where)
             out = out.scores if scores_only else out
             arrays = [(each, SLOTS) for each in arrays]
             return store.spread(here, (net, WHOLE), (x, ROWS), *arrays, out=out)
@@ -140,8 +144,8 @@ def _decided(decide, per_example, options, store, net, x, *arrays):
 
 def over_rows(function: Callable, store: TaskStore, rows: PyTree, *whole: PyTree) -> PyTree:
     """function(store, rows, *whole), row for row; over a mesh each device has rows of its own."""
-    whole = [(value, WHOLE) for value in whole]
-    return store.spread(function, (rows, ROWS), *whole, out=ROWS)
+    placed = [(value, WHOLE) for value in whole]
+    return store.spread(function, (rows, ROWS), *placed, out=ROWS)
 
 
 def map_decisions(
@@ -196,8 +200,8 @@ def map_decisions(
         one_by_one = lambda gradient: functools.partial(lax.map, gradient)  # noqa: E731
         some = functools.partial(many, one_by_one, _product(store, "matrix"))
         on_cpu = functools.partial(in_pieces, some, size=size)
-    many = functools.partial(many, jax.vmap, contract)
-    elsewhere = functools.partial(in_pieces, many, size=piece_size(store))
+    together = functools.partial(many, jax.vmap, contract)
+    elsewhere = functools.partial(in_pieces, together, size=piece_size(store))
     return lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 
 
@@ -277,5 +281,5 @@ def over_tasks(
 
 def _has_tangents(function, *args):
     """Whether forward mode works: a custom_vjp, in the network or the objective, forbids it."""
-    names = primitives(jax.make_jaxpr(function)(*args).jaxpr)
-    return not any(name.startswith("custom_vjp") for name in names)
+    found = equations(jax.make_jaxpr(function)(*args).jaxpr)
+    return all(equation.primitive is not custom_vjp_call_p for equation in found)

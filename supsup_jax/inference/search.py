@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from supsup_jax.checks import check_int
 from supsup_jax.devices import ONE_DEVICE, in_pieces, varying_like
@@ -32,6 +33,7 @@ from supsup_jax.inference.one_shot import (
     task_scores,
 )
 from supsup_jax.inference.predict import grouped
+from supsup_jax.kernels.race import check_error
 from supsup_jax.network import Network
 from supsup_jax.objectives import Standardised, entropy, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -93,7 +95,7 @@ def binary_search(
     x = check_call(net, store, x, objective)
     check_int("base", base, 2)
     num_tasks = store.num_tasks
-    if not isinstance(num_tasks, jax.core.Tracer):
+    if not isinstance(num_tasks, Tracer):
         _check_base(base, int(num_tasks))
     return _binary_search(net, store, x, objective, per_example, int(base))
 
@@ -155,7 +157,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
     # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
     held = store.devices.all_slots(store.slots)
-    start = held / store.all_tasks.astype(jnp.float32)
+    start = held.astype(jnp.float32) / store.all_tasks.astype(jnp.float32)
     start = jnp.broadcast_to(start[None], (decisions.num, len(held)))
 
     def gradient(alphas):
@@ -217,7 +219,8 @@ def _narrow(field, scores, base, devices=ONE_DEVICE):
         return jnp.zeros_like(alive).at[order].set(jnp.arange(len(order)) < keep)
 
     alive = devices.across_slots(best, scores, field.alive)
-    return _Field(alive, keep, field.survived + (alive & (field.num_alive > 1)))
+    lived = (alive & (field.num_alive > 1)).astype(jnp.float32)
+    return _Field(alive, keep, field.survived + lived)
 
 
 @schedule.compiled(num_options=1)
@@ -340,7 +343,7 @@ def _judge(net, store, objective, x, slot):
 
 
 _OPTIONS = {
-    "one_shot": (one_shot, ("implementation",)),
+    "one_shot": (one_shot, ("implementation", "error")),
     "binary_search": (binary_search, ("base",)),
     "descend": (descend, ("optimizer", "steps")),
     "oracle": (oracle, ()),
@@ -367,6 +370,7 @@ class Rule:
     optimizer: optax.GradientTransformation | None = None
     steps: int | None = None
     implementation: str | None = None
+    error: float | None = None
 
     def __post_init__(self):
         if self.name not in _OPTIONS:
@@ -376,6 +380,7 @@ class Rule:
             raise ValueError(f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}")
         if self.name == "descend" and (self.optimizer is None or self.steps is None):
             raise ValueError("rule 'descend' needs an optimizer and steps")
+        check_error(self.error)
         for name, least in (("base", 2), ("best", 1), ("steps", 1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)

@@ -36,7 +36,7 @@ def bit_planes(values: jax.Array, planes: int, dither: jax.Array | None = None) 
     rows = [value[None] for value in q]
     # Python's sum and not a reduction: XLA fuses it into one loop along the words.
     bits = sum(((value >> index) & 1).astype(jnp.uint32) << b for b, value in enumerate(rows))
-    return Planes(bits, step)
+    return Planes(jnp.asarray(bits), step)
 
 
 def word_sums(words: jax.Array, planes: Planes) -> jax.Array:

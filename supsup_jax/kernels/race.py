@@ -154,7 +154,7 @@ def _race(words, v, num_tasks, error, devices):
     end = lax.while_loop(goes_on, one_round, Standing(none, sums, zero, all_tasks + none))
     scores, in_doubt, left = judged(end)
     scores = scores / course.scale
-    branch = (left > 1).astype(jnp.int32) + (left > SHORTLIST)
+    branch = (left > 1).astype(jnp.int32) + (left > SHORTLIST).astype(jnp.int32)
     scores = lax.switch(
         branch,
         [
@@ -164,8 +164,8 @@ def _race(words, v, num_tasks, error, devices):
             lambda: jnp.where(live, contraction.contract(words, v, num_tasks, "select"), -jnp.inf),
         ],
     )
-    share = end.rounds / len(course.runs) + (branch == 2)
-    return Finish(scores, share.astype(jnp.float32))
+    share = (end.rounds / len(course.runs)).astype(jnp.float32)
+    return Finish(scores, jnp.where(branch == 2, share + 1, share))
 
 
 def _live(words, num_tasks):
@@ -177,7 +177,8 @@ def _rescored(words, v, scores, in_doubt):
     ids = jnp.nonzero(in_doubt, size=SHORTLIST, fill_value=0)[0].astype(jnp.int32)
 
     def rescore(n, s):
-        return s.at[ids[n]].set(jnp.vdot(v, unpack(column(words, ids[n])).reshape(-1)))
+        mask = unpack(column(words, ids[n])).reshape(-1).astype(v.dtype)
+        return s.at[ids[n]].set(jnp.vdot(v, mask))
 
     return lax.fori_loop(0, in_doubt.sum(), rescore, scores)
 
@@ -248,7 +249,7 @@ def _add_round(words, v, course, standing, error, num_tasks):
         bit = lax.broadcasted_iota(jnp.uint32, values.shape, 0)
         places = WORD_BITS * rows.astype(jnp.uint32)[None] + bit + course.salt
         planes = fixed_point.bit_planes(values, PLANES, fixed_point.dither(places))
-        rounding = (jnp.square(planes.step) * (values != 0).sum(axis=0)).sum()
+        rounding = (jnp.square(planes.step) * (values != 0).sum(axis=0, dtype=jnp.float32)).sum()
 
     def by_part(of_rows):
         """[..., runs RUN_ROWS] -> [parts, STEP_ROWS, ..., runs]."""

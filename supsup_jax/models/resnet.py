@@ -5,6 +5,7 @@ kernels and, where norms are by the batch, their running statistics. Images are 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,8 @@ class ResNet(nnx.Module):
         of_images(x)
         x = jax.nn.relu(self.stem_norm(self.stem(x)))
         if not self.small_images:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            padding: Any = ((1, 1), (1, 1))  # flax takes it, and types a string only
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         for name in self.blocks:
             x = getattr(self, name)(x)
         return self.head(jnp.mean(x, axis=(1, 2)))

@@ -48,7 +48,7 @@ class Bank(NamedTuple):
 
 
 # Where these lie on a mesh: words by tiles, statistics by slots, the rest on every device.
-ON_MESH = Bank(words=SLOTS, counts=WHOLE, states=SLOTS, num_tasks=WHOLE, dropped=WHOLE)
+ON_MESH = Bank._make([SLOTS, WHOLE, SLOTS, WHOLE, WHOLE])
 
 
 def like_state(bank: Bank) -> PyTree:
@@ -199,7 +199,7 @@ def write(
 
 
 def _bits(leaves, layout):
-    return layout.ravel_leaves([leaf != 0 for leaf in leaves])
+    return layout.ravel_leaves([leaf.astype(bool) for leaf in leaves])
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "capacity"))
@@ -207,20 +207,20 @@ def remove(bank, i, layout, capacity):
     """Task i gone and later ones moved down; an id that names no task is dropped."""
     valid = (i >= 0) & (i < bank.num_tasks)
     slots = jnp.arange(capacity)
-    source = jnp.minimum(slots + ((slots >= i) & valid), capacity - 1)
-    left = bank.num_tasks - valid
+    source = jnp.minimum(slots + ((slots >= i) & valid).astype(jnp.int32), capacity - 1)
+    left = bank.num_tasks - valid.astype(jnp.int32)
 
     def shift(rows):
         kept = (slots < left).reshape(-1, *[1] * (rows.ndim - 1))
         return jnp.where(kept, rows[source], 0)
 
-    gone = unpack(column(bank.words, jnp.where(valid, i, 0))).reshape(-1) * valid
+    gone = jnp.where(valid, unpack(column(bank.words, jnp.where(valid, i, 0))).reshape(-1), 0)
     return bank._replace(
         words=tile_words(shift(untile_words(bank.words, capacity)), layout),
         counts=bank.counts - gone.astype(bank.counts.dtype),
         states=jax.tree.map(shift, bank.states),
         num_tasks=left,
-        dropped=bank.dropped + ~valid,
+        dropped=bank.dropped + (~valid).astype(jnp.int32),
     )
 
 

@@ -1,13 +1,15 @@
 """What inference asks of a store, and what a store asks of a task."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from supsup_jax.checks import is_traced
-from supsup_jax.devices import ONE_DEVICE
+from supsup_jax.devices import ONE_DEVICE, OneDevice
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.masks import check_binary
 from supsup_jax.network import Network
@@ -27,10 +29,24 @@ class TaskStore:
     a part of all; there a *slot* is a place in this store, and a task's id counts through all.
     """
 
-    devices = ONE_DEVICE
+    if TYPE_CHECKING:  # of a subclass's own
+
+        @property
+        def layout(self) -> Layout: ...
+        @property
+        def capacity(self) -> int: ...
+        @property
+        def num_tasks(self) -> jax.Array: ...
+        def task(self, i: jax.Array | int) -> Task: ...
+        def mixture(self, alphas: jax.Array | np.ndarray | None = None) -> PyTree: ...
+        def contract(self, v: jax.Array, implementation: Any = None) -> jax.Array: ...
+        def best_scores(self, v: jax.Array, error: float | None = None) -> Any: ...
+        def taken(self, ids: jax.Array, num_tasks: jax.Array) -> "TaskStore": ...
+
+    devices: OneDevice = ONE_DEVICE
     # Of each task how many outputs are its labels, int32 [K], where tasks differ in that; and the
     # numbers that there are, static and rising.
-    num_labels = None
+    num_labels: jax.Array | None = None
     label_counts: tuple[int, ...] = ()
 
     @property
@@ -67,7 +83,7 @@ class TaskStore:
         del out
         return function(self, *(value for value, _ in args))
 
-    def mask(self, i: int) -> PyTree:
+    def mask(self, i: jax.Array | int) -> PyTree:
         """Mask of task i: bool pytree like params, None where not masked.
 
         Raises IndexError, a ValueError too, unless 0 <= i < T, where both are concrete; inside
@@ -75,7 +91,7 @@ class TaskStore:
         """
         return self.task(i).mask
 
-    def per_slot(self, alphas: jax.Array) -> jax.Array:
+    def per_slot(self, alphas: jax.Array | np.ndarray) -> jax.Array:
         """Coefficients [..., K] of [..., K] or [..., T], 0 where there is no task."""
         alphas = jnp.asarray(alphas)
         if not jnp.issubdtype(alphas.dtype, jnp.floating):
@@ -107,10 +123,10 @@ class TaskStore:
 
     @property
     def _traced(self):
-        return isinstance(self.num_tasks, jax.core.Tracer)
+        return isinstance(self.num_tasks, Tracer)
 
     def _index(self, i):
-        if isinstance(i, jax.core.Tracer):
+        if isinstance(i, Tracer):
             return i.astype(jnp.int32)
         held = self.capacity if self._traced else int(self.num_tasks)
         if not 0 <= (i := as_index(i)) < held:

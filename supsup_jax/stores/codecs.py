@@ -83,7 +83,8 @@ def encode(mask: PyTree, codec: str = AUTO, base: PyTree = None) -> bytes:
     Raises TypeError or ValueError, naming the leaf, for what is no mask.
     """
     layout, leaves = _checked(mask)
-    return encode_leaves(layout, leaves, codec, _bits(layout, base, "the base"))
+    others = None if base is None else _bits(layout, base, "the base")
+    return encode_leaves(layout, leaves, codec, others)
 
 
 def encode_leaves(
@@ -133,7 +134,9 @@ def decode(coded: bytes, layout: Layout, base: PyTree = None) -> PyTree:
     return layout.tree(decode_leaves(coded, layout, _bits(layout, base, "the base")))
 
 
-def decode_leaves(coded: bytes, layout: Layout, base: Leaves | None = None) -> list[np.ndarray]:
+def decode_leaves(
+    coded: bytes | memoryview, layout: Layout, base: Leaves | None = None
+) -> list[np.ndarray]:
     """As `decode`: leaves in the layout's order, and those of the base."""
     codec, delta, of_layout, of_base, payload = _opened(coded)
     if of_layout != _layout_digest(layout):
@@ -290,8 +293,6 @@ def _checked(mask):
 
 
 def _bits(layout, mask, what):
-    if mask is None:
-        return None
     leaves = checked_mask(layout, mask, what)
     return [np.asarray(leaf).astype(bool, copy=False) for leaf in leaves]
 

@@ -178,6 +178,7 @@ class Form:
             )
 
     def state(self, coded: Coded) -> list[np.ndarray]:
+        """The leaves of the statistics."""
         return arrays_in(coded.state, self.states, self.path)
 
     def scores(self, coded: Coded) -> list[np.ndarray]:
@@ -186,6 +187,7 @@ class Form:
         return arrays_in(coded.scores, [("<f4", shape) for shape in shapes], self.path)
 
     def words(self, coded: Coded) -> np.ndarray:
+        """The mask packed, uint32 [nw]."""
         if coded.codec == WORDS:
             return np.frombuffer(coded.mask, "<u4")
         return np.asarray(arrays.pack_leaves(self.leaves(coded), self.layout))
@@ -219,7 +221,7 @@ class Form:
         if base is not None:
             return codec, codecs.encode_leaves(self.layout, leaves, codec, self.leaves_of(base))
         most = 0.9 * 4 * self.layout.num_words
-        bound = sum(codecs.bound_of(leaf.size, np.count_nonzero(leaf)) for leaf in leaves)
+        bound = sum(codecs.bound_of(leaf.size, int(np.count_nonzero(leaf))) for leaf in leaves)
         if codec == codecs.AUTO and bound < most:  # else no codec can save a tenth
             coded = codecs.encode_leaves(self.layout, leaves, "enumerative")
             if len(coded) < most:

@@ -15,11 +15,13 @@ from supsup_jax.layout import Layout
 from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
+from supsup_jax.stores.codecs import Leaves
 from supsup_jax.stores.coded import Form, Moments, TaskInfo
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
 from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest
+from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
 from supsup_jax.types import PyTree, StoreError, Task
 
@@ -48,7 +50,8 @@ class DiskStore:
         origin, states = read_manifest(log.manifest, FORMAT, log.path, net)
         self._layout: Layout = net.layout if net else origin.layout
         self._form = Form(self._layout, list(states.values()), log.path, self._leaves_of)
-        self._base = None, None  # the last base of an xor-delta, and its leaves
+        # The last base of an xor-delta, and its leaves.
+        self._base: tuple[Entry | None, Leaves] = None, []
         self._names = Names(log)
 
     @classmethod
@@ -77,6 +80,7 @@ class DiskStore:
         if not isinstance(net, Network) and (new or net is not None):
             raise TypeError(f"net must be a Network, got {type(net).__name__}")
         if new:
+            assert net is not None  # as is checked
             manifest = manifest_of(FORMAT, Origin.of(net), net.state)
             return cls(TaskLog.create(path, manifest), net)
         read_manifest(journal.read_manifest(path), FORMAT, path, net)  # before a writer mends it
@@ -104,6 +108,7 @@ class DiskStore:
 
     @property
     def path(self) -> Path:
+        """The folder."""
         return self._log.path
 
     @property
@@ -129,8 +134,7 @@ class DiskStore:
         task: a Task, or a bare mask where the network has no state.
         scores: a TrainResult's, float32 pytree like the mask, kept so that training can go on; 32
           times the bytes of packed masks, which loading reads past.
-        name, labels: what people call the task and its outputs, one name each; the first name that
-          is given has those of all tasks read, 2 s for 100,000.
+        name, labels: what people call the task and its outputs, each by a name of its own.
         num_labels: as of `MaskStore.append`, and told of all tasks that are loaded together or of
           none; `labels` do not tell it.
         moments: of `MaskStore.moments`, the mean and deviation of the task's scores by the names of
@@ -139,10 +143,9 @@ class DiskStore:
         base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
           many are appended, pass False and call `flush` once: a crash before may take the last.
-        Raises TypeError or ValueError for a task of another network, what is no name or one that is
-        taken, and more labels than outputs; StoreError
-        unless the store is open for appending; OSError where the disk is full, and then the store
-        holds what it held.
+        Raises TypeError or ValueError for a task of another network, what is no name or is taken,
+        and more labels than outputs; StoreError unless the store is open for appending; OSError
+        where the disk is full, and then the store holds what it held.
         """
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
@@ -191,9 +194,9 @@ class DiskStore:
         task is damaged, which may be coded against it; OSError where the disk is full or fails.
         """
         self._log.entry(i := as_index(i))
-        self._recode(i)
-        self._names.forget()
-        self._log.remove(i)
+        with self._names.giving(None, i):
+            self._recode(i)
+            self._log.remove(i)
 
     def compact(self) -> int:
         """Gives back the bytes of what was removed or replaced; returns how many.
@@ -211,12 +214,13 @@ class DiskStore:
         names: one a task; numbers of labels and moments as the store has them. Raises as `append`.
         """
         store.check_fits(self._network())
-        names = [None] * int(store.num_tasks) if names is None else names
-        if len(names) != int(store.num_tasks):
-            raise ValueError(f"names must be {int(store.num_tasks)}, one a task, got {len(names)}")
+        held = int(store.num_tasks)
+        told_names = [None] * held if names is None else list(names)
+        if len(told_names) != held:
+            raise ValueError(f"names must be {held}, one a task, got {len(told_names)}")
         first = len(self)
         told, moments = jax.device_get((store.num_labels, store.moments))
-        for i, name in enumerate(names):
+        for i, name in enumerate(told_names):
             count = None if told is None else int(told[i])
             own = {each: rows[i].tolist() for each, rows in moments.items() if rows[i, 1] > 0}
             self.append(store.task(i), name=name, num_labels=count, moments=own, durable=False)
@@ -236,8 +240,7 @@ class DiskStore:
     def append_file(self, path: str | os.PathLike) -> int:
         """Adds the task in a file of `export`, and returns its number.
 
-        Raises FileNotFoundError, StoreError where it is damaged or of another network, and as
-        `append`.
+        Raises as `append`, FileNotFoundError, StoreError where it is damaged or another network's.
         """
         record = self._of_file(path)
         with self._names.giving(record.metadata["name"]):
@@ -252,7 +255,6 @@ class DiskStore:
             self._log.replace(i, record.metadata, [record.body])
 
     def _of_file(self, path):
-        """The record of a task in a file, once it is seen to belong here."""
         manifest, record = records.read_alone(path)
         read_manifest(manifest, FORMAT, path, self._net)
         for field in ("layout", "states", "fingerprint"):
@@ -267,22 +269,20 @@ class DiskStore:
         return record
 
     def copy(self, path: str | os.PathLike, without: Sequence[int] = ()) -> list[int]:
-        """Writes a new store of the tasks but for those `without`, and returns their ids.
+        """Writes a new store of the tasks but for those `without`; returns their ids, which stay.
 
-        They keep their ids; those left out, of which nothing is read, count as removed. Each is
-        coded anew where it was coded against another.
         Raises FileExistsError where a store is, as `task` for damage among them, OSError.
         """
-        for i in (without := set(map(as_index, without))):
-            self._log.entry(i)
-        held = [i for i in self._log.ids if i not in without]
-        kept = set(held)
-        found = (self._read(i, self._form.alone) if i in kept else None for i in range(len(self)))
+        held = dict.fromkeys(self._log.ids)
+        for i in without:
+            self._log.entry(i := as_index(i))
+            held.pop(i, None)
+        found = (self._read(i, self._form.alone) if i in held else None for i in range(len(self)))
         journal.write_all(path, self.manifest, found)
-        return held
+        return list(held)
 
     def find(self, name: str) -> list[int]:
-        """Ids of the tasks of that name, as far as their records can be read."""
+        """Ids of the tasks of that name, as far as they can be read."""
         return self._names.find(name)
 
     def flush(self) -> None:
@@ -347,7 +347,7 @@ class DiskStore:
             lambda slots: (fields(ids[slot]) for slot in slots),
             mesh,
             state,
-            counts if labelled else (),
+            [count for count in counts if count is not None],
         )
 
     def parts(self, size: int = 1024) -> "Parts":
@@ -447,4 +447,4 @@ class Parts:
     def __iter__(self) -> Iterator[MaskStore]:
         ids = self._disk.ids
         for start in range(0, len(ids), self._size):
-            yield self._disk.load(ids[start : start + self._size])
+            yield self._disk.load(ids[start : start + self._size].tolist())

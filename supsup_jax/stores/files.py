@@ -12,6 +12,7 @@ from supsup_jax.stores.records import ENTRY_BYTES, HEAD_BYTES, SHA_BYTES, Entry
 from supsup_jax.types import StoreError
 
 RECORDS, INDEX = "tasks.bin", "index.bin"
+_CLOSED = -1  # of a descriptor
 PARTIALS = (f"{RECORDS}.partial", f"{INDEX}.partial")  # of a compaction
 
 
@@ -27,7 +28,7 @@ def allowed(path: Path, writes: bool) -> Iterator[None]:
         if writes:
             wanted = "append there; open the store with mode 'r', or one where you may write"
         raise OSError(
-            error.errno, f"{os.strerror(error.errno)}: not allowed to {wanted}", str(path)
+            error.errno, f"{os.strerror(error.errno or 0)}: not allowed to {wanted}", str(path)
         ) from error
 
 
@@ -40,23 +41,23 @@ class Files:
     def __init__(self, path: Path, writes: bool, timeout: float = 0.0):
         self.path, self.writes = path, writes
         self._file = path.absolute() / RECORDS
-        self._records = self._index = self._held = None
+        self._records = self._index = self._held = _CLOSED
         self._open(timeout)
 
     def close(self) -> None:
         """Closes the files, and lets another write. Further calls do nothing."""
         for fd in (self._records, self._index):
-            if fd is not None:
+            if fd != _CLOSED:
                 os.close(fd)
-        if self._held is not None:
+        if self._held != _CLOSED:
             system.release(self._file.with_name(system.LOCK), self._held)
-        self._records = self._index = self._held = None
+        self._records = self._index = self._held = _CLOSED
 
     def _open(self, timeout):
         flags = os.O_RDWR if self.writes else os.O_RDONLY
         try:
             with allowed(self.path, self.writes):
-                while self._records is None or self._exchanged():
+                while self._records == _CLOSED or self._exchanged():
                     self.close()
                     self._records = system.open_file(self._file, flags)
                     if self.writes:
@@ -71,7 +72,7 @@ class Files:
         self._entries: list[Entry | None] = []  # None where a damaged record must lie
         self._removed: set[int] = set()
         self._end = 0  # of the last record
-        self._rows = None  # the index as it was last read
+        self._rows: bytes | None = None  # the index as it was last read
 
     def _exchanged(self):
         """Whether compaction has put other files in the place of those that are open.
@@ -79,7 +80,7 @@ class Files:
         It removes the index before and puts another there after: two that were opened before this
         is found false belong together.
         """
-        if self._index is None and self._file.with_name(INDEX).exists():
+        if self._index == _CLOSED and self._file.with_name(INDEX).exists():
             return True
         with contextlib.suppress(FileNotFoundError):  # a folder moved or deleted: as it was
             return not os.path.samestat(os.fstat(self._records), os.stat(self._file))
@@ -101,11 +102,12 @@ class Files:
     def _locked(self):
         if system.HAS_FLOCK:
             return system.flocked(self._records)
-        self._held = system.hold(self._file.with_name(system.LOCK))
-        return self._held is not None
+        held = system.hold(self._file.with_name(system.LOCK))
+        self._held = _CLOSED if held is None else held
+        return held is not None
 
     def _check_open(self, writes=False):
-        if self._records is None:
+        if self._records == _CLOSED:
             raise StoreError(f"{self.path} was closed; open it again")
         if writes and not self.writes:
             raise StoreError(f"{self.path} is open for reading only; open it with mode='a'")
@@ -114,18 +116,18 @@ class Files:
         """Takes in what was written since the files were last looked at."""
         former, self._rows = self._rows, self._index_bytes()
         if self._rows != former:
-            self._take_rows(former or b"")
+            self._take_rows(self._rows, former or b"")
             # Of a record whose entry was lost, the place is between others, or at the end.
             if former is None or not self._rows.startswith(former):
                 for gap in self._gaps():
                     self._take_all(self._whole_records(*gap))
         self._take_all(self._whole_records(self._end, self._size()))
 
-    def _take_rows(self, former):
+    def _take_rows(self, rows, former):
         """Takes in the entries of the index, but for what is in `former` at the same place."""
-        first = len(former) // ENTRY_BYTES if self._rows.startswith(former) else 0
-        for place in range(first * ENTRY_BYTES, len(self._rows), ENTRY_BYTES):
-            row, task = self._rows[place : place + ENTRY_BYTES], place // ENTRY_BYTES
+        first = len(former) // ENTRY_BYTES if rows.startswith(former) else 0
+        for place in range(first * ENTRY_BYTES, len(rows), ENTRY_BYTES):
+            row, task = rows[place : place + ENTRY_BYTES], place // ENTRY_BYTES
             if row != former[place : place + ENTRY_BYTES]:
                 entry = records.parse_entry(row, task)
                 if entry and self._fits(task, entry):
@@ -158,7 +160,7 @@ class Files:
         return os.fstat(self._records).st_size
 
     def _index_bytes(self):
-        if self._index is None:
+        if self._index == _CLOSED:
             return b""
         return system.read_at(self._index, 0, os.fstat(self._index).st_size)
 
@@ -230,8 +232,9 @@ class Files:
     def _replaced(self, task, offset):
         """Whether a whole record of that number lies behind the one at `offset`."""
         entry = self._entries[task] if task is not None and task < len(self._entries) else None
-        later = entry is not None and entry.offset > offset
-        return later and self._whole_record(entry.offset) == (task, entry)
+        if entry is None or entry.offset <= offset:
+            return False
+        return self._whole_record(entry.offset) == (task, entry)
 
     def _index_problems(self):
         data = self._index_bytes()
@@ -270,7 +273,7 @@ class Files:
         if left:
             system.flush_folder(self._file.parent)
 
-    def _pack(self, read: Callable[[int, Entry], bytes]):
+    def _pack(self, read: Callable[[int, Entry | None], bytes | memoryview]):
         """Exchanges both files for ones of the records that count alone: all or nothing.
 
         read: number and entry -> the record's bytes.
@@ -282,6 +285,7 @@ class Files:
                 system.flocked(fd)  # from the moment it is in place
             for task, entry in enumerate(self._entries):
                 system.write_at(fd, read(task, entry), end)
+                assert entry is not None  # else `read` has failed
                 packed.append(entry._replace(offset=end))
                 end += entry.length
             system.flush(fd)
@@ -298,7 +302,7 @@ class Files:
             for each in (fd, *former):
                 os.close(each)
             fd, former = None, []
-            self._records = self._index = None
+            self._records = self._index = _CLOSED
         try:
             # Never an index beside records that it does not list: a lost one is made again.
             os.unlink(self._file.with_name(INDEX))
@@ -316,8 +320,8 @@ class Files:
             if isinstance(error, PermissionError) and not system.HAS_FLOCK:
                 raise OSError(
                     error.errno,
-                    f"{os.strerror(error.errno)}: a reader has the store open, whose files this "
-                    "system does not exchange then: close it, and compact again",
+                    f"{os.strerror(error.errno or 0)}: a reader has the store open, and this "
+                    "system exchanges no file that is: close it, and compact again",
                     str(self.path),
                 ) from error
             raise

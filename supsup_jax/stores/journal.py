@@ -207,8 +207,8 @@ class TaskLog(Files):
                 raise
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}: task {task} was not written, the store holds the "
-                f"{held} tasks it held",
+                f"{os.strerror(error.errno or 0)}: task {task} was not written, the store holds "
+                f"the {held} tasks it held",
                 str(self.path),
             ) from error
         self._take(task, entry)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from supsup_jax import devices
 from supsup_jax.checks import check_int, check_type, is_traced
@@ -183,7 +184,7 @@ class MaskStore(Owned, TaskStore):
 
     def replace(
         self,
-        i: int,
+        i: jax.Array | int,
         task: Task | PyTree,
         *,
         donate: bool = False,
@@ -193,9 +194,9 @@ class MaskStore(Owned, TaskStore):
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i, store = self._index(i), self._labelled(num_labels)
+        slot, store = self._index(i), self._labelled(num_labels)
         task = store.checked(task, num_labels)
-        return store._written(i, task, donate and not self._traced, append=False)._recounted()
+        return store._written(slot, task, donate and not self._traced, append=False)._recounted()
 
     def _recounted(self):
         """This store, that knows the numbers of labels that are left."""
@@ -229,13 +230,13 @@ class MaskStore(Owned, TaskStore):
         store.label_counts = counts
         return store
 
-    def remove(self, i: int) -> "MaskStore":
+    def remove(self, i: jax.Array | int) -> "MaskStore":
         """This store without task i; later tasks move down by one, as in a list.
 
         Inside jit an id that names no task changes nothing, and the next host call raises.
         """
-        i = self._index(i)
-        return self.with_bank(arrays.remove(self.bank, i, self.layout, self.capacity))._recounted()
+        bank = arrays.remove(self.bank, self._index(i), self.layout, self.capacity)
+        return self.with_bank(bank)._recounted()
 
     def checked(self, task: Task | PyTree, num_labels: int | None = None) -> Task:
         """A task as `arrays.write` takes it, mask and statistics. Raises as `append`."""
@@ -250,7 +251,7 @@ class MaskStore(Owned, TaskStore):
         """Task i, with its statistics, its mask bool. Raises as `mask`."""
         return arrays.read(self.bank, self._index(i), self.layout)
 
-    def mixture(self, alphas: jax.Array | None = None) -> PyTree:
+    def mixture(self, alphas: jax.Array | np.ndarray | None = None) -> PyTree:
         """sum_i alphas_i M_i as a float32 pytree like params, None where not masked.
 
         alphas: [K] or [T] coefficients, differentiable; None is 1/T each, read off the counts.
@@ -340,17 +341,18 @@ class MaskStore(Owned, TaskStore):
 
     @property
     def _traced(self):
-        return isinstance(self._bank.words, jax.core.Tracer)
+        return isinstance(self._bank.words, Tracer)
 
     @property
     def _consumed(self):
         words = getattr(self._bank, "words", None)  # transformations put placeholders here
-        concrete = isinstance(words, jax.Array) and not isinstance(words, jax.core.Tracer)
-        return concrete and words.is_deleted()
+        if not isinstance(words, jax.Array) or isinstance(words, Tracer):
+            return False
+        return words.is_deleted()
 
     def _written(self, i, task, in_place, append):
         write, bank = _write_in_place if in_place else _write, self._bank
-        hollow = self.with_bank(arrays.Bank(None, None, None, *bank[3:]))
+        hollow = self.with_bank(arrays.Bank._make([None, None, None, *bank[3:]]))
         held = _held(self, i) if in_place else None
         return self.with_bank(write(bank[:3], hollow, i, held, task, append=append))
 
@@ -367,6 +369,7 @@ class MaskStore(Owned, TaskStore):
         return jnp.pad(alphas, [(0, 0)] * (alphas.ndim - 1) + [(0, spare)])
 
     def tree_flatten_with_keys(self):
+        """For JAX: the arrays by name, and what is static. Raises ValueError once consumed."""
         if self._consumed:  # before jit finds out in its own words
             self.check_usable()
         key = jax.tree_util.GetAttrKey
@@ -375,6 +378,7 @@ class MaskStore(Owned, TaskStore):
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
+        """For JAX: the inverse of `tree_flatten_with_keys`."""
         return cls(*leaves, *static)
 
     def __repr__(self) -> str:
@@ -418,7 +422,8 @@ def _write_task(large, hollow, i, held, task, *, append):
         here = valid & (place < store.capacity)
         written = arrays.write(bank, slot, here, held, task, store.layout, total)
         return written._replace(
-            num_tasks=store.all_tasks + (valid if append else 0), dropped=bank.dropped + ~valid
+            num_tasks=store.all_tasks + (valid.astype(jnp.int32) if append else 0),
+            dropped=bank.dropped + (~valid).astype(jnp.int32),
         )
 
     args = ((i, WHOLE), (held, SLOTS), (valid, WHOLE), (task, WHOLE))

@@ -36,10 +36,6 @@ class Names:
                 former.add(name)
             self._known = former
 
-    def forget(self) -> None:
-        """Has the names read again, when next needed."""
-        self._known = None
-
     def _called(self):
         for i in self._log.ids:
             with contextlib.suppress(StoreError):

@@ -76,7 +76,7 @@ class Origin:
             net.initializer,
             # A copy: donating a store must never consume what the network holds.
             seed=None if net.seed is None else jnp.array(net.seed, copy=True),
-            fingerprint=jnp.asarray(np.frombuffer(digest, np.uint8)),
+            fingerprint=jax.device_put(np.frombuffer(digest, np.uint8)),
         )
 
     @classmethod
@@ -132,6 +132,8 @@ class Origin:
 
 class Owned:
     """A store of one network's masks: its `origin` says whose."""
+
+    origin: "Origin"
 
     @property
     def layout(self) -> Layout:
@@ -269,7 +271,7 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[recor
 
 def as_bytes(array: jax.Array | np.ndarray) -> memoryview:
     """The bytes of an array in C order; any dtype, also such as NumPy lends no buffer of."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def arrays_in(

@@ -43,6 +43,7 @@ class Entry(NamedTuple):
 
     @property
     def end(self) -> int:
+        """Of the record: where the next may begin."""
         return self.offset + self.length
 
 
@@ -147,6 +148,7 @@ def signed_manifest(manifest: dict[str, Any]) -> bytes:
 
 
 def sha256(data: bytes | memoryview) -> bytes:
+    """The 32 bytes of its digest."""
     return hashlib.sha256(data).digest()
 
 

@@ -50,13 +50,13 @@ def shard(store: MaskStore, mesh: Mesh, capacity: int | None = None) -> "Sharded
     check_type("store", store, MaskStore)
     devices.check_mesh(mesh, TASK)
     least = max(1, int(store.num_tasks))
-    capacity = least if capacity is None else capacity
-    check_int("capacity", capacity, least)
+    wanted = least if capacity is None else capacity
+    check_int("capacity", wanted, least)
     parts = mesh.shape[TASK]
-    capacity = parts * -(-int(capacity) // parts)
+    room = parts * -(-int(wanted) // parts)
     state = arrays.like_state(store.bank)
-    devices.check_room(arrays.nbytes(store.layout, state, capacity // parts), capacity)
-    return _moved(store.with_bank(_tiled_anew(store, capacity, parts), capacity), mesh)
+    devices.check_room(arrays.nbytes(store.layout, state, room // parts), room)
+    return _moved(store.with_bank(_tiled_anew(store, room, parts), room), mesh)
 
 
 def of_tasks(
@@ -93,13 +93,14 @@ def of_tasks(
         placed((parts * each, *leaf.shape), each, lambda held, j=j: jax.tree.leaves(held[1])[j])
         for j, leaf in enumerate(like)
     ]
-    bank = arrays.Bank(
+    held = (
         placed((parts * tiles, num_words, lanes), tiles, lambda held: held[0]),
         np.zeros(WORD_BITS * num_words, np.min_scalar_type(parts * each)),
         jax.tree.unflatten(treedef, states),
         np.int32(num_tasks),
         np.int32(0),
     )
+    bank = arrays.Bank._make(held)
     counts = tuple(sorted(set(counts)))
     return _counted(_moved(MaskStore(bank, Origin.of(net), parts * each, counts), mesh))
 
@@ -117,7 +118,8 @@ class ShardedStore(MaskStore):
     """
 
     # Words are tiled device by device: what reads them is of its own here, or asked of a shard.
-    mixture_of, taken = TaskStore.mixture_of, None
+    mixture_of = TaskStore.mixture_of
+    taken: Any = None
 
     def __init__(
         self,
@@ -230,7 +232,7 @@ class ShardedStore(MaskStore):
 class _Shard(MaskStore):
     """What one device holds of a ShardedStore, inside its shard_map: a store of K / D slots."""
 
-    all_tasks = None  # set below: more than those here
+    all_tasks: Any = None  # set below: more than those here
 
     def __init__(self, bank, layout, capacity, mesh_devices, label_counts):
         first = mesh_devices.first(capacity)
@@ -296,7 +298,7 @@ def _contract(store, v, implementation):
 
 @functools.partial(jax.jit, static_argnames="error")
 def _best_scores(store, v, error):
-    out = race.Finish(SLOTS, WHOLE)
+    out = race.Finish._make([SLOTS, WHOLE])
     return store.spread(lambda store, v: store.best_scores(v, error), (v, WHOLE), out=out)
 
 

@@ -84,7 +84,7 @@ def flush(fd: int) -> None:
 
 
 def _flush(fd, sync):
-    if whole := getattr(fcntl, "F_FULLFSYNC", None):
+    if fcntl is not None and (whole := getattr(fcntl, "F_FULLFSYNC", None)):
         try:
             fcntl.fcntl(fd, whole)
             return
@@ -107,6 +107,7 @@ def flush_folder(path: Path) -> None:
 
 def flocked(fd: int) -> bool:
     """Whether this process now has the lock of the file, which the system releases when it dies."""
+    assert fcntl is not None  # HAS_FLOCK
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -52,6 +52,7 @@ class Made:
             raise TypeError(f"what Made is told must be hashable, got {self!r}: {error}") from error
 
     def make(self) -> Any:
+        """A new one, of arguments that are made first where they are `Made` themselves."""
         function, args, kwargs = self._words
         value = {name: _made(each) for name, each in kwargs}
         return function(*map(_made, args), **value)
@@ -179,7 +180,7 @@ class TrainConfig:
         """The optimizer, as optax builds it."""
         if not isinstance(self.optimizer, str):
             return _made(self.optimizer)
-        rate = _made(self.learning_rate)
+        rate: Any = _made(self.learning_rate)
         if self.schedule == "cosine" or self.warmup_steps:
             rest = max(1, self.steps - self.warmup_steps)
             after = (
@@ -210,6 +211,7 @@ class TrainConfig:
         leaves = layout.leaves(scores, "scores")
         if self.rule == "threshold":
             return layout.tree([masks.threshold_mask(leaf) for leaf in leaves])
+        assert self.density is not None  # of topk, as is checked
         counts = kept_counts(layout, self.density).values()
         return layout.tree(
             [masks.topk_mask(leaf, k) for leaf, k in zip(leaves, counts, strict=True)]

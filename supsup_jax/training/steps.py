@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from supsup_jax import devices, masks, prng
@@ -314,6 +315,7 @@ def _check_loss(config, num_outputs, labels):
 
 
 def check_types(net, config):
+    """Raises TypeError for other arguments, ValueError for a density that topk cannot keep."""
     check_type("net", net, Network)
     check_type("config", config, TrainConfig)
     if config.rule == "topk":
@@ -322,15 +324,16 @@ def check_types(net, config):
 
 def check_finite(result, config):
     """Raises ValueError unless scores and losses, if concrete, are numbers."""
-    traced = isinstance(result.loss, jax.core.Tracer)
+    traced = isinstance(result.loss, Tracer)
     if not traced and not bool(all_finite((result.scores, result.loss))):
         raise diverged(config)
 
 
 def check_scores(layout, scores):
+    """Raises TypeError or ValueError, naming the leaf, unless all are finite floats like params."""
     for name, leaf in zip(layout.shapes, layout.leaves(scores, "init_scores"), strict=True):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"init_scores must be floats, got {jnp.result_type(leaf)} at {name!r}")
         # In NumPy: under the caller's jit, jnp would trace even what is concrete.
-        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
+        if not isinstance(leaf, Tracer) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"init_scores must be finite, got NaN or infinity at {name!r}")

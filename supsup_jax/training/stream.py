@@ -236,7 +236,7 @@ def observe(
     slot, winner, max_nu = _choose(state, net, data, index, config)
     threshold = config.threshold(allocated)
     state = state._replace(windows=state.windows + 1)
-    if slot is None:
+    if slot is None or winner is None:
         skipped = state._replace(skipped=state.skipped + 1)
         return skipped, Decision(-1, False, max_nu, threshold, None)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from supsup_jax import devices, prng
@@ -80,7 +81,6 @@ def train_task(
     traced = in_trace(key, net, data, init_scores)
     if traced and on_step is not None:
         raise ValueError("on_step is called by the host: it has no meaning inside jit")
-    inputs = key, net, data, init_scores
     if mesh is not None:
         devices.check_mesh(mesh, devices.DATA)
         if config.batch_size % (parts := mesh.shape[devices.DATA]):
@@ -90,11 +90,13 @@ def train_task(
             )
         mesh = devices.auto(mesh)
         if not mesh.is_multi_process:  # of several hosts each has them, and jit takes them so
-            inputs = jax.device_put(inputs, devices.on_mesh(mesh, devices.WHOLE))
+            key, net, data, init_scores = jax.device_put(
+                (key, net, data, init_scores), devices.on_mesh(mesh, devices.WHOLE)
+            )
     if on_step is None:
-        result = _train(*inputs, config, mesh)
+        result = _train(key, net, data, init_scores, config, mesh)
     else:
-        result = _reporting(*inputs, config, mesh, on_step)
+        result = _reporting(key, net, data, init_scores, config, mesh, on_step)
     check_finite(result, config)
     return result
 
@@ -156,7 +158,7 @@ def train_tasks(
     else:
         devices.check_mesh(mesh, devices.TASK)
         result = _train_tasks_over(keys, net, data, init_scores, config, devices.auto(mesh))
-    if not isinstance(result.loss, jax.core.Tracer):
+    if not isinstance(result.loss, Tracer):
         finite = devices.on_host(jax.vmap(all_finite)((result.scores, result.loss)))
         if not finite.all():
             bad = np.flatnonzero(~finite)
