@@ -32,7 +32,7 @@ class Names:
                 )
         yield
         if i is None:
-            if name is not None:
+            if former is not None and name is not None:
                 former.add(name)
             self._known = former
 
