@@ -159,7 +159,7 @@ class TaskData:
     """
 
     inputs: PyTree
-    labels: Any  # a jax.Array from construction on, as is `view`
+    labels: Any  # any array's; once constructed, jax.Arrays
     view: Any = None
     transform: Callable[[PyTree], PyTree] | None = dataclasses.field(
         default=unit_range, metadata={"static": True}

@@ -284,7 +284,9 @@ def test_bad_input(path, tmp_path, capsys):
     for command in ("inspect", "verify", "repair"):
         assert "no store at" in fails(capsys, command, tmp_path / "nothing")
         assert "is no store: the folder lacks manifest.json" in fails(capsys, command, tmp_path)
-    assert "no store at" in fails(capsys, "import", tmp_path / "nothing", tmp_path / "x")
+    assert "no file at" in fails(capsys, "import", path, tmp_path / "nothing")
+    cli.main(["export", str(path), "0", str(tmp_path / "zero.task")])
+    assert "no store at" in fails(capsys, "import", tmp_path / "nothing", tmp_path / "zero.task")
     np.save(tmp_path / "flat.npy", np.ones(3))
     (tmp_path / "text.npy").write_text("hello")
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)

@@ -8,12 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax import export
 
 import supsup_jax as ss
-from supsup_jax import models
-from tests.conftest import ROOT, filled_store, random_masks
+from tests.conftest import ROOT, random_masks
 
 pytest.importorskip("flatbuffers", reason="jax.export writes with it: the extra `export`")
 
@@ -27,33 +25,23 @@ np.savez("got.npz", task, logits)
 
 
 @pytest.fixture(scope="module")
-def net():
-    return ss.signed_constant(ss.Network.from_nnx(models.MLP([784, 8, 5], rngs=nnx.Rngs(0))), 1)
-
-
-@pytest.fixture(scope="module")
-def store(net):
-    return filled_store(net, random_masks(net, 3), capacity=4)
-
-
-@pytest.fixture(scope="module")
-def folder(net, store, tmp_path_factory):
-    """Where the blocks that need the library have run, in their order."""
-    folder, names = tmp_path_factory.mktemp("deployed"), {"net": net, "store": store}
+def page(tmp_path_factory):
+    """Where the blocks that need the library have run, in their order; and what they named."""
+    folder, names = tmp_path_factory.mktemp("deployed"), {}
     before = os.getcwd()
     os.chdir(folder)
     try:
         for block in BLOCKS:
-            # The last one would set JAX's cache for all tests.
-            if "export.deserialize" not in block and "config.update" not in block:
+            if "export.deserialize" not in block:
                 exec(block, names)
     finally:
         os.chdir(before)
-    return folder
+    return folder, names["net"], names["store"]
 
 
 @pytest.mark.parametrize("file", SERVED)
-def test_answers_where_there_is_only_jax(net, store, folder, file):
+def test_answers_where_there_is_only_jax(page, file):
+    folder, net, store = page
     (block,) = (block for block in BLOCKS if "export.deserialize" in block and f'"{file}"' in block)
     rows = int(re.search(r"np\.zeros\(\((\d+), 784\)", block)[1])
     x = np.random.default_rng(0).normal(size=(rows, 784)).astype(np.float32)
@@ -72,7 +60,9 @@ def test_answers_where_there_is_only_jax(net, store, folder, file):
     [ss.one_shot, ss.oracle, ss.binary_search, ss.Rule("rerank", best=2)],
     ids=["one_shot", "oracle", "binary_search", "rerank"],
 )
-def test_one_program_of_a_rule_for_batches_of_any_size(net, store, rule):
+def test_one_program_of_a_rule_for_batches_of_any_size(page, rule):
+    _, net, store = page
+
     def answer(x):
         belief = rule(net, store, x)
         return belief, ss.predict(net, store, x, belief.task)
@@ -86,8 +76,9 @@ def test_one_program_of_a_rule_for_batches_of_any_size(net, store, rule):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_program_serves_stores_to_come(net, store, folder):
-    more = store.append(random_masks(net, 4)[3])
+def test_a_program_serves_stores_to_come(page):
+    folder, net, store = page
+    more = store.append(random_masks(net, 1, seed=3)[0])
     x = np.random.default_rng(0).normal(size=(5, 784)).astype(np.float32)
     call = export.deserialize((folder / "answer_with.bin").read_bytes()).call
     for held in (store, more):

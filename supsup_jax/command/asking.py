@@ -21,6 +21,7 @@ from supsup_jax.inference.search import Rule
 from supsup_jax.layout import dense_widths
 from supsup_jax.network import Network
 from supsup_jax.objectives import (
+    MaxLogit,
     OfLabels,
     Standardised,
     Superfluous,
@@ -33,7 +34,7 @@ from supsup_jax.stores import journal
 from supsup_jax.stores.coded import TaskInfo
 from supsup_jax.stores.disk import FORMAT, DiskStore
 from supsup_jax.stores.mask_store import MaskStore
-from supsup_jax.types import Objective, StoreError, TaskBelief, num_rows
+from supsup_jax.types import Objective, StoreError, num_rows
 
 BATCH = 128
 RULES = Literal["one_shot", "binary_search", "oracle", "rerank", "misfit"]
@@ -179,6 +180,8 @@ def _objective(name, num_labels, infos, standardised):
         found = Superfluous(num_labels)
     elif name == "entropy":
         found = entropy
+    elif name == "max_logit" and num_labels:
+        found = MaxLogit(num_labels)
     else:
         found = OfLabels(_OF_LOGITS[name], num_labels) if num_labels else _OF_LOGITS[name]
     return Standardised(found) if standardised else found
@@ -196,12 +199,12 @@ def _batches(x) -> Iterator[tuple[Any, int]]:
 
 
 def _belief(asked, x):
-    """Task [B] and scores [B, T] of rows decided one by one, in NumPy."""
+    """Of rows decided one by one, in NumPy."""
     parts = []
     for batch, real in _batches(x):
         found = jax.device_get(asked.rule(asked.net, asked.store, batch, asked.objective))
-        parts.append((found.task[:real], found.scores[:real]))
-    return TaskBelief._make(map(np.concatenate, zip(*parts, strict=True)))
+        parts.append(jax.tree.map(lambda rows, real=real: rows[:real], found))
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def _answers(asked, rows, refusal, with_scores):
@@ -209,18 +212,20 @@ def _answers(asked, rows, refusal, with_scores):
     x, files = rows
     total = num_rows(x)
     if asked.known is not None:
-        belief = TaskBelief._make((np.full(total, asked.known), None))
+        named, scores = np.full(total, asked.known, np.int32), None
     elif asked.together:
-        found = jax.device_get(asked.rule(asked.net, asked.store, x, asked.objective, False))
-        scores = np.broadcast_to(found.scores, (total, len(found.scores)))
-        belief = TaskBelief._make((np.broadcast_to(found.task, total), scores))
+        named, scores = jax.device_get(
+            asked.rule(asked.net, asked.store, x, asked.objective, False)
+        )
+        named, scores = np.resize(named, total), np.broadcast_to(scores, (total, len(scores)))
     else:
         belief = _belief(asked, x)
+        named, scores = belief
         if refusal is not None:
-            belief = jax.device_get(rejection.reject(belief, refusal))
-    labels = _labels(asked, x, np.asarray(belief.task, np.int32))
+            named = np.asarray(rejection.reject(belief, refusal).task)
+    labels = _labels(asked, x, named)
     for row in range(total):
-        task, label = int(belief.task[row]), int(labels[row])
+        task, label = int(named[row]), int(labels[row])
         info = None if task == REFUSED else asked.infos[task]
         answer: dict[str, Any] = {"row": row} if files is None else {"row": row, "file": files[row]}
         answer |= {
@@ -229,8 +234,8 @@ def _answers(asked, rows, refusal, with_scores):
             "label": None if info is None else label,
             "label_name": info and (dict(enumerate(info.labels or ())).get(label) or None),
         }
-        if with_scores and belief.scores is not None:
-            pairs = zip(asked.ids.tolist(), belief.scores[row].tolist(), strict=True)
+        if with_scores and scores is not None:
+            pairs = zip(asked.ids.tolist(), scores[row].tolist(), strict=True)
             answer["scores"] = {i: score if math.isfinite(score) else None for i, score in pairs}
         yield answer
 

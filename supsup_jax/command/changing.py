@@ -59,6 +59,8 @@ def import_(store: Path, file: Path, /, net: str | None = None) -> None:
         file: File to read.
         net: For a file of MaskStore.save, MODULE:FUNCTION as of supsup predict.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file at {file}")
     manifest, _ = records.read_alone(file)
     if manifest.get("format") == mask_store.FORMAT:
         network = network_of(manifest, file, net, mask_store.FORMAT)

@@ -135,8 +135,7 @@ class DiskStore:
         task: a Task, or a bare mask where the network has no state.
         scores: a TrainResult's, float32 pytree like the mask, kept so that training can go on; 32
           times the bytes of packed masks, which loading reads past.
-        name, labels: what people call the task and its outputs, one name each; the first name that
-          is given has those of all tasks read, 2 s for 100,000.
+        name, labels: what people call the task and its outputs, each by a name of its own.
         num_labels: as of `MaskStore.append`, and told of all tasks that are loaded together or of
           none; `labels` do not tell it.
         moments: of `MaskStore.moments`, the mean and deviation of the task's scores by the names of
@@ -145,10 +144,9 @@ class DiskStore:
         base: for "xor-delta", the id of an earlier task to code the mask against.
         durable: return when the task is on the device, which takes the disk milliseconds. Where
           many are appended, pass False and call `flush` once: a crash before may take the last.
-        Raises TypeError or ValueError for a task of another network, what is no name or one that is
-        taken, and more labels than outputs; StoreError
-        unless the store is open for appending; OSError where the disk is full, and then the store
-        holds what it held.
+        Raises TypeError or ValueError for a task of another network, what is no name or is taken,
+        and more labels than outputs; StoreError unless the store is open for appending; OSError
+        where the disk is full, and then the store holds what it held.
         """
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
@@ -197,9 +195,9 @@ class DiskStore:
         task is damaged, which may be coded against it; OSError where the disk is full or fails.
         """
         self._log.entry(i := as_index(i))
-        self._recode(i)
-        self._names.forget()
-        self._log.remove(i)
+        with self._names.giving(None, i):
+            self._recode(i)
+            self._log.remove(i)
 
     def compact(self) -> int:
         """Gives back the bytes of what was removed or replaced; returns how many.
@@ -243,8 +241,7 @@ class DiskStore:
     def append_file(self, path: str | os.PathLike) -> int:
         """Adds the task in a file of `export`, and returns its number.
 
-        Raises FileNotFoundError, StoreError where it is damaged or of another network, and as
-        `append`.
+        Raises as `append`, FileNotFoundError, StoreError where it is damaged or another network's.
         """
         record = self._of_file(path)
         with self._names.giving(record.metadata["name"]):
@@ -259,7 +256,6 @@ class DiskStore:
             self._log.replace(i, record.metadata, [record.body])
 
     def _of_file(self, path):
-        """The record of a task in a file, once it is seen to belong here."""
         manifest, record = records.read_alone(path)
         read_manifest(manifest, FORMAT, path, self._net)
         for field in ("layout", "states", "fingerprint"):
@@ -274,23 +270,20 @@ class DiskStore:
         return record
 
     def copy(self, path: str | os.PathLike, without: Sequence[int] = ()) -> list[int]:
-        """Writes a new store of the tasks but for those `without`, and returns their ids.
+        """Writes a new store of the tasks but for those `without`; returns their ids, which stay.
 
-        They keep their ids; those left out, of which nothing is read, count as removed. Each is
-        coded anew where it was coded against another.
         Raises FileExistsError where a store is, as `task` for damage among them, OSError.
         """
-        out = set(map(as_index, without))
-        for i in out:
-            self._log.entry(i)
-        held = [i for i in self._log.ids if i not in out]
-        kept = set(held)
-        found = (self._read(i, self._form.alone) if i in kept else None for i in range(len(self)))
+        held = dict.fromkeys(self._log.ids)
+        for i in without:
+            self._log.entry(i := as_index(i))
+            held.pop(i, None)
+        found = (self._read(i, self._form.alone) if i in held else None for i in range(len(self)))
         journal.write_all(path, self.manifest, found)
-        return held
+        return list(held)
 
     def find(self, name: str) -> list[int]:
-        """Ids of the tasks of that name, as far as their records can be read."""
+        """Ids of the tasks of that name, as far as they can be read."""
         return self._names.find(name)
 
     def flush(self) -> None:

@@ -32,13 +32,9 @@ class Names:
                 )
         yield
         if i is None:
-            if name is not None and former is not None:
+            if former is not None and name is not None:
                 former.add(name)
             self._known = former
-
-    def forget(self) -> None:
-        """Has the names read again, when next needed."""
-        self._known = None
 
     def _called(self):
         for i in self._log.ids:
