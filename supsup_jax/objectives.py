@@ -116,7 +116,7 @@ class MaxLogit:
 
     normalised: 0 compares raw logits, which tell how much a mask knows; 1 log-probabilities, which
       tell how sure it is; in between, both. For masks tried alone (`oracle`, `rerank`) on natural
-      images (docs/rules.md).
+      images (docs/natural_images.md).
     Raises ValueError where there are fewer outputs, and for a weight outside [0, 1].
     """
 

@@ -159,8 +159,8 @@ class TaskData:
     """
 
     inputs: PyTree
-    labels: jax.Array
-    view: jax.Array | None = None
+    labels: Any  # any array's; once constructed, jax.Arrays
+    view: Any = None
     transform: Callable[[PyTree], PyTree] | None = dataclasses.field(
         default=unit_range, metadata={"static": True}
     )

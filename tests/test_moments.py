@@ -374,6 +374,9 @@ def test_misfit_is_a_loop_over_statistics(norm_net):
     got = ss.misfit(norm_net, store, x)
     np.testing.assert_allclose(got.scores[:3], want, rtol=1e-4)
     assert got.task == np.argmax(want)
+    mesh = jax.make_mesh((2, 2), ("task", "data"), devices=jax.devices()[:4])
+    spread = ss.misfit(norm_net, ss.shard(store, mesh), x)
+    np.testing.assert_allclose(np.asarray(spread.scores)[:3], want, rtol=1e-4)
     data = [ss.TaskData(x, np.zeros(16, int))] * 3
     rows = ss.evaluate(norm_net, store, data, "batch-16", rule="misfit")
     assert [int(row.inferred[0]) for row in rows] == [np.argmax(want)] * 3

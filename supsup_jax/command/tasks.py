@@ -35,7 +35,7 @@ def lost(disk: DiskStore, problems: Iterable[Problem] | None = None) -> list[int
     problems: of `disk.verify()`, where that was called.
     """
     problems = disk.verify() if problems is None else problems
-    found = {problem.task for problem in problems} - {None}
+    found = {problem.task for problem in problems if problem.task is not None}
     for i in disk.ids.tolist() if found else ():  # in order: a base comes before
         try:
             if disk.info(i).base in found:

@@ -170,7 +170,8 @@ def evaluate(
     decide = parse_protocol(protocol, batch_size)
     check_pair(net, store)
     check_objective(objective)
-    check_measured(objective, store)
+    if decide is not None:
+        check_measured(objective, store)
     rule = parse_rule(rule)
     if metric is not None:
         check_objective(metric, "metric")

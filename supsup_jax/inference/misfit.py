@@ -2,7 +2,7 @@
 
 Under a wrong mask a batch's own mean and variance lie elsewhere than those that the mask was
 learned with. No output is looked at; nothing of the kind has been published, and what it reached is
-in docs/class_incremental.md.
+in docs/natural_images.md.
 """
 
 import jax
@@ -28,7 +28,7 @@ def misfit(
 
     The distance between the statistics of x [B, ...] under mask i and the task's is, for each leaf
     of the state, |batch - task|^2 / (|batch|^2 + |task|^2), in [0, 2]; the score is minus its mean
-    over the leaves. Of T forward passes; over a mesh that splits rows, of each part's own.
+    over the leaves. Of T forward passes; over a mesh each device sees all rows.
     objective: no part of it; there because rules are called alike.
     Raises as `one_shot`, and ValueError for a network without statistics or per_example, where
     one input has none of its own.
@@ -50,7 +50,7 @@ def misfit(
 @schedule.compiled()
 def _misfit(net, store, decisions, objective):
     del objective
-    rows = decisions.rows
+    rows = decisions.everything  # of all devices: their statistics are of one batch
 
     def judge(slot):
         def fits(task):
@@ -64,7 +64,7 @@ def _misfit(net, store, decisions, objective):
         return jnp.broadcast_to(store.under(slot, fits), (num_rows(rows),))
 
     scores = schedule.over_tasks(store, judge, -jnp.inf, rows)[:1]
-    return belief(store, decisions.over_devices(scores))
+    return belief(store, scores)
 
 
 def _distance(batch, task):

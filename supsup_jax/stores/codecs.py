@@ -83,8 +83,7 @@ def encode(mask: PyTree, codec: str = AUTO, base: PyTree = None) -> bytes:
     Raises TypeError or ValueError, naming the leaf, for what is no mask.
     """
     layout, leaves = _checked(mask)
-    others = None if base is None else _bits(layout, base, "the base")
-    return encode_leaves(layout, leaves, codec, others)
+    return encode_leaves(layout, leaves, codec, _of_base(layout, base))
 
 
 def encode_leaves(
@@ -131,7 +130,7 @@ def decode(coded: bytes, layout: Layout, base: PyTree = None) -> PyTree:
     """
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be one such as net.layout, got {type(layout).__name__}")
-    return layout.tree(decode_leaves(coded, layout, _bits(layout, base, "the base")))
+    return layout.tree(decode_leaves(coded, layout, _of_base(layout, base)))
 
 
 def decode_leaves(
@@ -290,6 +289,10 @@ def _checked(mask):
         raise ValueError("mask must have at least one leaf, got none")
     layout = Layout(jax.tree.structure(mask), shapes)
     return layout, _bits(layout, mask, "the mask")
+
+
+def _of_base(layout, base):
+    return None if base is None else _bits(layout, base, "the base")
 
 
 def _bits(layout, mask, what):

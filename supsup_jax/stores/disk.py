@@ -280,9 +280,10 @@ class DiskStore:
         coded anew where it was coded against another.
         Raises FileExistsError where a store is, as `task` for damage among them, OSError.
         """
-        for i in (without := set(map(as_index, without))):
+        left_out = set(map(as_index, without))
+        for i in left_out:
             self._log.entry(i)
-        held = [i for i in self._log.ids if i not in without]
+        held = [i for i in self._log.ids if i not in left_out]
         kept = set(held)
         found = (self._read(i, self._form.alone) if i in kept else None for i in range(len(self)))
         journal.write_all(path, self.manifest, found)

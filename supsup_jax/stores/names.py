@@ -32,7 +32,7 @@ class Names:
                 )
         yield
         if i is None:
-            if name is not None:
+            if name is not None and former is not None:
                 former.add(name)
             self._known = former
 
