@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 REFERENCE = sorted((DOCS / "api").glob("*.md"))
+ELSEWHERE = "deployment"  # tests/test_deployment runs its blocks, some where there is JAX only
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *REFERENCE]
+PAGES = [page for page in PAGES if page.stem != ELSEWHERE]
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.py"))
 
 
