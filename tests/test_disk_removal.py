@@ -158,7 +158,7 @@ def test_a_crash_while_deltas_are_coded_anew_loses_none(tmp_path, net, masks):
 def test_scores_come_back_travel_and_train_on(tmp_path, net, masks):
     scores = scores_like(masks[0])
     with ss.DiskStore.open(tmp_path / "tasks", net, mode="x") as disk:
-        disk.append(masks[0], scores, name="scored")
+        disk.append(masks[0], scores)
         disk.append(masks[1])
         disk.export(0, tmp_path / "file")
         disk.append_file(tmp_path / "file")
