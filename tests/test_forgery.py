@@ -86,6 +86,7 @@ def forged(net, tmp_path_factory):
     other = ss.DiskStore.open(path / "other", net, mode="x")
     other.append(masks[0], name="one", labels=["a"])
     other.export(0, path / "exported task")
+    other.remove(0)
     written = {name: read_alone(path / name) for name in METADATA if name != "folder"}
     written["folder"] = written["exported task"]
     written = {
@@ -99,10 +100,17 @@ def forged(net, tmp_path_factory):
         with ss.DiskStore.open(path / "folder", net) as disk:
             disk.load(), disk.info(0), disk.verify()
 
+    def read_exported(file, *_):
+        i = other.append_file(file)
+        try:
+            return other.info(i)
+        finally:
+            other.remove(i)  # so that its name is free again
+
     readers = {
         "mask store": lambda file, *_: ss.MaskStore.load(file, net),
         "hopfield store": lambda file, *_: ss.hopfield.HopfieldStore.load(file, net),
-        "exported task": lambda file, *_: other.info(other.append_file(file)),
+        "exported task": read_exported,
         "folder": read_folder,
     }
 

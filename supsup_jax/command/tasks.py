@@ -56,4 +56,5 @@ def advice(disk: DiskStore, lost: list[int]) -> str:
 
 
 def listed(ids: list[int]) -> str:
+    """The ids in words, with commas."""
     return ", ".join(map(str, ids))
