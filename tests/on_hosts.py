@@ -41,7 +41,7 @@ def store(folder: Path) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("task",))
     with ss.DiskStore.open(folder / "tasks", net) as disk:
         read, fields = [], disk._fields
-        disk._fields = lambda labelled, i: read.append(i) or fields(labelled, i)
+        disk._fields = lambda *like: read.append(like[-1]) or fields(*like)
         loaded = disk.load(mesh=mesh)
     # Four devices of two slots: process 0 holds tasks 0 to 3, process 1 the last one.
     assert read == ([0, 1, 2, 3], [4])[jax.process_index()], read
