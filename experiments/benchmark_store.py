@@ -85,7 +85,7 @@ def append_times(disk: ss.DiskStore, masks: list, appends: int) -> dict[str, flo
         totals = []
         for i in range(appends):
             start = time.perf_counter()
-            disk.append(masks[i % MASKS], name=f"task {i}", labels=list("0123456789"))
+            disk.append(masks[i % MASKS], name=f"task {len(disk)}", labels=list("0123456789"))
             totals.append(time.perf_counter() - start)
     finally:
         system.flush = flush
