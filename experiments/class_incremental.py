@@ -223,31 +223,29 @@ def measure(config: Config, training: str, net, store, tasks, strangers) -> list
     seen = views.views if training.startswith("views") else views.views[:1]
     logits = {
         name: np.stack(
-            [joined([outputs(net, store, each, view) for each in part]) for view in seen]
+            [joined([outputs(net, store, each, view) for each in split]) for view in seen]
         )
-        for name, part in parts.items()
+        for name, split in parts.items()
     }
     found = {name: judging.by_rule(views, each) for name, each in logits.items()}
     last = list(found["test"])[-1]
     if config.model == "conv_net":
         by_features = features_under(config, store, learned)
-        for name, part in parts.items():
-            features = joined([outputs(by_features.net, store, each) for each in part])
+        for name, split in parts.items():
+            features = joined([outputs(by_features.net, store, each) for each in split])
             found[name][last]["mahalanobis"] = by_features.scores(features)
     of_test, of_held = (
-        np.repeat(np.arange(len(part)), [each.num_examples for each in part])
-        for part in (test, held)
+        np.repeat(np.arange(len(split)), [each.num_examples for each in split])
+        for split in (test, held)
     )
     y, rows = np.concatenate([np.asarray(each.labels) for each in test]), []
-    for network in found["test"]:
-        shown = (
-            logits["test"][0] if network == "one view" else judging.averaged(views, logits["test"])
-        )
+    for kind in found["test"]:
+        shown = logits["test"][0] if kind == "one view" else judging.averaged(views, logits["test"])
         right = shown[..., :labels].argmax(-1) == y
         given = float(right[of_test, np.arange(len(y))].mean())
-        scores = with_standardised({name: found[name][network] for name in parts}, of_held)
+        scores = with_standardised({name: found[name][kind] for name in parts}, of_held)
         for rule in scores["test"]:
-            row = {"training": training, "network": network, "rule": rule, "given": given}
+            row = {"training": training, "network": kind, "rule": rule, "given": given}
             for group in GROUPS:
                 row[f"task_{group}"], row[f"cil_{group}"] = judging.judged(
                     scores["test"][rule], right, of_test, group
@@ -299,15 +297,15 @@ def features_under(config: Config, store, learned) -> Features:
 
 
 def by_one_gradient(config: Config, training: str, net, store, test) -> list[dict]:
-    """Rows of `one_shot`, on the first images of each task."""
-    rows, few = [], [part(task, slice(200)) for task in test]
+    """Rows of `one_shot`."""
+    rows, metric = [], ss.LabelAccuracy(config.classes)
     for name, objective in (("entropy", ss.entropy), ("G", ss.Superfluous(config.classes))):
         row = {"training": training, "network": "one view", "rule": f"one gradient, {name}"}
         for group in (1, 20):
-            if few[0].num_examples < group:
+            if test[0].num_examples < group:
                 continue
             protocol = "per_example" if group == 1 else f"batch-{group}"
-            found = ss.evaluate(net, store, few, protocol, objective=objective)
+            found = ss.evaluate(net, store, test, protocol, objective=objective, metric=metric)
             row[f"task_{group}"] = float(np.mean([each.task_accuracy for each in found]))
             row[f"cil_{group}"] = float(np.mean([each.accuracy for each in found]))
         rows.append(row | {"tasks_learned": config.tasks})

@@ -43,8 +43,7 @@ class Superfluous:
     num_labels: int
 
     def __post_init__(self):
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+        _check_num_labels(self.num_labels)
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] <= self.num_labels:
@@ -97,13 +96,10 @@ class OfLabels:
     num_labels: int
 
     def __post_init__(self):
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+        _check_num_labels(self.num_labels)
 
     def __call__(self, logits: jax.Array) -> jax.Array:
-        if logits.shape[-1] < self.num_labels:
-            raise ValueError(f"{self!r} needs {self.num_labels} outputs, got {logits.shape[-1]}")
-        return self.objective(logits[..., : self.num_labels])
+        return self.objective(_labels_of(self, logits))
 
     def __repr__(self) -> str:
         return f"OfLabels({name_of(self.objective)}, {self.num_labels})"
@@ -124,8 +120,7 @@ class MaxLogit:
     normalised: float = 0.0
 
     def __post_init__(self):
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+        _check_num_labels(self.num_labels)
         if not 0 <= self.normalised <= 1:
             raise ValueError(f"normalised must lie in [0, 1], got {self.normalised!r}")
         # Equals have one name: 1 is 1.0, and NumPy's numbers are numbers.
@@ -133,9 +128,7 @@ class MaxLogit:
         object.__setattr__(self, "normalised", float(self.normalised))
 
     def __call__(self, logits: jax.Array) -> jax.Array:
-        if logits.shape[-1] < self.num_labels:
-            raise ValueError(f"{self!r} needs {self.num_labels} outputs, got {logits.shape[-1]}")
-        own = max_logit(logits[..., : self.num_labels])
+        own = max_logit(_labels_of(self, logits))
         return own - self.normalised * energy(logits) if self.normalised else own
 
 
@@ -187,7 +180,8 @@ class Logarithm:
 def of_labels(
     objective: Callable[[jax.Array], jax.Array], num_labels: int | None
 ) -> Callable[[jax.Array], jax.Array]:
-    """The objective for a task of so many labels: G and the logit rules count a task's own.
+    """The objective for a task of so many labels: G and the logit rules count a task's own, where
+    `max_logit`, `max_confidence` and `energy` count all outputs otherwise.
 
     None: the task does not tell, and the objective stays.
     """
@@ -199,6 +193,19 @@ def of_labels(
         return dataclasses.replace(objective, num_labels=num_labels)
     own = (max_logit, max_confidence, energy)
     return OfLabels(objective, num_labels) if objective in own else objective
+
+
+def _check_num_labels(num_labels):
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+
+
+def _labels_of(objective, logits):
+    """The logits of an objective's labels."""
+    count = objective.num_labels
+    if logits.shape[-1] < count:
+        raise ValueError(f"{objective!r} needs {count} outputs, got {logits.shape[-1]}")
+    return logits[..., :count]
 
 
 def _as_float32(logits):

@@ -14,7 +14,7 @@ from supsup_jax.inference.one_shot import belief
 from supsup_jax.network import Network
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, PyTree, TaskBelief, num_rows
+from supsup_jax.types import Objective, PyTree, TaskBelief
 
 
 def misfit(
@@ -59,12 +59,12 @@ def _misfit(net, store, decisions, objective):
             each = [
                 _distance(*pair) for pair in pairs if jnp.issubdtype(pair[0].dtype, jnp.floating)
             ]
-            return -jnp.mean(jnp.stack(each))
+            return -jnp.mean(jnp.stack(each))[None]
 
-        return jnp.broadcast_to(store.under(slot, fits), (num_rows(rows),))
+        return store.under(slot, fits)
 
-    scores = schedule.over_tasks(store, judge, -jnp.inf, rows)[:1]
-    return belief(store, scores)
+    decision = jax.tree.map(lambda leaf: leaf[:1], rows)
+    return belief(store, schedule.over_tasks(store, judge, -jnp.inf, decision))
 
 
 def _distance(batch, task):
