@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import supsup_jax as ss
-from tests.conftest import random_masks
+from supsup_jax import models
+from tests.conftest import golden, random_masks
 from tests.test_hopfield import holding, norm_scale_net
 
 
@@ -104,6 +106,33 @@ def test_recovery_is_the_formula_step_by_step(net, store, guided):
         assert counts[4] == np.sum((z[leaf] >= 0) != bits[leaf])
         assert counts.shape == (5,)
     assert sum(int(counts[0] != counts[4]) for counts in jax.tree.leaves(got.distance))
+
+
+def test_recovery_follows_the_reference():
+    """Twelve steps of the authors' code: the last scores, and each distance on the way."""
+    saved = golden("recovery")
+    module = models.bnnet(10, num_inputs=784, width=128, rngs=nnx.Rngs(0))
+    for i, layer in enumerate((module.layer0, module.layer1, module.layer2)):
+        layer.kernel[...] = jnp.asarray(saved[f"kernel{i}"])
+    net = ss.Network.from_nnx(module, masked=models.is_norm_scale)
+    tasks = [
+        {f"norm{i}": {"scale": saved[f"masks{i}"][task]} for i in range(2)} for task in range(4)
+    ]
+    masks = [net.layout.tree(jax.tree.leaves(task)) for task in tasks]
+    store = holding(net, masks)
+    for i, weights in enumerate(jax.tree.leaves(store.weights)):
+        np.testing.assert_allclose(weights, saved[f"W{i}"], rtol=1e-5, atol=1e-7)
+    for task, target in enumerate(masks):
+        found = ss.hopfield.recover(net, store, saved["x"], target=target)
+        leaves = zip(jax.tree.leaves(found.scores), jax.tree.leaves(found.distance), strict=True)
+        for i, (scores, distance) in enumerate(leaves):
+            trace = saved[f"trace{i}"]
+            largest = np.abs(trace).max()
+            np.testing.assert_allclose(scores, trace[-1], atol=1e-4 * largest)
+            differ = np.sum((trace >= 0) != saved[f"masks{i}"][task], axis=1)
+            # Scores so near to 0 that rounding could give them either sign.
+            either = np.sum(np.abs(trace) < 1e-4 * largest, axis=1)
+            assert np.all(np.abs(distance[1:] - differ) <= either)
 
 
 def test_a_task_is_recovered_from_its_images():
