@@ -37,7 +37,7 @@ from experiments.frame import config as frame
 from experiments.frame import loop, plots
 from experiments.frame.learners import Learner
 from experiments.frame.rows import Row, evaluated, print_table
-from experiments.frame.run import Run
+from experiments.frame.run import Run, UsageError
 from supsup_jax import data, models, prng
 from supsup_jax.hopfield.store import RULES, pattern_capacity, retrieve
 
@@ -65,7 +65,7 @@ class Config:
     )
     passes: int = 1
     test_batch_size: int = 64
-    attempts: int = 3
+    attempts: int = 3  # 0: the paper's rule alone
     # The capacity curve: units of a random mask, most stored, share of bits flipped.
     capacity_units: int = 256
     capacity_stored: int = 120
@@ -104,10 +104,15 @@ class Args(loop.Args):
     """Recovers masks from a Hopfield network by images alone."""
 
     preset: Literal[tuple(PRESETS)] = "digits"
+    attempts: int = 3
+    """Guided recoveries a task, of which the least uncertain is kept; 0: the paper's rule alone."""
 
 
 def options(config: Config, args: Args) -> Config:
     """The preset, with --tiny 2 tasks in a narrow net."""
+    if args.attempts < 0:
+        raise UsageError(f"--attempts must not be negative, got {args.attempts}")
+    config = dataclasses.replace(config, attempts=args.attempts)
     if args.tiny:
         config = dataclasses.replace(
             config,
@@ -190,25 +195,26 @@ class Recovered(Learner):
         net, config = self.net, self.config
         known = [self.masks.mask(i) for i in range(self.done)]
         guided = dataclasses.replace(config.recovery, guided=True)
-        plain, best = [], []
+        best_of = f"stream-best-{config.attempts}"
+        found = {"stream": []}
+        if config.attempts:
+            found |= {"stream-guided": [], best_of: []}
         with self.run.phase("recover"):
             for i in tqdm(range(self.done), desc="  recoveries", leave=False):
                 x, to = batches_of(config, self.stream, i), {"target": known[i]}
-                plain.append(ss.hopfield.recover(net, self.store, x, config.recovery, **to))
-                best.append(
-                    ss.hopfield.recover_best(
+                plain = ss.hopfield.recover(net, self.store, x, config.recovery, **to)
+                found["stream"].append(plain)
+                if config.attempts:
+                    best = ss.hopfield.recover_best(
                         net, self.store, x, guided, attempts=config.attempts, **to
                     )
-                )
-        first = [found.attempts[0] for found in best]
-        traces = {"stream": traces_of(net, plain), "stream-guided": traces_of(net, first)}
+                    found["stream-guided"].append(best.attempts[0])
+                    found[best_of].append(best.best)
+        # The best is settled, and has no trace of its own.
+        traces = {name: traces_of(net, each) for name, each in found.items() if name != best_of}
         save_traces(self.run, traces)
         rows = evaluated("given", None, None, self.judged(known), config.method)
-        for protocol, recoveries in (
-            ("stream", plain),
-            ("stream-guided", first),
-            (f"stream-best-{config.attempts}", [found.best for found in best]),
-        ):
+        for protocol, recoveries in found.items():
             masks = [recovery.mask for recovery in recoveries]
             rows.append(recovered(protocol, self.judged(masks), masks, known, traces.get(protocol)))
         return rows

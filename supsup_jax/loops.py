@@ -49,10 +49,12 @@ def fast_in_loops(gradient: Callable) -> Callable:
 
 def _rewritten(jaxpr):
     """A jaxpr, open or closed, and those within it."""
-    if CONVOLUTION not in primitives(getattr(jaxpr, "jaxpr", jaxpr)):
+    # From jax 0.12 on a closed one is its own `jaxpr`: there is one class of both.
+    opened = getattr(jaxpr, "jaxpr", jaxpr)
+    if CONVOLUTION not in primitives(opened):
         return jaxpr
-    if isinstance(jaxpr, core.ClosedJaxpr):
-        return jaxpr.replace(jaxpr=_rewritten(jaxpr.jaxpr))
+    if opened is not jaxpr:
+        return jaxpr.replace(jaxpr=_rewritten(opened))
     return jaxpr.replace(eqns=[_replaced(equation) for equation in jaxpr.eqns])
 
 

@@ -58,7 +58,8 @@ def imported(folder):
 def test_what_is_imported_is_declared(folder, extras):
     there = declared(*extras)
     undeclared = [where for where, dists in imported(folder) if not dists & there]
-    assert not undeclared
+    # One file runs in an interpreter of the authors' code.
+    assert not [where for where in undeclared if "authors.py" not in where]
 
 
 # Runs where no package of an extra can be imported.

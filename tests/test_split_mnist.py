@@ -6,7 +6,7 @@ import pytest
 import supsup_jax as ss
 from experiments import split_mnist
 from supsup_jax.stores.records import read_alone
-from tests.runs import EveryRun
+from tests.runs import EveryRun, main
 
 pytestmark = pytest.mark.scripts
 
@@ -46,6 +46,12 @@ class TestSplitMnist(EveryRun):
                 assert steps <= row["stream_steps"][i]
                 assert (total[steps:] == total[-1]).all()
                 assert steps == 0 or total[steps - 1] != total[-1]
+
+    def test_the_papers_rule_alone(self, finished, tmp_path):
+        result, _ = finished
+        alone = main(split_mnist, tmp_path / "run", attempts=0)
+        of_rule = [row for row in result["rows"] if row["protocol"] in ("given", "stream")]
+        assert alone["rows"] == of_rule
 
     def test_hopfield_bytes_and_capacity(self, finished):
         result, out = finished
