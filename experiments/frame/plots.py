@@ -74,7 +74,7 @@ def _axes(path, title, xlabel, ylabel, size=(6.4, 4.0)):
     yield ax
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3, which="both" if ax.get_xscale() == "log" else "major")
-    if ax.get_legend() is None:
+    if ax.get_legend() is None and not fig.legends:
         ax.legend(fontsize=8)
     _save(fig, path)
 
@@ -118,8 +118,8 @@ def accuracy_against_tasks(
         _whole(ax.xaxis)
         if bottom is not None:
             ax.set_ylim(bottom, max(max(each["points"].values()) for each in curves) + 0.01)
-            # Between the curves that stay.
-            ax.legend(fontsize=7, ncols=2, loc="center right")
+            # Curves that leave the picture come in many; a legend among them would cover some.
+            ax.figure.legend(fontsize=7, ncols=3, loc="outside lower center")
 
 
 def accuracy_against(path: Path, title: str, xlabel: str, curves: list[dict]) -> None:
