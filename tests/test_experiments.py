@@ -1,15 +1,17 @@
 """The script of permuted images, and what all scripts of runs refuse."""
 
+import csv
 import shutil
 import time
 from typing import ClassVar
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import nns, permuted, rotated, split_cifar, split_imagenet, split_mnist
 from experiments.frame import run
-from tests.runs import MATRICES, EveryRun, error_of
+from tests.runs import MATRICES, EveryRun, error_of, main
 
 pytestmark = pytest.mark.scripts
 
@@ -30,6 +32,21 @@ class TestPermuted(EveryRun):
     cut, calls = 3, 4
     kept = "tasks/tasks.bin tasks/index.bin tasks/manifest.json inferred.npz"
     changed = ("--steps 7", "train.steps is 50 there, 7 here")
+
+    def test_a_sample_of_tasks_is_judged(self, finished, tmp_path):
+        whole, _ = finished
+        sample = main(permuted, tmp_path / "run", judge_every=2)
+        assert len(sample["rows"]) == len(whole["rows"])
+        for got, want in zip(sample["metrics"], whole["metrics"], strict=True):
+            assert got["per_task"] == want["per_task"][::2]
+            assert got["acc"] == np.mean(got["per_task"])
+            assert {"forgetting", "bwt"} <= want.keys() - got.keys()
+        for got, want in zip(sample["rows"], whole["rows"], strict=True):
+            assert (got["tasks_learned"], got["judge_every"]) == (want["tasks_learned"], 2)
+            judged = -(-want["tasks_learned"] // 2)
+            assert got["decisions"] * want["tasks_learned"] == want["decisions"] * judged
+        with open(tmp_path / "run" / "accuracy.csv", newline="") as file:
+            assert {row["task"] for row in csv.DictReader(file)} == {"0", "2"}
 
     def test_a_damaged_store_stops_a_resume(self, finished, tmp_path, capsys):
         out = tmp_path / "run"
@@ -69,6 +86,7 @@ def test_presets_are_consistent(name, preset):
         ("split_imagenet", "", "imagenet2012 needs --data-dir"),
         ("split_imagenet", "--data-dir {new}/..", "tfds build imagenet2012 --data_dir="),
         ("permuted", "--steps 0", "--steps must be at least 1"),
+        ("permuted", "--judge-every 0", "--judge-every must be at least 1"),
         ("permuted", "--tiny --outputs 10", "outputs must be at least 11"),
         (
             "permuted",

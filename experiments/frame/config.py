@@ -33,6 +33,7 @@ class Config:
     objectives: tuple[str, ...] = ("entropy", "superfluous")
     # Test images of each task that per_example and batch-m look at; paper looks at all.
     images_per_task: int | None = None
+    judge_every: int = 1  # tasks 0, n, 2n, ... are judged
     # After the last task the first of protocols and of objectives looks at all test images too.
     every_image_at_the_end: bool = False
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
@@ -56,6 +57,8 @@ class MethodArgs(hosts.Args, Args):
     """Outputs of the network instead of the preset's (the paper's s)."""
     steps: int | None = None
     """Training steps a task instead of the preset's."""
+    judge_every: int | None = None
+    """Judge tasks 0, n, 2n, ... only: of thousands, a sample says as much."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
 
@@ -67,15 +70,15 @@ def by_method(config: Config, args: MethodArgs) -> Config:
     config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     if args.tiny:
         config = tiny(config)
-    for name in ("steps", "outputs"):
+    for name in ("steps", "outputs", "judge_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.steps is not None:
         config = trained(config, steps=args.steps)
-    if args.outputs is not None:
-        config = dataclasses.replace(config, outputs=args.outputs)
-    return config
+    given = {name: getattr(args, name) for name in ("outputs", "judge_every")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, **given)
 
 
 def check_method(method: str) -> None:

@@ -70,6 +70,7 @@ class Learner:
     def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[Row]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
         test = self.stream.first_test(images) if images else self.stream.test
+        every = self.config.judge_every
         label = f"  {self.done} tasks, {protocol} {name or ''}"
         measured = ss.evaluate(
             self.net_to_infer,
@@ -78,14 +79,16 @@ class Learner:
             protocol,
             objective=objectives(self.stream.dataset.num_labels).get(name, ss.entropy),
             rule=rule,
+            tasks=range(0, self.done, every),
             progress=functools.partial(
                 tqdm, desc=label, leave=False, unit="task", disable=not writes()
             ),
         )
-        if keep is not None and writes():
+        if keep is not None and every == 1 and writes():
             counts = metrics.confusion([row.inferred for row in measured])
             np.savez_compressed(keep, counts=counts)
-        return evaluated(protocol, name, images, measured, method)
+        sample = {"tasks_learned": self.done, "judge_every": every}
+        return evaluated(protocol, name, images, measured, method, **sample)
 
 
 class Masks(Learner):

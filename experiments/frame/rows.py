@@ -26,10 +26,11 @@ class Row:
     """How well one method, judged in one way, did on the tasks learned so far.
 
     scenario: gg, gns, gnu or nns.
-    per_task: the accuracy of each task learned, as fractions.
+    per_task: the accuracy of each task judged, as fractions.
     objective, protocol: what inference minimised, and who decided; None and "given" with the id.
     images_per_task: how many test images of each task were looked at; None for all.
     task_accuracy: of the decisions; None where that has no meaning.
+    tasks_learned: None where all of them were judged. judge_every: tasks 0, n, 2n, ... were judged.
     more: what a script measured beside, by name.
     """
 
@@ -42,10 +43,12 @@ class Row:
     decisions: int = 0
     task_accuracy: float | None = None
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tasks_learned: int | None = None
+    judge_every: int = 1
 
-    @property
-    def tasks_learned(self) -> int:
-        return len(self.per_task)
+    def __post_init__(self):
+        if self.tasks_learned is None:
+            object.__setattr__(self, "tasks_learned", len(self.per_task))
 
     @property
     def accuracy(self) -> float:
@@ -55,22 +58,34 @@ class Row:
     def json(self) -> dict[str, Any]:
         """As progress.json holds it, and result.json without `per_task`; what follows reads it."""
         fields = {name: getattr(self, name) for name in (*SERIES, "tasks_learned", "decisions")}
+        fields |= {"judge_every": self.judge_every} if self.judge_every > 1 else {}
         accuracies = {"accuracy": self.accuracy, "task_accuracy": self.task_accuracy}
         return fields | accuracies | self.more | {"per_task": self.per_task}
 
 
 def evaluated(
-    protocol: str, objective: str | None, images: int | None, measured: list, method: str
+    protocol: str,
+    objective: str | None,
+    images: int | None,
+    measured: list,
+    method: str,
+    **sample: int,
 ) -> list[Row]:
-    """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu."""
+    """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu.
+
+    sample: tasks_learned and judge_every, where not all tasks were judged.
+    """
     accuracies = {"gg": [row.accuracy for row in measured]}
-    decisions = [row.inferred for row in measured]
+    decisions = sum(row.decisions for row in measured)
     task_accuracy = None
     if protocol != "given":
         accuracies = {"gns": [row.shared_accuracy for row in measured], "gnu": accuracies["gg"]}
-        task_accuracy = metrics.task_accuracy(metrics.confusion(decisions))
-    how = (objective, protocol, images, sum(map(len, decisions)), task_accuracy)
-    return [Row(method, scenario, per_task, *how) for scenario, per_task in accuracies.items()]
+        right = sum(int(np.sum(row.inferred == row.task)) for row in measured)
+        task_accuracy = right / decisions
+    how = (objective, protocol, images, decisions, task_accuracy)
+    return [
+        Row(method, scenario, per_task, *how, **sample) for scenario, per_task in accuracies.items()
+    ]
 
 
 def summary(measured: list[Row]) -> str:
@@ -102,31 +117,31 @@ def series(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def accuracy_matrix(rows: list[dict]) -> np.ndarray:
-    """R [T, T] of one series; NaN above the diagonal and between checkpoints."""
+    """R [T, T] of one series; NaN above the diagonal, between checkpoints and of no judged task."""
     num_tasks = rows[-1]["tasks_learned"]
     R = np.full((num_tasks, num_tasks), np.nan)
     for row in rows:
-        R[row["tasks_learned"] - 1, : row["tasks_learned"]] = row["per_task"]
+        learned = row["tasks_learned"]
+        R[learned - 1, : learned : row.get("judge_every", 1)] = row["per_task"]
     return R
 
 
 def continual_metrics(rows: list[dict]) -> list[dict]:
-    """ACC, average incremental accuracy, forgetting and BWT of each series; the accuracies of its
-    tasks at the end.
+    """ACC, and where all tasks were judged average incremental accuracy, forgetting and BWT of each
+    series; the accuracies of its tasks at the end.
     """
-    return [
-        {
-            **dict(zip(SERIES, key, strict=True)),
-            "measured_after": [row["tasks_learned"] for row in found],
-            "acc": metrics.average_accuracy(R),
-            "average_incremental_accuracy": metrics.average_incremental_accuracy(R),
-            "forgetting": metrics.forgetting(R),
-            "bwt": metrics.backward_transfer(R),
-            "per_task": found[-1]["per_task"],
-        }
-        for key, found in series(rows).items()
-        for R in [accuracy_matrix(found)]
-    ]
+    found = []
+    for key, of_series in series(rows).items():
+        measured = dict(zip(SERIES, key, strict=True))
+        measured["measured_after"] = [row["tasks_learned"] for row in of_series]
+        measured["acc"] = of_series[-1]["accuracy"]
+        R = accuracy_matrix(of_series)
+        if np.isfinite(R[-1]).all():
+            measured["average_incremental_accuracy"] = metrics.average_incremental_accuracy(R)
+            measured["forgetting"] = metrics.forgetting(R)
+            measured["bwt"] = metrics.backward_transfer(R)
+        found.append(measured | {"per_task": of_series[-1]["per_task"]})
+    return found
 
 
 def store_bytes(masks: Iterable, layout: Layout, state_bytes: int, path: Path) -> dict[str, float]:
@@ -160,7 +175,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerow([*SERIES, "tasks_learned", "task", "accuracy"])
         for row in rows:
             shared = [row[name] for name in SERIES] + [row["tasks_learned"]]
-            writer.writerows([*shared, i, value] for i, value in enumerate(row["per_task"]))
+            step = row.get("judge_every", 1)
+            writer.writerows([*shared, step * i, each] for i, each in enumerate(row["per_task"]))
 
 
 def figure(config: dict) -> str | None:
