@@ -12,11 +12,15 @@ class WrongTypeError(TypeError, ValueError):
 
 
 def check_type(name: str, value: Any, wanted: type, what: str | None = None) -> None:
-    """Raises TypeError unless `value` is a `wanted`; `what` names it where its name does not."""
+    """Raises TypeError unless `value` is a `wanted`; `what` names it where its name does not.
+
+    A class may have a HINT: how to make one.
+    """
     if not isinstance(value, wanted):
         article = "an" if (what or wanted.__name__)[0] in "AEIOUaeiou" else "a"
         raise WrongTypeError(
             f"{name} must be {article} {what or wanted.__name__}, got {type(value).__name__}"
+            + getattr(wanted, "HINT", "")
         )
 
 

@@ -129,6 +129,11 @@ class _Averaged:
     of: LabelledViews
     stateful: bool
 
+    @property
+    def num_labels(self) -> int:
+        """By which `evaluate` knows that the outputs beyond are no answers."""
+        return self.of.num_labels
+
     def __call__(self, params, *args):
         x = args[1] if self.stateful else args[0]
         x = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *self.of.seen(x))

@@ -46,6 +46,8 @@ class Network:
     what `Layout.of` refuses.
     """
 
+    HINT = ": Network.from_nnx and Network.from_linen make one of a module"
+
     def __init__(
         self,
         apply: Callable,

@@ -172,7 +172,8 @@ class TaskData:
             field = getattr(self, name)
             several = isinstance(field, list | tuple | str | Mapping)
             if several and (name != "inputs" or not _holds_arrays(field)):
-                raise TypeError(f"{name} must be an array, got a {type(field).__name__}")
+                inside = " that holds more than arrays" if isinstance(field, Mapping) else ""
+                raise TypeError(f"{name} must be an array, got a {type(field).__name__}{inside}")
             put = jax.tree.map(functools.partial(_on_device, name), field)
             object.__setattr__(self, name, put)
         dtype = getattr(self.view, "dtype", None)

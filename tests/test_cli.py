@@ -106,6 +106,27 @@ def test_work_goes_on_without_a_damaged_task(path, net, tmp_path, capsys):
     assert "3 tasks, 0 problems" in capsys.readouterr().out
 
 
+def test_a_store_cut_short_counts_what_is_lost(path, net, capsys):
+    """Records of removals that are cut off are nobody's loss, and no number is given twice."""
+    with ss.DiskStore.open(path, net, "a") as disk:
+        extra = disk.append(disk.task(0))
+        disk.remove(1)
+    size = (path / "tasks.bin").stat().st_size
+    with ss.DiskStore.open(path, net) as disk:
+        start = disk._log.entry(extra).offset
+    with open(path / "tasks.bin", "r+b") as file:
+        file.truncate(start + 10)
+    assert start + 10 < size
+    told = fails(capsys, "verify", path, code=1)
+    assert f"lost: task {extra}; the other 2 are whole" in told
+    assert f"gave up task {extra}" in fails(capsys, "repair", path, code=1)
+    cli.main(["verify", str(path)])
+    assert "2 tasks, 0 problems" in capsys.readouterr().out
+    with ss.DiskStore.open(path, net, "a") as disk:
+        assert disk.ids.tolist() == [0, 2]
+        assert disk.append(disk.task(0)) == extra + 1
+
+
 def test_tasks_by_name(path, tmp_path, capsys):
     cli.main(["find", str(path), "task ?"])
     assert capsys.readouterr().out.splitlines()[1] == "     1  task 1  1a, 1b, 1c, 1d"

@@ -100,7 +100,12 @@ def test_what_a_removed_task_is_to_everybody(disk, net, masks, tmp_path):
         assert len(store.parts(2)) == 2 and "3 tasks" in repr(store)
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
     names = disk.ids[ss.one_shot_streamed(net, disk.parts(2), x).task]
-    np.testing.assert_array_equal(names, disk.ids[ss.one_shot(net, disk.load(), x).task])
+    places = np.asarray(ss.one_shot(net, disk.load(), x).task)
+    np.testing.assert_array_equal(names, disk.ids[places])
+    np.testing.assert_array_equal(disk.places(names), places)
+    assert disk.places(3) == 2
+    with pytest.raises(ss.TaskIdError, match=r"task 1 is not in .*: 3 ids are"):
+        disk.places([0, 1])
     assert disk.append(masks[4]) == 4
     for i in disk.ids:
         disk.remove(i)

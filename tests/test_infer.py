@@ -316,6 +316,7 @@ def test_bad_input(problem):
         (ValueError, r"task must lie in \[0, 5\)", jnp.asarray([0] * 19 + [7])),
         (ValueError, r"task must be one id or \[20\]", jnp.zeros(3, jnp.int32)),
         (TypeError, "task must hold integer ids", 0.5),
+        (TypeError, "task must hold integer ids", "invoices"),
     ):
         with pytest.raises(error, match=message):
             ss.predict(net, store, x, task)

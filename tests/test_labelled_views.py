@@ -10,6 +10,7 @@ from flax import nnx
 
 import supsup_jax as ss
 from supsup_jax import baselines, labelled_views
+from supsup_jax.inference import evaluation
 from supsup_jax.labelled_views import LabelledViews
 from tests.conftest import ConvNet, filled_store, random_masks, relu_net
 
@@ -195,3 +196,18 @@ def test_what_does_not_fit_is_refused():
     small = LabelledViews(4).averaged(net)
     with pytest.raises(ValueError, match="need 16 outputs"):
         small(random_masks(net, 1)[0], images)
+
+
+def test_a_network_of_averaged_views_tells_its_labels():
+    """Its other outputs are views of the same labels, and no answers."""
+    views = ss.LabelledViews(3, (lambda x: x, lambda x: -x))
+    net = ss.Network(lambda params, x: x @ params["kernel"], {"kernel": jnp.eye(6)})
+    asked = views.averaged(net)
+    masks = ss.MaskStore.create(asked, 1).append(random_masks(asked, 1)[0])
+    x = np.random.default_rng(0).standard_normal((40, 6), np.float32)
+    data = [ss.TaskData(x, np.arange(40) % 3)]
+    told, labels, every = (
+        ss.evaluate(asked, masks, data, metric=metric)[0].accuracy
+        for metric in (None, ss.LabelAccuracy(3), evaluation.is_right)
+    )
+    assert told == labels > every

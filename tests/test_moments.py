@@ -206,8 +206,9 @@ def test_without_moments_the_error_says_how_to_get_them(problem):
         with pytest.raises(ss.StoreError, match="no task has them: store = measure_statistics"):
             call()
     measured = ss.measure_statistics(net, store, stream, RAW)
-    with pytest.raises(ValueError, match="judges masks tried alone: pass it to oracle"):
-        ss.one_shot(net, measured, x, judge)
+    for each in (store, measured):  # to measure would not help
+        with pytest.raises(ValueError, match="judges masks tried alone: pass it to oracle"):
+            ss.one_shot(net, each, x, judge)
     with pytest.raises(TypeError, match="measure the objective itself"):
         ss.measure_statistics(net, store, stream, judge)
     constant = [ss.TaskData(np.zeros((4, 6), np.float32), np.zeros(4, int))] * 5
@@ -321,37 +322,81 @@ def test_objectives_are_equal_by_value_and_compile_once(problem):
     assert len(traces) == seen
 
 
-def test_diagnose_says_what_helps(problem):
+def test_diagnose_is_evaluate_by_every_rule(problem):
     net, _, store, stream = problem
     found = ss.diagnose(net, store, stream)
     assert found.chance == 0.2
-    assert {each.together for each in found.findings} == {1, 6}
     single = [each.task_accuracy for each in found.findings if each.together == 1]
     assert found.best.task_accuracy == max(single)
-    halves = [ss.TaskData(np.asarray(d.inputs)[1::2], np.asarray(d.labels)[1::2]) for d in stream]
-    for each in found.findings:
-        if isinstance(each.objective, ss.Standardised):
-            continue
-        protocol = "per_example" if each.together == 1 else f"batch-{each.together}"
-        rows = ss.evaluate(net, store, halves, protocol, objective=each.objective, rule=each.rule)
+    first, second = (
+        [ss.TaskData(np.asarray(d.inputs)[n::2], np.asarray(d.labels)[n::2]) for d in stream]
+        for n in (0, 1)
+    )
+    measured = ss.measure_statistics(net, store, first, RAW)
+    tried = {(each.rule, each.objective, each.together): each for each in found.findings}
+    objectives = [ss.entropy, ss.Superfluous(3), RAW, ss.Standardised(RAW)]
+    objectives.append(ss.MaxLogit(3, normalised=0.8))
+    assert tried.keys() == {
+        *(("one_shot", objective, size) for objective in objectives[:2] for size in (1, 6)),
+        *(("oracle", objective, size) for objective in objectives for size in (1, 6)),
+    }
+    metric = ss.LabelAccuracy(3)
+    for (rule, objective, size), each in tried.items():
+        protocol = "per_example" if size == 1 else f"batch-{size}"
+        options = {"objective": objective, "rule": rule, "metric": metric}
+        rows = ss.evaluate(net, measured, second, protocol, **options)
         assert each.task_accuracy == pytest.approx(np.mean([row.task_accuracy for row in rows]))
-    said = str(found)
-    assert f"rule={found.best.rule!r}, objective={name_of(found.best.objective)}" in said
-    assert "Told the task" in said
+        assert each.accuracy == pytest.approx(np.mean([row.accuracy for row in rows]))
+        assert each.decisions == sum(row.decisions for row in rows)
+    rows = ss.evaluate(net, store, second, metric=metric)
+    assert found.given == pytest.approx(np.mean([row.accuracy for row in rows]))
+    assert "Told the task" in str(found)
     assert store.moments == {}
     with pytest.raises(ValueError, match="at least 3 examples"):
         ss.diagnose(net, store, [ss.TaskData(np.ones((2, 6), np.float32), np.zeros(2, int))] * 5)
 
 
-def test_words_compare_rules_of_one_input_with_each_other():
-    """One gradient of several inputs is no rival of the best rule of one."""
-    found = [
-        diagnosis.Finding("oracle", RAW, 1, 0.6, 0.6),
-        diagnosis.Finding("one_shot", ss.entropy, 1, 0.3, 0.3),
-        diagnosis.Finding("one_shot", ss.entropy, 16, 0.9, 0.9),
-    ]
-    said = str(diagnosis.Diagnosis(0.9, 0.2, tuple(found)))
-    assert "One gradient is of little use here (0.300)" in said
+def test_diagnose_counts_each_tasks_own_labels_and_short_groups():
+    """As `evaluate` has it."""
+    net = relu_net((5, 16, 5))
+    store = ss.MaskStore.create(net, 2)
+    for mask, labels in zip(random_masks(net, 2), (2, 4), strict=True):
+        store = store.append(mask, num_labels=labels)
+    x = np.random.default_rng(0).standard_normal((90, 5), np.float32)
+    stream = [ss.TaskData(x[:74], np.arange(74) % 2), ss.TaskData(x, np.arange(90) % 2)]
+    found = ss.diagnose(net, store, stream, num_labels=4)
+    stream[1] = stream[0]  # as many of each as the smallest has
+    second = [ss.TaskData(each.inputs[1::2], each.labels[1::2]) for each in stream]
+    for each in found.findings:
+        if not isinstance(each.objective, ss.Standardised):
+            protocol = "per_example" if each.together == 1 else "batch-16"
+            options = {"objective": each.objective, "rule": each.rule}
+            rows = ss.evaluate(net, store, second, protocol, **options)
+            assert each.task_accuracy == pytest.approx(np.mean([r.task_accuracy for r in rows]))
+            assert each.decisions == sum(row.decisions for row in rows)
+
+
+def of(rule, objective, together, accuracy, decisions=10_000):
+    return diagnosis.Finding(rule, objective, together, accuracy, accuracy, decisions)
+
+
+def said(*findings, advice=("Try views.",)):
+    return str(diagnosis.Diagnosis(0.9, 0.2, findings, advice))
+
+
+def test_words_of_a_diagnosis():
+    """One gradient of several inputs is no rival of the best rule of one; chance is no rule."""
+    tried, gradient = of("oracle", RAW, 1, 0.5), of("one_shot", ss.entropy, 1, 0.3)
+    together = of("oracle", ss.entropy, 16, 0.9), of("one_shot", ss.entropy, 16, 0.91)
+    words = said(tried, gradient, *together)
+    best = f"rule='oracle', objective={name_of(RAW)}"
+    assert f"By one input try each mask: {best}; one gradient names 0.300." in words
+    assert "By 16 inputs together one gradient names tasks as well as any other rule" in words
+    assert "10,000 decisions, standard error up to 0.005" in words
+    assert "Try views." in words
+    assert "Try views." not in said(of("oracle", RAW, 1, 0.9), of("one_shot", ss.entropy, 1, 0.3))
+    few = of("oracle", RAW, 1, 0.23, 100), of("one_shot", ss.entropy, 1, 0.2, 100)
+    assert "no rule names tasks better than chance" in said(*few)
 
 
 def test_misfit_is_a_loop_over_statistics(norm_net):

@@ -6,7 +6,7 @@ import pytest
 
 import supsup_jax as ss
 from supsup_jax.stores import arrays, mask_store
-from tests.conftest import filled_store, random_masks, relu_net
+from tests.conftest import filled_store, random_masks, relu_apply, relu_net
 
 
 def assert_mixture(store, want):
@@ -186,6 +186,15 @@ def test_the_store_of_another_networks_weights_is_refused(small_net):
     ss.MaskStore.create(given)  # from here on its fingerprint is known
     with pytest.raises(ValueError, match="belongs to other weights"):
         ss.one_shot(given, store, np.ones((2, 6), np.float32))
+    # One seed, another table that no mask covers.
+    first, other = (
+        ss.signed_constant(ss.Network(relu_apply, {"kernel": np.zeros((4, 3)), "table": table}), 0)
+        for table in (np.zeros(2), np.ones(2))
+    )
+    store = ss.MaskStore.create(first).append(random_masks(first, 1)[0])
+    ss.MaskStore.create(other)
+    with pytest.raises(ValueError, match="what is not masked differs: make the module of the same"):
+        store.check_fits(other)
 
 
 def test_a_store_goes_through_jit_and_scan(small_net):
@@ -235,7 +244,7 @@ def test_bad_input(small_net, norm_net):
         (ValueError, "alphas must end in 64", store.mixture, np.ones(3, np.float32)),
         (ValueError, "capacity must be an int of at least 1", ss.MaskStore.create, small_net, 0),
         (ValueError, "capacity must be an int of at least 1", ss.MaskStore.create, small_net, -1),
-        (TypeError, "net must be a Network", ss.MaskStore.create, small_net.params),
+        (TypeError, "net must be .*: Network.from_nnx and", ss.MaskStore.create, small_net.params),
         (ValueError, "the network has state", empty.append, norm_mask),
         (
             ValueError,

@@ -66,7 +66,7 @@ class ConvNet(nnx.Module):
     def __call__(self, x):
         x = jax.nn.relu(self.conv0(x))
         x = jax.nn.relu(self.norm(self.conv1(x)))
-        x = jax.nn.relu(self.dense(x.reshape(len(x), -1)))
+        x = jax.nn.relu(self.dense(x.reshape(x.shape[0], -1)))
         return self.head(x)
 
 

@@ -21,12 +21,15 @@ def repair(store: Path, /) -> None:
         store: Folder of the store.
     """
     read_manifest(journal.read_manifest(store), FORMAT, store)
+    with DiskStore.open(store) as disk:
+        before = disk.ids.tolist()
     done = journal.repair(store)
     with DiskStore.open(store) as disk:
+        gone = len(set(before) - set(disk.ids.tolist()))
         if lost := told.lost(disk):
             done.append(told.advice(disk, lost))
     print("\n".join(done) if done else "nothing to mend")
-    if lost:
+    if lost or gone:
         raise SystemExit(1)
 
 

@@ -35,8 +35,11 @@ def lost(disk: DiskStore, problems: Iterable[Problem] | None = None) -> list[int
     problems: of `disk.verify()`, where that was called.
     """
     problems = disk.verify() if problems is None else problems
-    found = {problem.task for problem in problems if problem.task is not None}
-    for i in disk.ids.tolist() if found else ():  # in order: a base comes before
+    held = disk.ids.tolist()
+    # The record that says that a task was removed may be damaged, and nobody's loss.
+    named = {problem.task for problem in problems if problem.task is not None}
+    found = named & set(held)
+    for i in held if found else ():  # in order: a base comes before
         try:
             if disk.info(i).base in found:
                 found.add(i)

@@ -73,6 +73,12 @@ def check_measured(objective: Objective | None, store: TaskStore) -> None:
     )
 
 
+def check_gradient(objective: Objective) -> None:
+    """Raises ValueError for an objective that judges whole masks alone."""
+    if isinstance(objective, Standardised):
+        objective(jnp.zeros(0))  # which says so
+
+
 def check_pair(net: Network, store: TaskStore) -> None:
     """Raises TypeError or ValueError unless the store holds tasks of this network."""
     if not isinstance(store, TaskStore):

@@ -7,6 +7,7 @@ than certainties, to have learned superfluous outputs, and to let several images
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from supsup_jax.inference.evaluation import (
     LabelAccuracy,
     check_stream,
     evaluate,
+    labels_told,
     parts_of,
 )
 from supsup_jax.inference.search import Rule
@@ -29,8 +31,9 @@ from supsup_jax.objectives import MaxLogit, Standardised, Superfluous, entropy, 
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import Objective, TaskData, TaskIdError, as_data
 
-# Images that decide together in `diagnose`.
+# Images that decide together in `diagnose`, and the share of `MaxLogit(normalised=)` that it tries.
 TOGETHER = 16
+NORMALISED = 0.8
 
 
 def measure_statistics(
@@ -79,7 +82,7 @@ def measure_statistics(
             raise TaskIdError(f"tasks must lie in [0, {held}), got {i}")
         own = of_labels(objective, None if counts is None else int(counts[i]))
         parts = [
-            _scores(net, store, data, i, objective=own, batch_size=batch_size)
+            -own(_logits(net, store, data, i, batch_size=batch_size))
             for data in _examples(stream, i)
         ]
         scores = np.concatenate(jax.device_get(parts)).astype(np.float64)
@@ -98,8 +101,8 @@ class Finding(NamedTuple):
     """How well one rule does on data of learned tasks.
 
     rule, objective: as `evaluate` takes them. together: how many images decide.
-    task_accuracy: fraction of decisions that named the task. accuracy: of images with the right
-      label under the right task.
+    task_accuracy: fraction of decisions that named the task, mean over tasks. accuracy: of images
+      with the right label under the right task. decisions: how many were made.
     """
 
     rule: str | Rule
@@ -107,17 +110,20 @@ class Finding(NamedTuple):
     together: int
     task_accuracy: float
     accuracy: float
+    decisions: int = 0
 
 
 class Diagnosis(NamedTuple):
     """What `diagnose` found; print it for the words.
 
     given: accuracy where the task is told. chance: 1 / T. findings: the best first, of one image.
+    advice: what else to try, sentences.
     """
 
     given: float
     chance: float
     findings: tuple[Finding, ...]
+    advice: tuple[str, ...] = ()
 
     @property
     def best(self) -> Finding:
@@ -139,86 +145,115 @@ def diagnose(
 ) -> Diagnosis:
     """Which rule names the tasks of these data best, by trying them.
 
-    stream: of each learned task data that its mask has not learned, as TaskData. The first half of
-      each finds the moments for `Standardised`, the second is judged.
-    num_labels: how many outputs, the first, are labels; None: as many as the labels in the stream
-      say. Outputs beyond them are superfluous.
-    progress: wraps the loop over rules.
+    stream: of each learned task data that its mask has not learned, as TaskData: as many examples
+      of each as the smallest has, in its order. Every other one finds the moments for
+      `Standardised`, the rest are judged.
+    num_labels: how many outputs, the first, are labels; None: as many as `LabelledViews.averaged`
+      says, or else the labels in the stream. Outputs beyond them are superfluous.
+    progress: wraps the loop over tasks, whose data meets every mask once: T^2 passes of half a
+      task's data in all.
     The store stays as it is: to use a `Standardised` objective, `measure_statistics` first.
     Raises as `evaluate` and `measure_statistics`, and ValueError for fewer than 3 images a task.
     """
     arguments.check_pair(net, store)
+    check_int("batch_size", batch_size, 1)
     held = int(store.num_tasks)
     check_stream(stream, held)
     data = [as_data(stream[i], f"stream[{i}]") for i in range(held)]
+    fewest = min(each.num_examples for each in data)
+    data = [_rows(each, slice(fewest)) for each in data]
     if num_labels is None:
-        num_labels = 1 + max(int(np.max(each.labels)) for each in data)
+        num_labels = labels_told(net) or 1 + max(int(np.max(each.labels)) for each in data)
     check_int("num_labels", num_labels, 1)
-    halves = [_halves(each, i) for i, each in enumerate(data)]
-    first, second = zip(*halves, strict=True)
-    raw = MaxLogit(num_labels)
+    if fewest < 3:
+        raise ValueError(f"each task of stream must hold at least 3 examples, one has {fewest}")
+    # Every other example, at least two, which have a deviation; and the rest.
+    first, second = ([_rows(each, slice(n, None, 2)) for each in data] for n in (0, 1))
+    raw, metric = MaxLogit(num_labels), LabelAccuracy(num_labels)
     measured = measure_statistics(net, store, first, raw, batch_size=batch_size)
-    metric = LabelAccuracy(num_labels)
-    rows = evaluate(net, store, second, metric=metric, batch_size=batch_size)
-    given = _mean(rows, "accuracy")
-    objectives = [entropy]
+    gradients, alone = [entropy], [entropy, raw, Standardised(raw)]
     if num_outputs(net, data[0]) > num_labels:
-        objectives.append(Superfluous(num_labels))
-    tries = [("one_shot", objective) for objective in objectives]
-    tries += [("oracle", objective) for objective in (*objectives, raw, Standardised(raw))]
-    together = min(TOGETHER, *(each.num_examples for each in second))
+        gradients.append(Superfluous(num_labels))
+        alone += [Superfluous(num_labels), MaxLogit(num_labels, normalised=NORMALISED)]
+    together = sorted({1, min(TOGETHER, *(each.num_examples for each in second))})
     found = []
-    for rule, objective in progress(tries):
-        for deciders in sorted({1, together}):
-            protocol = "per_example" if deciders == 1 else f"batch-{deciders}"
-            rows = evaluate(
-                net,
-                measured,
-                second,
-                protocol,
-                objective=objective,
-                rule=rule,
-                metric=metric,
-                batch_size=batch_size,
-            )
+    for size in together:
+        protocol = "per_example" if size == 1 else f"batch-{size}"
+        options = {"metric": metric, "batch_size": batch_size}
+        for objective in gradients:
+            rows = evaluate(net, store, second, protocol, objective=objective, **options)
             means = _mean(rows, "task_accuracy"), _mean(rows, "accuracy")
-            found.append(Finding(rule, objective, deciders, *means))
+            decisions = sum(row.decisions for row in rows)
+            found.append(Finding("one_shot", objective, size, *means, decisions))
+    # What every mask makes of a task's data serves all objectives and all sizes of group.
+    given, tried = [], {(objective, size): [] for objective in alone for size in together}
+    for i in progress(range(held)):
+        logits = [_logits(net, store, second[i], j, batch_size=batch_size) for j in range(held)]
+        labels = jnp.asarray(second[i].labels)
+        right = np.stack([metric(each, labels) for each in logits])
+        given.append(right[i].mean())
+        for objective in alone:
+            scores = np.stack([_score(measured, objective, *each) for each in enumerate(logits)])
+            for size in together:
+                tried[objective, size].append(_named(scores, right, i, size))
+    for (objective, size), each in tried.items():
+        named, correct, decisions = zip(*each, strict=True)
+        means = float(np.mean(named)), float(np.mean(correct))
+        found.append(Finding("oracle", objective, size, *means, sum(decisions)))
     found.sort(key=lambda each: (each.together, -each.task_accuracy))
-    return Diagnosis(given, 1 / held, tuple(found))
+    advice = []
+    if len(gradients) == 1:
+        advice.append(
+            f"The network has no outputs beyond its {num_labels} labels: with some, G "
+            "(Superfluous) and LabelledViews could be tried."
+        )
+    elif labels_told(net) is None:
+        advice.append(
+            "Where a turned input is another thing, masks learned with TrainConfig(views="
+            f"LabelledViews({num_labels})) and asked through its averaged(net) may tell more."
+        )
+    return Diagnosis(float(np.mean(given)), 1 / held, tuple(found), tuple(advice))
 
 
 def _words(found):
-    best, chance = found.best, found.chance
+    chance = found.chance
+    groups = {n: [f for f in found.findings if f.together == n] for n in _sizes(found.findings)}
     yield f"Told the task, the network is right on {found.given:.3f} of inputs."
-    for together in dict.fromkeys(each.together for each in found.findings):
-        who = "one input alone" if together == 1 else f"{together} inputs together"
-        yield f"Decided by {who} (chance {chance:.3f}): task accuracy, accuracy"
-        yield from (
-            f"  {each.task_accuracy:.3f}  {each.accuracy:.3f}  {_told(each)}"
-            for each in found.findings
-            if each.together == together
-        )
-    alone = [each for each in found.findings if each.together == best.together]
-    gradient = max(each.task_accuracy for each in alone if each.rule == "one_shot")
-    # Midway between what chance and certainty would name.
-    halfway = (1 + chance) / 2
-    if gradient >= 0.99 * best.task_accuracy:
-        yield "One gradient names tasks as well as any other rule here: use one_shot."
-    elif gradient >= halfway:
+    for size, each in groups.items():
+        who = "one input alone" if size == 1 else f"{size} inputs together"
+        error = _error(each[0])
+        counted = f"{each[0].decisions:,} decisions, standard error up to {error:.3f}"
+        yield f"Decided by {who} (chance {chance:.3f}; {counted}): task accuracy, accuracy"
+        yield from (f"  {f.task_accuracy:.3f}  {f.accuracy:.3f}  {_told(f)}" for f in each)
+    unsure = False
+    for size, each in groups.items():
+        best = max(each, key=lambda f: f.task_accuracy)
+        gradient = max(f.task_accuracy for f in each if f.rule == "one_shot")
+        who = "By one input" if size == 1 else f"By {size} inputs together"
+        if best.task_accuracy < chance + 2 * _error(best):
+            yield f"{who} no rule names tasks better than chance."
+        elif gradient >= best.task_accuracy - _error(best):
+            yield f"{who} one gradient names tasks as well as any other rule: use one_shot."
+        else:
+            yield f"{who} try each mask: {_told(best)}; one gradient names {gradient:.3f}."
+        # Midway between what chance and certainty would name.
+        unsure |= size == 1 and best.task_accuracy < (1 + chance) / 2
+    if unsure:
         yield (
-            f"One gradient names {gradient:.3f} of tasks, {_told(best)} {best.task_accuracy:.3f}: "
-            "rerank(best=...) with that objective as its judge has most of both."
+            "No rule is sure of a single input: let inputs that are known to share a task decide "
+            "together."
         )
-    else:
-        yield (
-            f"One gradient is of little use here ({gradient:.3f}): try each mask by {_told(best)}."
-        )
-    if best.task_accuracy < halfway:
-        yield (
-            "No rule is sure of a single input. Let inputs that are known to share a task decide "
-            "together (batch-m), and where a turned input is another thing, train with "
-            "TrainConfig(views=LabelledViews(labels))."
-        )
+        yield from found.advice
+    yield "Each best was chosen on these inputs: on others it does no better, rather worse."
+
+
+def _sizes(findings):
+    return dict.fromkeys(each.together for each in findings)
+
+
+def _error(finding):
+    """Of a task accuracy of 1/2, which has the largest; 0 where decisions were not counted."""
+    return 0.5 / math.sqrt(finding.decisions) if finding.decisions else 0.0
 
 
 def _told(each):
@@ -229,16 +264,40 @@ def _mean(rows, field):
     return float(np.mean([getattr(row, field) for row in rows]))
 
 
-def _halves(data, i):
-    """Every other example, at least two, which have a deviation; and the rest."""
-    if data.num_examples < 3:
-        raise ValueError(f"stream[{i}] must hold at least 3 examples, got {data.num_examples}")
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _logits(net, store, data, i, *, batch_size):
+    """[N, C] of the examples under task i's mask and statistics."""
+    task = store.task(i)
 
-    def part(rows):
-        inputs = jax.tree.map(lambda leaf: leaf[rows], data.inputs)
-        return dataclasses.replace(data, inputs=inputs, labels=data.labels[rows])
+    def under(index):
+        return net(task.mask, data.batch(index)[0], task.state)
 
-    return part(slice(0, None, 2)), part(slice(1, None, 2))
+    return in_pieces(under, jnp.arange(data.num_examples), batch_size)
+
+
+def _score(store, objective, i, logits):
+    """Scores [N] of task i, as `oracle` has them."""
+    base = objective.objective if isinstance(objective, Standardised) else objective
+    own = of_labels(base, None if store.num_labels is None else int(store.num_labels[i]))
+    scores = np.asarray(-own(logits), np.float64)
+    if isinstance(objective, Standardised):
+        mean, deviation = on_host(store.moments[objective.name])[i]
+        scores = (scores - mean) / deviation
+    return scores
+
+
+def _named(scores, right, i, size):
+    """Of scores [T, N] of task i's inputs, decided by so many together: fraction of decisions for
+    task i, fraction of inputs right [T, N] under it, how many decisions.
+    """
+    groups = range(0, scores.shape[1], size)
+    named = np.add.reduceat(scores, groups, axis=1).argmax(axis=0) == i
+    return named.mean(), (np.repeat(named, size)[: right.shape[1]] & right[i]).mean(), len(named)
+
+
+def _rows(data, rows):
+    inputs = jax.tree.map(lambda leaf: leaf[rows], data.inputs)
+    return dataclasses.replace(data, inputs=inputs, labels=data.labels[rows])
 
 
 def _examples(stream, i):
@@ -246,14 +305,3 @@ def _examples(stream, i):
         data.check()
 
     return (data for _, data in parts_of(stream[i], f"stream[{i}]", None, check))
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "batch_size"))
-def _scores(net, store, data, i, *, objective, batch_size):
-    """-objective [N] of the examples under their task's own mask."""
-    task = store.task(i)
-
-    def score(index):
-        return -objective(net(task.mask, data.batch(index)[0], task.state))
-
-    return in_pieces(score, jnp.arange(data.num_examples), batch_size)

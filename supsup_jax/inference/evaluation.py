@@ -155,9 +155,11 @@ def evaluate(
       and returns a TaskBelief, traced inside jit, equal by value: with per_example where each
       decision is one image's, and without for m images that decide together. What it names -1
       (see `reject`) counts as wrong.
-    metric: (logits [B, C], labels [B, ...]) -> [B], what rows give the mean of as accuracy, where
-      it is not whether the largest logit is the label's: traced, equal by value. `LabelAccuracy`
-      looks at labels alone.
+    metric: (logits [B, C], labels [B, ...]) -> [B], what rows give the mean of as accuracy:
+      traced, equal by value. None: whether the largest logit is the label's, as the authors' code
+      has it, so that a superfluous output that is largest is wrong; of `LabelledViews.averaged`,
+      whose other outputs are views of the same labels, `LabelAccuracy`, which looks at labels
+      alone.
     tasks: which of the learned tasks; None for all.
     ids: the store's id of each task of the stream, where masks were found rather than told, and
       may be more or fewer than tasks; -1 where no mask belongs to it. None: task i has id i.
@@ -175,6 +177,8 @@ def evaluate(
     rule = parse_rule(rule)
     if metric is not None:
         check_objective(metric, "metric")
+    own = labels_told(net)
+    right = metric or (is_right if own is None else LabelAccuracy(own))
     num_tasks = int(store.num_tasks)
     if isinstance(rule, Rule):
         rule.check_tasks(num_tasks)
@@ -186,8 +190,8 @@ def evaluate(
 
     def judge(data, i):
         if decide is None:
-            return _given(net, store, data, i, batch_size=batch_size, metric=metric or is_right)
-        how = How(decide, objective, rule, metric or is_right)
+            return _given(net, store, data, i, batch_size=batch_size, metric=right)
+        how = How(decide, objective, rule, right)
         return _inferred(net, store, data, how=how)
 
     known = None
@@ -411,6 +415,11 @@ def _joined(outcomes, numpy=np):
 def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether the largest logit is the label's, bool [B]."""
     return jnp.argmax(logits, axis=-1) == labels
+
+
+def labels_told(net: Network) -> int | None:
+    """How many of the outputs are labels, where the network tells: that of averaged views does."""
+    return getattr(net.apply, "num_labels", None)
 
 
 @dataclasses.dataclass(frozen=True)

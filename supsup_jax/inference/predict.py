@@ -35,10 +35,10 @@ def predict(
     """
     arguments.check_pair(net, store)
     x = arguments.check_input(x)
-    task = jnp.asarray(task)
-    if not jnp.issubdtype(task.dtype, jnp.integer):
-        raise TypeError(f"task must hold integer ids, got dtype {task.dtype}")
-    task = task.astype(jnp.int32)
+    told = task if isinstance(task, jax.Array) else np.asarray(task)
+    if not jnp.issubdtype(told.dtype, jnp.integer):
+        raise TypeError(f"task must hold integer ids, got dtype {told.dtype}")
+    task = jnp.asarray(told).astype(jnp.int32)
     if task.shape not in ((), (num_rows(x),)):
         raise ValueError(f"task must be one id or [{num_rows(x)}], got shape {task.shape}")
     num_tasks = store.num_tasks

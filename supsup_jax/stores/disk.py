@@ -24,7 +24,7 @@ from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manif
 from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
-from supsup_jax.types import PyTree, StoreError, Task
+from supsup_jax.types import PyTree, StoreError, Task, TaskIdError
 
 FORMAT = "supsup_jax.DiskStore"
 MODES = ("r", "a", "x")
@@ -107,6 +107,17 @@ class DiskStore:
         """
         return np.array(self._log.ids, int)
 
+    def places(self, ids: Sequence[int] | np.ndarray | int) -> np.ndarray:
+        """int, shaped like `ids`: where `load` puts the tasks of these ids, as `predict` asks.
+
+        The way back from `ids`; after a removal a task's place is no longer its id.
+        Raises TaskIdError for an id that is not there.
+        """
+        held, ids = self.ids, np.asarray(ids, int)
+        if len(outside := np.setdiff1d(ids, held)):
+            raise TaskIdError(f"task {outside[0]} is not in {self.path}: {len(held)} ids are")
+        return np.searchsorted(held, ids)  # ids rise
+
     @property
     def path(self) -> Path:
         """The folder."""
@@ -145,8 +156,8 @@ class DiskStore:
         durable: return when the task is on the device, which takes the disk milliseconds. Where
           many are appended, pass False and call `flush` once: a crash before may take the last.
         Raises TypeError or ValueError for a task of another network, what is no name or is taken,
-        and more labels than outputs; StoreError unless the store is open for appending; OSError
-        where the disk is full, and then the store holds what it held.
+        and more labels than a dense net has outputs; StoreError unless the store is open for
+        appending; OSError where the disk is full, and then the store holds what it held.
         """
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments

@@ -367,28 +367,29 @@ class TaskLog(Files):
 def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
     """Makes the store at `path` one that can be appended to, and says what was done.
 
-    Drops an unfinished record at the end; makes the index again from the records; forgets tasks
+    Drops an unfinished record at the end; makes the index again from the records; gives up tasks
     whose records were cut off, which are gone; sets aside, in a file beside the others, what lies
-    behind a damaged record whose length nobody knows. A whole task is never dropped, and a damaged
-    one in the midst keeps its number. Raises as `TaskLog.open`.
+    behind a damaged record whose length nobody knows. A whole task is never dropped, a damaged one
+    in the midst keeps its number, and that of one given up no other gets. Raises as `TaskLog.open`.
     """
     done = []
     log = TaskLog(Path(path), read_manifest(path), True, timeout)
     try:
         log.refresh()
-        size, listed = log._size(), len(log)
+        size = log._size()
         cut = [task for task, entry in enumerate(log._entries) if entry and entry.end > size]
+        removed = set(log._removed)
         for task in cut:
             log._entries[task] = None
-        while cut and log._entries and log._entries[-1] is None:
-            log._entries.pop()
         log._end = max((entry.end for entry in log._entries if entry), default=0)
         for span in [*log._gaps(), (log._end, size)]:  # an entry may have been wrong
             log._take_all(log._whole_records(*span))
-        if len(log) < listed:
-            done.append(f"forgot tasks {len(log)} to {listed - 1}: {RECORDS} was cut off there")
-        lost = [task for task, entry in enumerate(log._entries) if entry is None and task in cut]
-        done += [f"gave up task {task}: its record was cut off" for task in lost]
+        gone = [task for task in cut if log._entries[task] is None]
+        done += [
+            f"gave up task {task}: its record was cut off, and no other gets its number"
+            for task in gone
+            if task not in removed
+        ]
         if size > log._end:
             tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
             if log._whole_records_behind(log._end):
@@ -405,6 +406,8 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
         ]
         log._drop_partials()
         log._write_ends(thorough=True)
+        for task in gone:
+            log._write(task, records.REMOVED, [])
     finally:
         log.close()
     return done

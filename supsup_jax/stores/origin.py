@@ -123,10 +123,12 @@ class Origin:
         pairs = (_value(self.seed), _value(net.seed)), (self.sha256, net._fingerprint)
         if any(None not in pair and pair[0] != pair[1] for pair in pairs):
             (seed, other_seed), (sha256, other_sha256) = pairs
+            alike = seed is not None and (self.initializer, seed) == (net.initializer, other_seed)
+            why = "; what is not masked differs: make the module of the same rngs" if alike else ""
             raise StoreError(
                 f"{what} belongs to other weights: "
                 f"{_told(self.initializer, seed, sha256)}, this network's "
-                f"{_told(net.initializer, other_seed, other_sha256)}"
+                f"{_told(net.initializer, other_seed, other_sha256)}{why}"
             )
 
 

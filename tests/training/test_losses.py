@@ -131,6 +131,11 @@ def test_labels_are_one_array(labels):
         ss.TaskData(np.ones((8, 6)), labels)
 
 
+def test_a_dict_of_lists_is_told_from_one_of_arrays():
+    with pytest.raises(TypeError, match="got a dict that holds more than arrays"):
+        ss.TaskData({"ids": [[1, 2]] * 8}, np.zeros(8, int))
+
+
 def scores_of(net):
     rng = np.random.default_rng(5)
     return {name: rng.normal(size=s).astype(np.float32) for name, s in net.layout.shapes.items()}
