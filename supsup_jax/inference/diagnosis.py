@@ -149,7 +149,8 @@ def diagnose(
       of each as the smallest has, in its order. Every other one finds the moments for
       `Standardised`, the rest are judged.
     num_labels: how many outputs, the first, are labels; None: as many as `LabelledViews.averaged`
-      says, or else the labels in the stream. Outputs beyond them are superfluous.
+      says, or else the labels in the stream. Outputs beyond them are superfluous. Tasks that tell
+      their own number are scored by it.
     progress: wraps the loop over tasks, whose data meets every mask once: T^2 passes of half a
       task's data in all.
     The store stays as it is: to use a `Standardised` objective, `measure_statistics` first.
@@ -157,62 +158,87 @@ def diagnose(
     """
     arguments.check_pair(net, store)
     check_int("batch_size", batch_size, 1)
+    store.check_holds_tasks()
     held = int(store.num_tasks)
     check_stream(stream, held)
     data = [as_data(stream[i], f"stream[{i}]") for i in range(held)]
-    fewest = min(each.num_examples for each in data)
-    data = [_rows(each, slice(fewest)) for each in data]
     if num_labels is None:
         num_labels = labels_told(net) or 1 + max(int(np.max(each.labels)) for each in data)
     check_int("num_labels", num_labels, 1)
-    if fewest < 3:
+    if (fewest := min(each.num_examples for each in data)) < 3:
         raise ValueError(f"each task of stream must hold at least 3 examples, one has {fewest}")
     # Every other example, at least two, which have a deviation; and the rest.
-    first, second = ([_rows(each, slice(n, None, 2)) for each in data] for n in (0, 1))
-    raw, metric = MaxLogit(num_labels), LabelAccuracy(num_labels)
+    first, second = ([_rows(each, slice(n, fewest, 2)) for each in data] for n in (0, 1))
+    raw = MaxLogit(num_labels)
     measured = measure_statistics(net, store, first, raw, batch_size=batch_size)
     gradients, alone = [entropy], [entropy, raw, Standardised(raw)]
     if num_outputs(net, data[0]) > num_labels:
         gradients.append(Superfluous(num_labels))
         alone += [Superfluous(num_labels), MaxLogit(num_labels, normalised=NORMALISED)]
-    together = sorted({1, min(TOGETHER, *(each.num_examples for each in second))})
-    found = []
-    for size in together:
-        protocol = "per_example" if size == 1 else f"batch-{size}"
-        options = {"metric": metric, "batch_size": batch_size}
-        for objective in gradients:
-            rows = evaluate(net, store, second, protocol, objective=objective, **options)
-            means = _mean(rows, "task_accuracy"), _mean(rows, "accuracy")
-            decisions = sum(row.decisions for row in rows)
-            found.append(Finding("one_shot", objective, size, *means, decisions))
-    # What every mask makes of a task's data serves all objectives and all sizes of group.
-    given, tried = [], {(objective, size): [] for objective in alone for size in together}
-    for i in progress(range(held)):
-        logits = [_logits(net, store, second[i], j, batch_size=batch_size) for j in range(held)]
-        labels = jnp.asarray(second[i].labels)
-        right = np.stack([metric(each, labels) for each in logits])
-        given.append(right[i].mean())
-        for objective in alone:
-            scores = np.stack([_score(measured, objective, *each) for each in enumerate(logits)])
-            for size in together:
-                tried[objective, size].append(_named(scores, right, i, size))
-    for (objective, size), each in tried.items():
-        named, correct, decisions = zip(*each, strict=True)
-        means = float(np.mean(named)), float(np.mean(correct))
-        found.append(Finding("oracle", objective, size, *means, sum(decisions)))
-    found.sort(key=lambda each: (each.together, -each.task_accuracy))
-    advice = []
+    sizes = sorted({1, min(TOGETHER, *(each.num_examples for each in second))})
+    how = {"metric": LabelAccuracy(num_labels), "batch_size": batch_size}
+    found = _by_gradients(net, store, second, gradients, sizes, how)
+    given, others = _by_masks(net, measured, second, alone, sizes, how, progress)
+    found = sorted(found + others, key=lambda each: (each.together, -each.task_accuracy))
+    advice = ()
     if len(gradients) == 1:
-        advice.append(
+        advice = (
             f"The network has no outputs beyond its {num_labels} labels: with some, G "
-            "(Superfluous) and LabelledViews could be tried."
+            "(Superfluous) and LabelledViews could be tried.",
         )
     elif labels_told(net) is None:
-        advice.append(
+        advice = (
             "Where a turned input is another thing, masks learned with TrainConfig(views="
-            f"LabelledViews({num_labels})) and asked through its averaged(net) may tell more."
+            f"LabelledViews({num_labels})) and asked through its averaged(net) may tell more.",
         )
-    return Diagnosis(float(np.mean(given)), 1 / held, tuple(found), tuple(advice))
+    return Diagnosis(given, 1 / held, tuple(found), advice)
+
+
+def _by_gradients(net, store, data, objectives, sizes, how):
+    """Findings of `one_shot`."""
+    found = []
+    for size in sizes:
+        protocol = "per_example" if size == 1 else f"batch-{size}"
+        for objective in objectives:
+            rows = evaluate(net, store, data, protocol, objective=objective, **how)
+            named = float(np.mean([row.task_accuracy for row in rows]))
+            right = float(np.mean([row.accuracy for row in rows]))
+            decisions = sum(row.decisions for row in rows)
+            found.append(Finding("one_shot", objective, size, named, right, decisions))
+    return found
+
+
+def _by_masks(net, store, data, objectives, sizes, how, progress):
+    """Accuracy with the id, and findings of `oracle`: what a mask makes of a task's data serves all
+    objectives and sizes of group.
+    """
+    held, given = len(data), []
+    tried = {(objective, size): [] for objective in objectives for size in sizes}
+    for i in progress(range(held)):
+        logits = [
+            _logits(net, store, data[i], j, batch_size=how["batch_size"]) for j in range(held)
+        ]
+        labels = jnp.asarray(data[i].labels)
+        right = np.stack([how["metric"](each, labels) for each in logits])
+        given.append(right[i].mean())
+        for objective in objectives:
+            scores = np.stack([_score(store, objective, *each) for each in enumerate(logits)])
+            for size in sizes:
+                tried[objective, size].append(_named(scores, right[i], i, size))
+    found = []
+    for (objective, size), each in tried.items():
+        named, correct, decisions = zip(*each, strict=True)
+        found.append(
+            Finding(
+                "oracle",
+                objective,
+                size,
+                float(np.mean(named)),
+                float(np.mean(correct)),
+                sum(decisions),
+            )
+        )
+    return float(np.mean(given)), found
 
 
 def _words(found):
@@ -260,10 +286,6 @@ def _told(each):
     return f"rule={each.rule!r}, objective={name_of(each.objective)}"
 
 
-def _mean(rows, field):
-    return float(np.mean([getattr(row, field) for row in rows]))
-
-
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _logits(net, store, data, i, *, batch_size):
     """[N, C] of the examples under task i's mask and statistics."""
@@ -287,12 +309,12 @@ def _score(store, objective, i, logits):
 
 
 def _named(scores, right, i, size):
-    """Of scores [T, N] of task i's inputs, decided by so many together: fraction of decisions for
-    task i, fraction of inputs right [T, N] under it, how many decisions.
+    """Of task i's inputs, scored [T, N] by all and right [N] under their own, decided by so many
+    together: fraction of decisions for i, of inputs right under i, and how many decisions.
     """
-    groups = range(0, scores.shape[1], size)
+    groups = range(0, len(right), size)
     named = np.add.reduceat(scores, groups, axis=1).argmax(axis=0) == i
-    return named.mean(), (np.repeat(named, size)[: right.shape[1]] & right[i]).mean(), len(named)
+    return named.mean(), (np.repeat(named, size)[: len(right)] & right).mean(), len(named)
 
 
 def _rows(data, rows):
