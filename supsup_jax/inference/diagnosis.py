@@ -201,8 +201,7 @@ def _by_gradients(net, store, data, objectives, sizes, how):
         protocol = "per_example" if size == 1 else f"batch-{size}"
         for objective in objectives:
             rows = evaluate(net, store, data, protocol, objective=objective, **how)
-            named = float(np.mean([row.task_accuracy for row in rows]))
-            right = float(np.mean([row.accuracy for row in rows]))
+            named, right = (_mean(rows, field) for field in ("task_accuracy", "accuracy"))
             decisions = sum(row.decisions for row in rows)
             found.append(Finding("one_shot", objective, size, named, right, decisions))
     return found
@@ -271,6 +270,10 @@ def _words(found):
         )
         yield from found.advice
     yield "Each best was chosen on these inputs: on others it does no better, rather worse."
+
+
+def _mean(rows, field):
+    return float(np.mean([getattr(row, field) for row in rows]))
 
 
 def _sizes(findings):
