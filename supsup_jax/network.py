@@ -342,7 +342,7 @@ def check_logits(logits: jax.Array, x: PyTree) -> jax.Array:
         got = f"a {type(logits).__name__}" if shape is None else f"shape {shape}"
         raise ValueError(
             f"apply must return logits [B, C] with B = {num_rows(x)} for x of shape "
-            f"{shapes_of(x)}, got {got}"
+            f"{shapes_of(x)}, got {got}: x is a batch, of one input x[None]"
         )
     return logits
 

@@ -196,6 +196,8 @@ def test_saving_where_nothing_can_be_saved(net, stores, kind, tmp_path):
         stores[kind].save(tmp_path / "missing" / "store")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         stores[kind].save(tmp_path, overwrite=True)
+    with pytest.raises(IsADirectoryError, match=r"DiskStore\.open reads it"):
+        KINDS[kind].load(tmp_path, net)
     traced = jax.jit(KINDS[kind].create)(net)
     with pytest.raises(ss.StoreError, match="created inside jit"):
         traced.save(tmp_path / "s")

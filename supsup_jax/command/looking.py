@@ -39,7 +39,10 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
         _print_origin(manifest)
         print(f"products     by {cpu_form()} where this machine's CPU decides")
         print(f"masked       {weights:,} weights in {len(sizes)} leaves")
-        infos = [disk.info(i) for i in ids]
+        try:
+            infos = [disk.info(i) for i in ids]
+        except StoreError as error:
+            raise StoreError(f"{error}; supsup verify tells all that is lost") from error
         for name, size in sizes.items():
             kept = f"{np.mean([info.kept[name] for info in infos]) / size:.4f}" if infos else "-"
             print(f"  {name:30} {size:12,}   mean density {kept}")

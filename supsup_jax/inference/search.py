@@ -377,7 +377,10 @@ class Rule:
             raise ValueError(f"rule must be one of {sorted(_OPTIONS)}, got {self.name!r}")
         allowed = _OPTIONS[self.name][1]
         if foreign := [name for name in self._options() if name not in allowed]:
-            raise ValueError(f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}")
+            hint = " (what oracle judges by is the objective)" if self.name == "oracle" else ""
+            raise ValueError(
+                f"rule {self.name!r} takes the options {allowed}, not {foreign[0]!r}{hint}"
+            )
         if self.name == "descend" and (self.optimizer is None or self.steps is None):
             raise ValueError("rule 'descend' needs an optimizer and steps")
         check_error(self.error)
