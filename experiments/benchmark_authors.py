@@ -115,7 +115,7 @@ def measure(tasks: int, args: Args) -> dict:
         found["ours"].append(child(me + ["--tiny"] * args.tiny))
         if args.authors is not None:
             outputs = args.network.removeprefix("lenet-")
-            them = [args.python, THEIRS.resolve(), tasks, outputs, BATCH, args.repeats]
+            them = [args.python.absolute(), THEIRS.resolve(), tasks, outputs, BATCH, args.repeats]
             found["theirs"].append(child(them, cwd=args.authors))
     return {"tasks": tasks} | {name: merged(rounds) for name, rounds in found.items() if rounds}
 
