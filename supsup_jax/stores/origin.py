@@ -256,13 +256,18 @@ def load_record(path: str | os.PathLike, kind: str, net: Network) -> tuple[recor
     """The record of a file of `save_arrays`, once it is seen to belong to `net`; and what one
     task's statistics in it are like.
 
-    Raises FileNotFoundError when nothing is there, and StoreError, naming what differs, for a
-    file that is damaged, of something else, of another version, or of another network.
+    Raises FileNotFoundError when nothing is there, IsADirectoryError for a folder, and StoreError,
+    naming what differs, for a file that is damaged, of something else, of another version, or of
+    another network.
     """
     check_type("net", net, Network)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}")
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, and this reads a file: DiskStore.open reads it"
+        )
     with open(path, "rb") as file:
         start = file.read(1024)
     if start.startswith(b"PK\3\4") and b'"supsup_jax.' in start:  # a NumPy archive of ours

@@ -205,13 +205,9 @@ def write_alone(
 def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
     """The manifest and the record of a file of `write_alone`.
 
-    Raises FileNotFoundError, IsADirectoryError, StoreError where it is damaged or something else.
+    Raises FileNotFoundError, and StoreError when it is damaged or something else.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder and this reads a file: DiskStore.open reads it"
-        )
     manifest, data = split_manifest(path.read_bytes(), path)
     if len(data) < HEAD_BYTES + SHA_BYTES or checksum(data) is None:
         raise StoreError(
