@@ -106,6 +106,8 @@ def test_what_a_removed_task_is_to_everybody(disk, net, masks, tmp_path):
     assert disk.places(3) == 2
     with pytest.raises(ss.TaskIdError, match=r"task 1 is not in .*: 3 ids are"):
         disk.places([0, 1])
+    with pytest.raises(TypeError, match="ids must be integers, got dtype float64"):
+        disk.places(1.5)
     assert disk.append(masks[4]) == 4
     for i in disk.ids:
         disk.remove(i)

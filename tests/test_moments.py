@@ -207,8 +207,9 @@ def test_without_moments_the_error_says_how_to_get_them(problem):
             call()
     measured = ss.measure_statistics(net, store, stream, RAW)
     for each in (store, measured):  # to measure would not help
-        with pytest.raises(ValueError, match="judges masks tried alone: pass it to oracle"):
-            ss.one_shot(net, each, x, judge)
+        for rule in (ss.one_shot, ss.alpha_gradient, ss.binary_search, ss.rerank):
+            with pytest.raises(ValueError, match="judges masks tried alone: pass it to oracle"):
+                rule(net, each, x, judge)
     with pytest.raises(TypeError, match="measure the objective itself"):
         ss.measure_statistics(net, store, stream, judge)
     constant = [ss.TaskData(np.zeros((4, 6), np.float32), np.zeros(4, int))] * 5

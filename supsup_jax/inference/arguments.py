@@ -43,12 +43,17 @@ def check_call(
     store: TaskStore,
     x: PyTree,
     objective: Objective,
+    gradient: bool = True,
 ) -> PyTree:
     """x of `check_input`. Raises TypeError or ValueError for arguments that do not fit, and for an
     empty store.
+
+    gradient: whether the rule descends the objective, which one that judges whole masks has not.
     """
     check_pair(net, store)
     check_objective(objective)
+    if gradient and isinstance(objective, Standardised):
+        objective(jnp.zeros(0))  # which says so
     check_measured(objective, store)
     return check_input(x)
 
@@ -71,12 +76,6 @@ def check_measured(objective: Objective | None, store: TaskStore) -> None:
         f"them: store = measure_statistics(net, store, stream, {objective.name}) finds them in "
         "data of each task that its mask has not learned"
     )
-
-
-def check_gradient(objective: Objective) -> None:
-    """Raises ValueError for an objective that judges whole masks alone."""
-    if isinstance(objective, Standardised):
-        objective(jnp.zeros(0))  # which says so
 
 
 def check_pair(net: Network, store: TaskStore) -> None:

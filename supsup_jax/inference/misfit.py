@@ -33,7 +33,7 @@ def misfit(
     Raises as `one_shot`, and ValueError for a network without statistics or per_example, where
     one input has none of its own.
     """
-    x = check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective, gradient=False)
     if not net.has_statistics:
         raise ValueError(
             "misfit compares statistics, and this network keeps none (norms by the example): use "

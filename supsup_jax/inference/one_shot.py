@@ -83,7 +83,6 @@ def one_shot(
     counts them: a bound is on one gradient.
     """
     how = arguments.how_to_contract(implementation, error)
-    arguments.check_gradient(objective)
     x = arguments.check_call(net, store, x, objective)
     if isinstance(how, arguments.Race) and schedule.differ(objective, store):
         raise ValueError(

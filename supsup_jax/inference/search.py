@@ -112,7 +112,7 @@ def oracle(
     An exhaustive rule, not the truth: judged by entropy it can be worse than `one_shot`.
     per_example False judges the batch's mean. Raises as `one_shot`.
     """
-    x = check_call(net, store, x, objective)
+    x = check_call(net, store, x, objective, gradient=False)
     return _oracle(net, store, x, objective, per_example)
 
 

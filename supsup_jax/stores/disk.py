@@ -111,12 +111,14 @@ class DiskStore:
         """int, shaped like `ids`: where `load` puts the tasks of these ids, as `predict` asks.
 
         The way back from `ids`; after a removal a task's place is no longer its id.
-        Raises TaskIdError for an id that is not there.
+        Raises TypeError for what are no integers, TaskIdError for an id that is not there.
         """
-        held, ids = self.ids, np.asarray(ids, int)
+        held, ids = self.ids, np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"ids must be integers, got dtype {ids.dtype}")
         if len(outside := np.setdiff1d(ids, held)):
             raise TaskIdError(f"task {outside[0]} is not in {self.path}: {len(held)} ids are")
-        return np.searchsorted(held, ids)  # ids rise
+        return np.searchsorted(held, ids)  # which rise
 
     @property
     def path(self) -> Path:
