@@ -1,12 +1,12 @@
-"""All finished runs under a folder as one table and one picture a figure, beside the paper.
+"""All finished runs under a folder as one table and one page a figure, beside the paper.
 
     python -m experiments.report --runs runs --out docs/results --add
 
-Reads every result.json below --runs, averages over seeds, and writes results.md, a page by itself,
-results.json (the same as data) and the figures to --out. Each line names what it stands on:
-network, method, scenario, objective, protocol, tasks, seeds, seconds, device. With --add the
-entries of the results.json that is there stay, where no run below --runs has the like: runs need
-not be kept for ever, nor on one machine. So does a figure to which no run adds.
+Reads every result.json below --runs, averages over seeds, and writes to --out the figures, each
+with a page of its own, results.md (the ends of all runs) and results.json (all as data). Each line
+names what it stands on: network, method, scenario, objective, protocol, tasks, seeds, seconds,
+device. With --add the entries of the results.json that is there stay, where no run below --runs has
+the like: runs need not be kept for ever, nor on one machine. So do pictures to which no run adds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tyro
 
 import supsup_jax as ss
 from experiments.frame import plots
-from experiments.frame.figures import of_report
+from experiments.frame.figures import Page, of_report, pages
 from experiments.frame.run import usage_errors, writable_folder
 from experiments.frame.series import (
     EXPERIMENTS,
@@ -61,8 +61,9 @@ class Args:
     """A report of one tiny run, made first."""
 
 
-def table(entries: list[Mean]) -> str:
-    """Markdown: every series at the end of its runs, and where the paper's numbers begin.
+def table(entries: list[Mean], every: bool = False) -> str:
+    """Markdown: every series at the end of its runs, and where the paper's numbers begin; or with
+    `every` at all checkpoints.
 
     GNs stands beside GNu, which is the same decisions judged more strictly.
     """
@@ -78,7 +79,7 @@ def table(entries: list[Mean]) -> str:
             by_series[entry.series] = entry._replace(last=True)
     for entry in by_series.values():
         series = entry.series
-        if not entry.last or (
+        if not (every or entry.last) or (
             series.scenario == "gns" and series._replace(scenario="gnu") in by_series
         ):
             continue
@@ -127,10 +128,12 @@ def commit() -> str:
         return "unknown"
 
 
-def pictures(names: list[str]) -> str:
-    """Markdown that shows the figures beside the page, each under its name."""
-    titles = [Path(name).stem.replace("_", " ").capitalize() for name in names]
-    return "".join(f"\n![{t}]({name})\n" for t, name in zip(titles, names, strict=True))
+def written(page: Page) -> str:
+    """Markdown: a figure, the commands that make it, and its points beside the paper's."""
+    text = f"# {page.title}\n\n"
+    text += "".join(f"![{page.title}]({name})\n\n" for name in page.pictures)
+    text += "".join(f"    python -m experiments.{command}\n" for command in page.commands)
+    return text + f"\n{table(page.entries, every=True)}"
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -155,9 +158,11 @@ def main(args: Args) -> dict[str, Any]:
         writable_folder(args.out)
     save(args.out / "results.json", entries)
     figures = of_report(args.out, entries, results)
-    if args.add:  # figures to which no run adds stay as they are
-        figures = sorted({path.name for path in args.out.glob("*.png")})
-    (args.out / "results.md").write_text(TITLE + section + pictures(figures))
+    links = ""
+    for page in pages(args.out, entries):
+        (args.out / f"{page.name}.md").write_text(written(page))
+        links += f"- [{page.title}]({page.name}.md)\n"
+    (args.out / "results.md").write_text(TITLE + section + (links and f"\n{links}"))
     print(section)
     print("figures: " + (", ".join(str(args.out / name) for name in figures) or "none"))
     return {"entries": entries, "figures": figures}

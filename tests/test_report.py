@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from experiments import report
-from experiments.frame import series
+from experiments.frame import figures, series
 from experiments.frame.run import SCHEMA
 from tests.conftest import ROOT
 
@@ -68,7 +68,16 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     text = (tmp_path / "out" / "results.md").read_text()
     assert text.startswith("# All runs\n")
     assert "\n5 runs, gathered at commit " in text
-    assert "\n![Figure 3 left](figure_3_left.png)\n" in text
+    title = "Figure 3, left: permuted MNIST, LeNet-300-100, 100 outputs"
+    assert f"\n- [{title}](figure_3_left.md)\n" in text
+    page = (tmp_path / "out" / "figure_3_left.md").read_text()
+    assert page.startswith(f"# {title}\n\n![{title}](figure_3_left.png)\n")
+    assert "\n    python -m experiments.permuted --preset mnist-250-lenet\n" in page
+    lines = [line for line in page.splitlines() if line.startswith("| permuted")]
+    assert [line.split(" | ")[6] for line in lines] == ["7", "50", "7", "50"]  # every point
+    assert not any("25 outputs" in line for line in lines)
+    widths = (tmp_path / "out" / "figure_6_lenet.md").read_text()
+    assert widths.count("| SupSup | GNu | H | paper | 50 |") == 2
     supsup = next(line for line in text.splitlines() if "100 outputs | SupSup" in line)
     cells = [cell.strip() for cell in supsup.split("|")]
     # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
@@ -99,8 +108,9 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     lines = [line for line in before.splitlines() if line.startswith("|")]
     assert set(lines) < set(after.splitlines())
     assert len([line for line in after.splitlines() if line.startswith("|")]) == len(lines) + 1
-    assert made["figures"] == ["figure_3_left.png"]
+    assert made["figures"] == []
     assert (out / "figure_3_left.png").read_bytes() == picture
+    assert "](figure_3_left.md)" in after
     entries = json.loads((out / "results.json").read_text())["entries"]
     assert all(entry in entries for entry in kept)
     # A run of the same series takes the line's place, and draws anew.
@@ -166,10 +176,14 @@ def test_mistakes_of_the_report(tmp_path, capsys):
 
 
 def test_what_was_measured_once_is_kept_as_data():
-    """docs/results: the table says what its data say, which no run need be kept for."""
+    """docs/results: its pages say what their data say, which no run need be kept for."""
     folder = ROOT / "docs" / "results"
-    table = report.table(series.kept(folder / "results.json", []))
-    assert table in (folder / "results.md").read_text()
+    entries = series.kept(folder / "results.json", [])
+    assert report.table(entries) in (folder / "results.md").read_text()
+    pages = figures.pages(folder, entries)
+    assert len(pages) == len({path.stem for path in folder.glob("figure_*.md")}) > 6
+    for page in pages:
+        assert (folder / f"{page.name}.md").read_text() == report.written(page)
 
 
 def test_a_tiny_report_is_of_a_run_made_first(tmp_path, monkeypatch):

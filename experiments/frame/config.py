@@ -33,7 +33,7 @@ class Config:
     objectives: tuple[str, ...] = ("entropy", "superfluous")
     # Test images of each task that per_example and batch-m look at; paper looks at all.
     images_per_task: int | None = None
-    judge_every: int = 1  # tasks 0, n, 2n, ... are judged
+    judge_most: int | None = None  # tasks judged at a checkpoint, evenly spread; None for all
     # After the last task the first of protocols and of objectives looks at all test images too.
     every_image_at_the_end: bool = False
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
@@ -57,8 +57,9 @@ class MethodArgs(hosts.Args, Args):
     """Outputs of the network instead of the preset's (the paper's s)."""
     steps: int | None = None
     """Training steps a task instead of the preset's."""
-    judge_every: int | None = None
-    """Judge tasks 0, n, 2n, ... only: of thousands, a sample says as much."""
+    judge_most: int | None = None
+    """Judge at most so many tasks at a checkpoint, evenly spread: of thousands, a sample says as
+    much."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
 
@@ -70,13 +71,13 @@ def by_method(config: Config, args: MethodArgs) -> Config:
     config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     if args.tiny:
         config = tiny(config)
-    for name in ("steps", "outputs", "judge_every"):
+    for name in ("steps", "outputs", "judge_most"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.steps is not None:
         config = trained(config, steps=args.steps)
-    given = {name: getattr(args, name) for name in ("outputs", "judge_every")}
+    given = {name: getattr(args, name) for name in ("outputs", "judge_most")}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, **given)
 

@@ -65,6 +65,7 @@ class Figure(NamedTuple):
     """A figure of the paper's: accuracy against tasks learned.
 
     keep: which series it shows.
+    commands: of the runs it is made of.
     paper: whose curves stand beside, as `paper.CURVES` names them.
     least: curves of ours without which it is not drawn.
     bottom: where the accuracy axis starts.
@@ -73,9 +74,23 @@ class Figure(NamedTuple):
     file: str
     title: str
     keep: Callable[[Series], bool]
+    commands: tuple[str, ...]
     paper: str | None = None
     least: int = 1
     bottom: float | None = None
+
+
+class Page(NamedTuple):
+    """What a report says of one figure, on a page of its own.
+
+    pictures: files beside it. entries: the points of the pictures' curves.
+    """
+
+    name: str
+    title: str
+    pictures: list[str]
+    commands: tuple[str, ...]
+    entries: list[Mean]
 
 
 def _permuted(series, model):
@@ -118,26 +133,36 @@ FIGURES = (
             f"figure_3_{side}.png",
             f"Figure 3, {side}: permuted MNIST, {NETWORKS[model]}, {outputs} outputs",
             functools.partial(_figure_3, model=model, outputs=outputs),
+            (
+                f"permuted --preset {preset}",
+                f"permuted --preset {preset} --method batche  # psp, upper_bound, lower_bound",
+            ),
             f"{model}/{outputs}",
             bottom=0.87,  # as in the paper, below which PSP and the lower bound soon fall
         )
-        for model, outputs, side in (("lenet_300_100", 100, "left"), ("fc_1024_1024", 500, "right"))
+        for model, outputs, side, preset in (
+            ("lenet_300_100", 100, "left", "mnist-250-lenet"),
+            ("fc_1024_1024", 500, "right", "mnist-250-fc"),
+        )
     ),
     Figure(
         "figure_4.png",
         "Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
         _figure_4,
+        ("permuted --preset mnist-2500-lenet --judge-most 100", "nns --preset mnist-2500"),
         "lenet_300_100/500",
     ),
     Figure(
         "figure_5_left.png",
         "Figure 5, left: rotated MNIST, FC-1024-1024",
         _figure_5_left,
+        ("rotated", "rotated --method batche  # psp, upper_bound, lower_bound"),
     ),
     Figure(
         "figure_5_right.png",
         "Figure 5, right: permuted MNIST, FC-1024-1024, 500 outputs, one-shot",
         _figure_5_right,
+        ("permuted --preset mnist-250-fc", "permuted --preset mnist-250-fc --method abatche"),
         least=3,  # SupSup's two, and any of BatchE
     ),
 )
@@ -155,6 +180,39 @@ def of_report(out: Path, entries: list[Mean], results: list[dict]) -> list[str]:
             plots.accuracy_against_outputs(out / name, title, by_outputs)
             named.append(name)
     return named + of_split(out, results)
+
+
+def pages(out: Path, entries: list[Mean]) -> list[Page]:
+    """A page for each figure that has its pictures in `out`."""
+    found = [
+        Page(
+            Path(each.file).stem,
+            each.title,
+            [each.file],
+            each.commands,
+            [entry for entry in entries if each.keep(entry.series)],
+        )
+        for each in FIGURES
+        if (out / each.file).exists()
+    ]
+    for model in NETWORKS:
+        name = f"figure_6_{model.split('_')[0]}"
+        if (out / f"{name}.png").exists():
+            widths = _by_outputs(entries, model).values()
+            shown = [entry for width in widths for entry in width.values()]
+            title = f"Figure 6: permuted MNIST, {NETWORKS[model]}"
+            commands = ("permuted --preset mnist-50-lenet --outputs 25",)
+            found.append(Page(name, title, [f"{name}.png"], commands, shown))
+    kinds = ("figure_2_*.png", "density_*.png", "transfer_*.png")
+    if split := [path.name for kind in kinds for path in sorted(out.glob(kind))]:
+        commands = (
+            "split_cifar --preset tiny-imagenet32-cpu --scale 32  # 4, 8",
+            "split_cifar --preset tiny-imagenet32-cpu --method batche  # supsup_transfer, "
+            "separate_heads, upper_bound",
+        )
+        shown = [entry for entry in entries if entry.series.dataset == "tiny_imagenet32"]
+        found.append(Page("figure_2", "Figure 2's kind: split classes", split, commands, shown))
+    return sorted(found)
 
 
 def _against_tasks(out, figure, entries):

@@ -70,7 +70,7 @@ class Learner:
     def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[Row]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
         test = self.stream.first_test(images) if images else self.stream.test
-        every = self.config.judge_every
+        every = -(-self.done // (self.config.judge_most or self.done))  # tasks 0, n, 2n, ...
         label = f"  {self.done} tasks, {protocol} {name or ''}"
         measured = ss.evaluate(
             self.net_to_infer,

@@ -32,7 +32,7 @@ APART = {
     "protocols",
     "objectives",
     "images_per_task",
-    "judge_every",
+    "judge_most",
     "every_image_at_the_end",
     "save_every",
 }
