@@ -273,7 +273,8 @@ def of_split(out: Path, results: list[dict]) -> list[str]:
     named = []
     for (dataset, model, width, tasks, epochs), runs in _by_kind(results).items():
         kind = f"{dataset}_{width}x{tasks}x{epochs}"
-        title = f"{dataset}, {model} of width {width}, {tasks} tasks, {epochs} epochs"
+        network = f"{NETWORKS.get(model, model)} of width {width}"
+        title = f"{dataset}, {tasks} tasks, {network}, {epochs} epochs"
         curves = bytes_curves(runs)
         if sum(len(curve["points"]) for curve in curves) > 1:
             name = f"figure_2_{kind}.png"

@@ -72,7 +72,8 @@ def _axes(path, title, xlabel, ylabel, size=(6.4, 4.0)):
     """One pair of axes, saved with grid and legend."""
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     yield ax
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3, which="both" if ax.get_xscale() == "log" else "major")
     if ax.get_legend() is None and not fig.legends:
         ax.legend(fontsize=8)
