@@ -13,6 +13,7 @@ import dataclasses
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,22 @@ paper's numbers are digitised from its figures, to about .0003. GNs stands besid
 decisions, judged by the label alone. `python -m experiments.report` made this page.
 
 """
-HEADER = (
-    "| experiment | network | method | scenario | objective | protocol | tasks | ours | paper "
-    "| difference | GNs | task accuracy | decisions | seeds | seconds a run |"
+COLUMNS = (
+    "experiment",
+    "network",
+    "method",
+    "scenario",
+    "objective",
+    "protocol",
+    "tasks",
+    "ours",
+    "paper",
+    "difference",
+    "GNs",
+    "task accuracy",
+    "decisions",
+    "seeds",
+    "seconds a run",
 )
 
 
@@ -61,16 +75,18 @@ class Args:
     """A report of one tiny run, made first."""
 
 
-def table(entries: list[Mean], every: bool = False) -> str:
-    """Markdown: every series at the end of its runs, and where the paper's numbers begin; or with
-    `every` at all checkpoints.
+def table(entries: list[Mean]) -> str:
+    """Markdown: every series at the end of its runs, and where the paper's numbers begin."""
+    return markdown(COLUMNS, lines(entries)) + devices(entries)
+
+
+def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
+    """Cells by COLUMNS: of every series the end of its runs, and where the paper's numbers begin;
+    or with `every` all checkpoints.
 
     GNs stands beside GNu, which is the same decisions judged more strictly.
     """
-    text = [
-        HEADER,
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    found = []
     by_series = {entry.series: entry for entry in entries}
     begun = set()  # series, whatever the tasks, of which the paper's first number was shown
     for entry in sorted(entries, key=lambda entry: entry.series.tasks):
@@ -87,7 +103,7 @@ def table(entries: list[Mean], every: bool = False) -> str:
         ours = f"{entry.accuracy:.4f}"
         if entry.deviation is not None:
             ours += f" ± {entry.deviation:.4f}"
-        cells = [
+        cells = (
             f"{EXPERIMENTS.get(series.experiment, series.experiment)} {series.dataset}",
             series.network,
             plots.METHODS.get(series.method, series.method),
@@ -103,11 +119,19 @@ def table(entries: list[Mean], every: bool = False) -> str:
             f"{entry.decisions:,}" if entry.decisions else "-",
             str(entry.seeds),
             f"{entry.seconds:,.0f}",
-        ]
-        text.append("| " + " | ".join(cells) + " |")
-    devices = sorted({entry.device for entry in entries})
-    text += ["", f"Devices: {'; '.join(devices)}."]
-    return "\n".join(text) + "\n"
+        )
+        found.append(cells)
+    return found
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    rule = ["---"] * len(columns)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (columns, rule, *rows))
+
+
+def devices(entries: list[Mean]) -> str:
+    return f"\nDevices: {'; '.join(sorted({entry.device for entry in entries}))}.\n"
 
 
 def number(value: float | None, form: str) -> str:
@@ -133,7 +157,15 @@ def written(page: Page) -> str:
     text = f"# {page.title}\n\n"
     text += "".join(f"![{page.title}]({name})\n\n" for name in page.pictures)
     text += "".join(f"    python -m experiments.{command}\n" for command in page.commands)
-    return text + f"\n{table(page.entries, every=True)}"
+    # What all lines share is said once.
+    columns = dict(zip(COLUMNS, zip(*lines(page.entries, every=True), strict=True), strict=True))
+    own = ("tasks", "ours", "paper")
+    shared = {n: cells[0] for n, cells in columns.items() if n not in own and len(set(cells)) == 1}
+    said = ", ".join(f"{name} {cell}" for name, cell in shared.items() if cell != "-")
+    text += f"\nIn all lines: {said}.\n\n" if said else "\n"
+    differing = {name: cells for name, cells in columns.items() if name not in shared}
+    text += markdown(list(differing), list(zip(*differing.values(), strict=True)))
+    return text + devices(page.entries)
 
 
 def main(args: Args) -> dict[str, Any]:
