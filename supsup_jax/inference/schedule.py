@@ -18,6 +18,7 @@ from jax.custom_derivatives import custom_vjp_call_p
 
 from supsup_jax.devices import ROWS, ROWS_OF_SLOTS, SLOTS, WHOLE, in_pieces, varying_like
 from supsup_jax.inference.arguments import Race
+from supsup_jax.kernels.contraction import cpu_form
 from supsup_jax.loops import equations
 from supsup_jax.objectives import Logarithm, Superfluous, of_labels
 from supsup_jax.stores.base import TaskStore
@@ -33,11 +34,13 @@ TANGENTS_FROM = 16
 TANGENTS_UPTO = 256
 # Examples whose activations are held at once while masks are probed.
 TANGENT_EXAMPLES = 16 * 1024
-# As few tasks of another network on CPU: gradients held at once, to be met with masks that are
-# unpacked once for them all. 128 products with 16 masks of 56,800 weights take 11 ms in
-# pieces of 32, 16 of 8, and 35 one by one; below 8 at a time, unpacking costs what it saves.
+# As few tasks of another network on CPU, or any number where the CPU does not count the bits of
+# vectors: gradients held at once, to be met with masks that are unpacked once for them all. 128
+# products with 16 masks of 56,800 weights take 11 ms in pieces of 32, 16 of 8, and 35 one by one,
+# each with 2,560 masks of 315,000 weights 17 ms in pieces of 32, 24 of 16, and 28 by itself; below 8
+# at a time, unpacking costs what it saves.
 UNPACKED_FOR = 8, 32
-UNPACKED_FLOATS = 16 * 1024 * 1024
+UNPACKED_FLOATS = 64 * 1024 * 1024
 
 
 def differ(objective: Objective, store: TaskStore) -> bool:
@@ -196,7 +199,9 @@ def map_decisions(
         tangents = functools.partial(_tangent_scores, uncertainty, store, mixture, finish)
         size = max(1, TANGENT_EXAMPLES // decisions.deciders)
         on_cpu = functools.partial(in_pieces, tangents, size=size)
-    elif few and (size := min(most, UNPACKED_FLOATS // store.layout.num_weights)) >= least:
+    elif (few or _by_matrix(decisions, implementation)) and (
+        size := min(most, UNPACKED_FLOATS // store.layout.num_weights)
+    ) >= least:
         one_by_one = lambda gradient: functools.partial(lax.map, gradient)  # noqa: E731
         some = functools.partial(many, one_by_one, _product(store, "matrix"))
         on_cpu = functools.partial(in_pieces, some, size=size)
@@ -208,7 +213,9 @@ def map_decisions(
 def fastest(function: Callable, store: TaskStore, x: PyTree) -> PyTree:
     """function(x [D, m, ...], implementation) by what soonest tells the best task."""
     exact = functools.partial(function, implementation=None)
-    if _few_tasks(store, Decisions(x)) or len(store.label_counts) > 1:
+    decisions = Decisions(x)
+    exactly = _few_tasks(store, decisions) or _by_matrix(decisions, None)
+    if exactly or len(store.label_counts) > 1:
         return exact(x)
     race = functools.partial(function, implementation=Race())
     return lax.platform_dependent(x, cpu=race, default=exact)
@@ -241,6 +248,13 @@ def _few_tasks(store, decisions):
         return False
     few = store.capacity * decisions.deciders <= TANGENTS_UPTO
     return few and decisions.num >= TANGENTS_FROM
+
+
+def _by_matrix(decisions, implementation):
+    """Whether on this CPU a matrix product with many gradients at once is the fastest exact one."""
+    if implementation is not None or is_open(decisions.num):
+        return False
+    return decisions.num >= TANGENTS_FROM and cpu_form() == "select"
 
 
 def _mean_values(uncertainty, mixture, x):
