@@ -13,7 +13,7 @@ from experiments.frame import paper, plots
 from experiments.frame.rows import SPLIT, accuracy_matrix, figure, points
 from experiments.frame.rows import series as series_of
 from experiments.frame.run import Run
-from experiments.frame.series import NETWORKS, Mean, Series, scenario_name, shown
+from experiments.frame.series import NETWORKS, Mean, Series, order, scenario_name, shown
 
 # Of a mask learner's bytes, each with a style: the masks as coded here, and as the paper counts.
 CODED = {"masks_enumerative": ("entropy-coded", "o-"), "masks_csc16_indices": ("csc16", "o--")}
@@ -184,6 +184,7 @@ def of_report(out: Path, entries: list[Mean], results: list[dict]) -> list[str]:
 
 def pages(out: Path, entries: list[Mean]) -> list[Page]:
     """A page for each figure that has its pictures in `out`."""
+    entries = sorted(entries, key=lambda entry: order(shown(entry.series)))
     found = [
         Page(
             Path(each.file).stem,
@@ -199,10 +200,10 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
         name = f"figure_6_{model.split('_')[0]}"
         if (out / f"{name}.png").exists():
             widths = _by_outputs(entries, model).values()
-            shown = [entry for width in widths for entry in width.values()]
+            drawn = [entry for width in widths for entry in width.values()]
             title = f"Figure 6: permuted MNIST, {NETWORKS[model]}"
             commands = ("permuted --preset mnist-50-lenet --outputs 25",)
-            found.append(Page(name, title, [f"{name}.png"], commands, shown))
+            found.append(Page(name, title, [f"{name}.png"], commands, drawn))
     kinds = ("figure_2_*.png", "density_*.png", "transfer_*.png")
     if split := [path.name for kind in kinds for path in sorted(out.glob(kind))]:
         commands = (
@@ -210,8 +211,8 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
             "split_cifar --preset tiny-imagenet32-cpu --method batche  # supsup_transfer, "
             "separate_heads, upper_bound",
         )
-        shown = [entry for entry in entries if entry.series.dataset == "tiny_imagenet32"]
-        found.append(Page("figure_2", "Figure 2's kind: split classes", split, commands, shown))
+        drawn = [entry for entry in entries if entry.series.dataset == "tiny_imagenet32"]
+        found.append(Page("figure_2", "Figure 2's kind: split classes", split, commands, drawn))
     return sorted(found)
 
 

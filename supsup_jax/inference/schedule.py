@@ -37,8 +37,8 @@ TANGENT_EXAMPLES = 16 * 1024
 # As few tasks of another network on CPU, or any number where the CPU does not count the bits of
 # vectors: gradients held at once, to be met with masks that are unpacked once for them all. 128
 # products with 16 masks of 56,800 weights take 11 ms in pieces of 32, 16 of 8, and 35 one by one,
-# each with 2,560 masks of 315,000 weights 17 ms in pieces of 32, 24 of 16, and 28 by itself; below 8
-# at a time, unpacking costs what it saves.
+# each with 2,560 masks of 315,000 weights 17 ms in pieces of 32, 24 of 16, and 28 by itself; below
+# 8 at a time, unpacking costs what it saves.
 UNPACKED_FOR = 8, 32
 UNPACKED_FLOATS = 64 * 1024 * 1024
 
