@@ -34,13 +34,11 @@ TANGENTS_FROM = 16
 TANGENTS_UPTO = 256
 # Examples whose activations are held at once while masks are probed.
 TANGENT_EXAMPLES = 16 * 1024
-# As few tasks of another network on CPU, or any number where the CPU does not count the bits of
-# vectors: gradients held at once, to be met with masks that are unpacked once for them all. 128
-# products with 16 masks of 56,800 weights take 11 ms in pieces of 32, 16 of 8, and 35 one by one,
-# each with 2,560 masks of 315,000 weights 17 ms in pieces of 32, 24 of 16, and 28 by itself; below
-# 8 at a time, unpacking costs what it saves.
+# As few tasks of another network on CPU: gradients held at once, to be met with masks that are
+# unpacked once for them all. 128 products with 16 masks of 56,800 weights take 11 ms in
+# pieces of 32, 16 of 8, and 35 one by one; below 8 at a time, unpacking costs what it saves.
 UNPACKED_FOR = 8, 32
-UNPACKED_FLOATS = 64 * 1024 * 1024
+UNPACKED_FLOATS = 16 * 1024 * 1024
 
 
 def differ(objective: Objective, store: TaskStore) -> bool:
@@ -199,9 +197,7 @@ def map_decisions(
         tangents = functools.partial(_tangent_scores, uncertainty, store, mixture, finish)
         size = max(1, TANGENT_EXAMPLES // decisions.deciders)
         on_cpu = functools.partial(in_pieces, tangents, size=size)
-    elif (few or _by_matrix(decisions, implementation)) and (
-        size := min(most, UNPACKED_FLOATS // store.layout.num_weights)
-    ) >= least:
+    elif few and (size := min(most, UNPACKED_FLOATS // store.layout.num_weights)) >= least:
         one_by_one = lambda gradient: functools.partial(lax.map, gradient)  # noqa: E731
         some = functools.partial(many, one_by_one, _product(store, "matrix"))
         on_cpu = functools.partial(in_pieces, some, size=size)
@@ -213,8 +209,8 @@ def map_decisions(
 def fastest(function: Callable, store: TaskStore, x: PyTree) -> PyTree:
     """function(x [D, m, ...], implementation) by what soonest tells the best task."""
     exact = functools.partial(function, implementation=None)
-    decisions = Decisions(x)
-    exactly = _few_tasks(store, decisions) or _by_matrix(decisions, None)
+    # A CPU that does not count the bits of vectors takes 38 ms by "select", 56 to be certain.
+    exactly = _few_tasks(store, Decisions(x)) or cpu_form() == "select"
     if exactly or len(store.label_counts) > 1:
         return exact(x)
     race = functools.partial(function, implementation=Race())
@@ -248,13 +244,6 @@ def _few_tasks(store, decisions):
         return False
     few = store.capacity * decisions.deciders <= TANGENTS_UPTO
     return few and decisions.num >= TANGENTS_FROM
-
-
-def _by_matrix(decisions, implementation):
-    """Whether on this CPU a matrix product with many gradients at once is the fastest exact one."""
-    if implementation is not None or is_open(decisions.num):
-        return False
-    return decisions.num >= TANGENTS_FROM and cpu_form() == "select"
 
 
 def _mean_values(uncertainty, mixture, x):
