@@ -137,11 +137,16 @@ def test_tasks_by_name(path, tmp_path, capsys):
         words = disk.words(2)
     assert "task 2 of" in fails(capsys, "replace", path, "0", tmp_path / "two.task")  # its name
     assert "task 2 of" in fails(capsys, "import", path, tmp_path / "two.task")
+    cli.main(["replace", str(path), "0", str(tmp_path / "two.task"), "--name", "former 2"])
+    cli.main(["import", str(path), str(tmp_path / "two.task"), "--name", "again"])
     cli.main(["remove", str(path), "task 2"])
-    cli.main(["replace", str(path), "task 0", str(tmp_path / "two.task")])
+    cli.main(["replace", str(path), "former 2", str(tmp_path / "two.task")])
     with ss.DiskStore.open(path) as disk:
-        np.testing.assert_array_equal(disk.words(0), words)
-    assert capsys.readouterr().out == "removed task 2\nreplaced task 0\n"
+        assert [disk.info(i).name for i in disk.ids] == ["task 2", "task 1", "again"]
+        for i in (0, 3):
+            np.testing.assert_array_equal(disk.words(i), words)
+    said = "replaced task 0\ntask 3\nremoved task 2\nreplaced task 0\n"
+    assert capsys.readouterr().out == said
 
 
 def test_one_file_is_looked_at_and_becomes_a_folder(path, net, tmp_path, capsys):
@@ -311,7 +316,8 @@ def test_bad_input(path, tmp_path, capsys):
     np.save(tmp_path / "flat.npy", np.ones(3))
     (tmp_path / "text.npy").write_text("hello")
     np.save(tmp_path / "objects.npy", np.array([{}, {}]), allow_pickle=True)
-    for name in ("flat", "text", "objects"):
+    np.save(tmp_path / "whole.npy", np.ones((3, 6), np.int64))
+    for name in ("flat", "text", "objects", "whole"):
         assert "--input" in fails(capsys, "predict", path, "--input", tmp_path / f"{name}.npy")
 
 

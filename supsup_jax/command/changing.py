@@ -52,7 +52,7 @@ def export(store: Path, task: str, file: Path, /, without: tuple[int, ...] = ())
             disk.export(told.id_of(disk, task), file)
 
 
-def import_(store: Path, file: Path, /, net: str | None = None) -> None:
+def import_(store: Path, file: Path, /, net: str | None = None, name: str | None = None) -> None:
     """Adds a task from a file of `supsup export` to a store of the same network.
 
     Or all tasks of a file of `MaskStore.save`, to a store that is created where none is.
@@ -61,11 +61,14 @@ def import_(store: Path, file: Path, /, net: str | None = None) -> None:
         store: Folder of the store.
         file: File to read.
         net: For a file of MaskStore.save, MODULE:FUNCTION as of supsup predict.
+        name: Of the task, instead of the one in its file.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file at {file}")
     manifest, _ = records.read_alone(file)
     if manifest.get("format") == mask_store.FORMAT:
+        if name is not None:
+            raise ValueError(f"--name is for a file of one task, and {file} holds a store")
         network = network_of(manifest, file, net, mask_store.FORMAT)
         masks = MaskStore.load(file, network)
         with DiskStore.open(store, network, mode="a") as disk:
@@ -73,20 +76,21 @@ def import_(store: Path, file: Path, /, net: str | None = None) -> None:
         print(f"tasks {ids.start} to {ids.stop - 1}" if ids else f"{file} holds no task")
         return
     with told.to_write(store) as disk:
-        print(f"task {disk.append_file(file)}")
+        print(f"task {disk.append_file(file, name)}")
 
 
-def replace(store: Path, task: str, file: Path, /) -> None:
+def replace(store: Path, task: str, file: Path, /, name: str | None = None) -> None:
     """Puts the task in a file of `supsup export` in the place of another, of which no bit remains.
 
     Args:
         store: Folder of the store.
         task: The number or name of the task to be replaced; its number stays.
         file: File to read.
+        name: Of the task from now on, instead of the one in the file.
     """
     with told.to_write(store) as disk:
         i = told.id_of(disk, task)
-        disk.replace_by_file(i, file)
+        disk.replace_by_file(i, file, name)
         print(f"replaced task {i}")
 
 

@@ -38,6 +38,13 @@ def read(paths: list[Path], widths: list[int] | None, mean: float = 0.0, std: fl
     ):
         raise ValueError(f"--input must hold rows [B, ...], got {shapes_of(x)}")
 
+    for dtype in (leaf.dtype for leaf in leaves if widths):
+        if np.issubdtype(dtype, np.integer) and dtype != np.uint8:
+            raise ValueError(
+                "--input must be floats, or bytes (uint8), which are scaled to [0, 1], for a dense "
+                f"network, got {dtype}, whose scale nobody knows"
+            )
+
     def scaled(leaf):
         if leaf.dtype == np.uint8:
             leaf = leaf.astype(np.float32) / 255

@@ -97,7 +97,7 @@ class Form:
         """
         leaves, state = task
         scores = [] if scores is None else _checked_scores(self.layout, scores)
-        _check_names(name, labels)
+        check_names(name, labels)
         if num_labels is not None:
             check_int("num_labels", num_labels, 1)
         self._check_labels(list(labels or ()), num_labels or 0)
@@ -164,7 +164,7 @@ class Form:
         """What its metadata say."""
         with sensible(self.path):
             name, labels, kept = (coded.metadata[name] for name in ("name", "labels", "kept"))
-            _check_names(name, labels)
+            check_names(name, labels)
             return TaskInfo(
                 name,
                 None if labels is None else tuple(labels),
@@ -232,7 +232,8 @@ class Form:
         return codec, codecs.encode_leaves(self.layout, leaves, codec)
 
 
-def _check_names(name, labels):
+def check_names(name: str | None, labels: Sequence[str] | None) -> None:
+    """Raises TypeError for what are no names of a task and its outputs."""
     if not (name is None or isinstance(name, str)):
         raise TypeError(f"name must be a str, got {name!r}")
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels or ()):

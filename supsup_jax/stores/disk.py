@@ -16,7 +16,7 @@ from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.codecs import Leaves
-from supsup_jax.stores.coded import Form, Moments, TaskInfo, moments_in
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_names, moments_in
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
@@ -251,24 +251,24 @@ class DiskStore:
         # Against no other task, which the other store need not hold.
         records.write_alone(path, self.manifest, *self._read(i, self._form.alone))
 
-    def append_file(self, path: str | os.PathLike) -> int:
-        """Adds the task in a file of `export`, and returns its number.
+    def append_file(self, path: str | os.PathLike, name: str | None = None) -> int:
+        """Adds the task in a file of `export`, by its own name or this one; returns its number.
 
         Raises as `append`, FileNotFoundError, StoreError where it is damaged or another network's.
         """
-        record = self._of_file(path)
+        record = self._of_file(path, name)
         with self._names.giving(record.metadata["name"]):
             return self._log.append(record.metadata, [record.body])
 
-    def replace_by_file(self, i: int, path: str | os.PathLike) -> None:
-        """Makes task i that in a file of `export`. Raises as `append_file` and `replace`."""
+    def replace_by_file(self, i: int, path: str | os.PathLike, name: str | None = None) -> None:
+        """Makes task i that in a file, all as in `append_file`. Raises so, and as `replace`."""
         self._log.entry(i := as_index(i))
-        record = self._of_file(path)
+        record = self._of_file(path, name)
         with self._names.giving(record.metadata["name"], i):
             self._recode(i)
             self._log.replace(i, record.metadata, [record.body])
 
-    def _of_file(self, path):
+    def _of_file(self, path, name):
         manifest, record = records.read_alone(path)
         read_manifest(manifest, FORMAT, path, self._net)
         for field in ("layout", "states", "fingerprint"):
@@ -280,7 +280,10 @@ class DiskStore:
         coded = self._form.read(record, 0)
         self._form.words(coded)  # against no other, being the first of its file
         self._form.info(coded)
-        return record
+        if name is None:
+            return record
+        check_names(name, None)
+        return record._replace(metadata=record.metadata | {"name": name})
 
     def copy(self, path: str | os.PathLike, without: Sequence[int] = ()) -> list[int]:
         """Writes a new store of the tasks but for those `without`; returns their ids, which stay.

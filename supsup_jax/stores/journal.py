@@ -405,9 +405,9 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
             for at, length in log._to_erase(thorough=True)
         ]
         log._drop_partials()
-        log._write_ends(thorough=True)
-        for task in gone:
+        for task in gone:  # before the index is made again, which a kill must not find without them
             log._write(task, records.REMOVED, [])
+        log._write_ends(thorough=True)
     finally:
         log.close()
     return done
