@@ -7,6 +7,8 @@ Words are [num_tiles, nw, lanes] (see `layout`); v and w are [..., 32 nw], s and
 [..., num_tiles * lanes]. No form ever holds more than a block of unpacked masks. Both are
 reverse-differentiable to any order (in v and a), and work under jit and vmap.
 
+What is written out bit by bit is a jit of its own, traced once a shape and not once a program.
+
 On CPU loops run over the tiles that hold a task, in blocks of word rows. A block is one elementwise
 loop over [rows, lanes] into accumulators of that shape, which XLA vectorises and splits over
 threads. (A row a step, into [lanes] accumulators, is 3 times slower; adding up rows inside the loop
@@ -164,6 +166,7 @@ def _select(words, v, num_tasks, planes=None):
     return _over_words(lambda values: values, _selected_sums, words, v, num_tasks)
 
 
+@jax.jit
 def _selected_sums(rows, values):
     # Four chains of masked additions: one instruction a bit beside its test.
     sums = []
@@ -352,6 +355,7 @@ def _count_blocks(words, kept, live_tiles, block_floats):
     return lax.fori_loop(0, live_tiles, add_tile, counts).reshape(-1)
 
 
+@jax.jit
 def _bit_counts(words):
     """How many of the words [R, lanes] of each row have each bit: uint32 [32, R]."""
     # A byte counts one bit of every eighth over the vectors of a tile, 64 at most, so a word is

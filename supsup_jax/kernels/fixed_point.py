@@ -8,6 +8,7 @@ large weights elsewhere would round away: on a trained LeNet the largest of 32 w
 the typical one, the largest of all up to 60 times.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ class Planes(NamedTuple):
     step: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def bit_planes(values: jax.Array, planes: int, dither: jax.Array | None = None) -> Planes:
     """Values [32, W], value b of word w at [b, w], rounded to the nearest of 2^planes steps.
 
@@ -39,6 +41,7 @@ def bit_planes(values: jax.Array, planes: int, dither: jax.Array | None = None) 
     return Planes(jnp.asarray(bits), step)
 
 
+@jax.jit
 def word_sums(words: jax.Array, planes: Planes) -> jax.Array:
     """sum of each word's selected values, float32 [..., lanes], of words uint32 [..., lanes].
 
