@@ -61,6 +61,7 @@ class Config:
     floor: int = 5
     beyond: str = "reuse"
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
+    judge_most: int | None = None  # tasks judged at a checkpoint, evenly spread; None for all
     save_every: int = 10  # tasks
     # Pixels of digits in each direction for one. 8 tasks at 1: max nu x masks asked reached 1.6
     # where a task began, and fell to 1.15 where it went on; at 3, 1.02 and 1.18.
@@ -101,13 +102,17 @@ class Args(loop.Args):
     """Finds permuted tasks in a stream that never names them, and learns a mask for each."""
 
     preset: Literal[tuple(PRESETS)] = "digits"
+    judge_most: int | None = None
+    """Judge at most so many tasks at a checkpoint, evenly spread."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
 
 
 def options(config: Config, args: Args) -> Config:
     """The preset as Args wants it; with --tiny 3 tasks of 60 batches each."""
-    config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
+    frame.check_positive(args, "judge_most")
+    fields = {name: getattr(args, name) for name in ("independent_seeds", "judge_most")}
+    config = dataclasses.replace(config, **fields)
     if not args.tiny:
         return config
     return dataclasses.replace(
@@ -183,7 +188,10 @@ class Windows(Learner):
 
     def evaluate(self) -> list[Row]:
         store, counts = allocated_store(self.state), self.counts()
-        return [judged(self.net, store, self.stream, name, counts) for name in ("paper", "given")]
+        of_tasks = counts, self.to_judge()
+        return [
+            judged(self.net, store, self.stream, name, *of_tasks) for name in ("paper", "given")
+        ]
 
     def save(self) -> None:
         state = self.state
@@ -244,31 +252,33 @@ def judged(
     stream: data.PermutedStream,
     protocol: str,
     counts: np.ndarray,
+    asked: range,
 ) -> Row:
-    """One protocol's row over the tasks of `counts`, a right label counting under any mask.
+    """One protocol's row over the tasks `asked`, a right label counting under any mask.
 
+    counts: windows of the tasks seen, [true task, mask].
     A decision is right when it names a mask whose task it is. Under "given", a task of which no
     window was learned has no mask, and counts as all wrong.
     """
     inferred = protocol != "given"
     ids, tasks = metrics.mask_of_task(counts), metrics.task_of_mask(counts)
-    asked = [i for i in range(len(ids)) if inferred or ids[i] >= 0]
+    known = [i for i in asked if inferred or ids[i] >= 0]
     label = f"  {len(counts)} tasks, {protocol}"
     progress = functools.partial(tqdm, desc=label, leave=False, unit="task")
-    rows = ss.evaluate(net, store, stream.test, protocol, tasks=asked, ids=ids, progress=progress)
-    per_task = [0.0] * len(counts)
-    for row in rows:
-        per_task[row.task] = row.shared_accuracy
+    rows = ss.evaluate(net, store, stream.test, protocol, tasks=known, ids=ids, progress=progress)
+    per_task = dict.fromkeys(asked, 0.0) | {row.task: row.shared_accuracy for row in rows}
     named = np.concatenate([tasks[row.inferred] == row.task for row in rows])
     return Row(
         "supsup",
         "nns",
-        per_task,
+        list(per_task.values()),
         "entropy" if inferred else None,
         protocol,
         decisions=len(named),
         task_accuracy=float(np.mean(named)) if inferred else None,
         more=metrics.found(counts)._asdict(),
+        tasks_learned=len(counts),
+        judge_every=asked.step,
     )
 
 

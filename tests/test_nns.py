@@ -134,8 +134,8 @@ def test_a_task_that_no_mask_learned_counts_as_wrong(small_net):
         test = [toy_data(seed=i) for i in range(3)]  # noqa: RUF012
 
     counts = np.array([[3, 0], [0, 0], [1, 2]])
-    given = nns.judged(small_net, store, Stream, "given", counts)
-    inferred = nns.judged(small_net, store, Stream, "paper", counts)
+    given = nns.judged(small_net, store, Stream, "given", counts, range(3))
+    inferred = nns.judged(small_net, store, Stream, "paper", counts, range(3))
     by_id = ss.evaluate(small_net, store, Stream.test, ids=[0, 0, 1])
     assert given.per_task == [by_id[0].accuracy, 0.0, by_id[2].accuracy]
     rows = ss.evaluate(small_net, store, Stream.test, "paper", ids=[0, -1, 1])
@@ -143,6 +143,10 @@ def test_a_task_that_no_mask_learned_counts_as_wrong(small_net):
     right = [row.task == {0: 0, 1: 2}[mask] for row in rows for mask in row.inferred.tolist()]
     assert inferred.task_accuracy == np.mean(right)
     assert inferred.decisions == 3
+    for row in (given, inferred):
+        sample = nns.judged(small_net, store, Stream, row.protocol, counts, range(0, 3, 2))
+        assert sample.per_task == row.per_task[::2]
+        assert (sample.tasks_learned, sample.judge_every, sample.more) == (3, 2, row.more)
 
 
 def test_damaged_slots_stop_a_resume(tmp_path, capsys, monkeypatch):

@@ -71,15 +71,20 @@ def by_method(config: Config, args: MethodArgs) -> Config:
     config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     if args.tiny:
         config = tiny(config)
-    for name in ("steps", "outputs", "judge_most"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_positive(args, "steps", "outputs", "judge_most")
     if args.steps is not None:
         config = trained(config, steps=args.steps)
     given = {name: getattr(args, name) for name in ("outputs", "judge_most")}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, **given)
+
+
+def check_positive(args: Args, *names: str) -> None:
+    """Raises UsageError for one of these options that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def check_method(method: str) -> None:

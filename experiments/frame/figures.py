@@ -149,7 +149,10 @@ FIGURES = (
         "figure_4.png",
         "Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
         _figure_4,
-        ("permuted --preset mnist-2500-lenet --judge-most 100", "nns --preset mnist-2500"),
+        (
+            "permuted --preset mnist-2500-lenet --judge-most 100",
+            "nns --preset mnist-2500 --judge-most 100",
+        ),
         "lenet_300_100/500",
     ),
     Figure(

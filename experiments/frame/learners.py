@@ -67,10 +67,14 @@ class Learner:
     def finished(self) -> None:
         """Puts away what the run needs no more, once its result is written."""
 
+    def to_judge(self) -> range:
+        """Tasks judged at a checkpoint: those learned, or of these every n-th, from task 0 on."""
+        return range(0, self.done, -(-self.done // (self.config.judge_most or self.done)))
+
     def measure(self, protocol, name, images, method, rule=None, keep=None) -> list[Row]:
         """Rows of one protocol and objective; `keep`: where to put who was inferred for whom."""
         test = self.stream.first_test(images) if images else self.stream.test
-        every = -(-self.done // (self.config.judge_most or self.done))  # tasks 0, n, 2n, ...
+        tasks = self.to_judge()
         label = f"  {self.done} tasks, {protocol} {name or ''}"
         measured = ss.evaluate(
             self.net_to_infer,
@@ -79,15 +83,15 @@ class Learner:
             protocol,
             objective=objectives(self.stream.dataset.num_labels).get(name, ss.entropy),
             rule=rule,
-            tasks=range(0, self.done, every),
+            tasks=tasks,
             progress=functools.partial(
                 tqdm, desc=label, leave=False, unit="task", disable=not writes()
             ),
         )
-        if keep is not None and every == 1 and writes():
+        if keep is not None and tasks.step == 1 and writes():
             counts = metrics.confusion([row.inferred for row in measured])
             np.savez_compressed(keep, counts=counts)
-        sample = {"tasks_learned": self.done, "judge_every": every}
+        sample = {"tasks_learned": self.done, "judge_every": tasks.step}
         return evaluated(protocol, name, images, measured, method, **sample)
 
 
