@@ -123,6 +123,20 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert (out / "figure_3_left.png").read_bytes() != picture
 
 
+def test_what_lies_beyond_a_figure_has_one_of_its_own(tmp_path):
+    out = tmp_path / "out"
+    fake_run(tmp_path / "a", 0, 0.9345, outputs=500, tasks=2500)
+    made = report.main(report.Args(tmp_path / "a", out))
+    assert made["figures"] == ["figure_4.png"]
+    fake_run(tmp_path / "b", 0, 0.9340, outputs=500, tasks=5000)
+    made = report.main(report.Args(tmp_path / "b", out, add=True))
+    assert "beyond_figure_4.png" in made["figures"]
+    for page, tasks in (("beyond_figure_4", [7, 2500, 5000]), ("figure_4", [7, 2500])):
+        lines = (out / f"{page}.md").read_text().splitlines()
+        found = [line.split(" | ")[0] for line in lines if " | 0." in line]
+        assert found == [f"| {number:,}" for number in tasks]
+
+
 def lines_of(out):
     """Of a report's page all lines but the one that says what was gathered when."""
     lines = (out / "results.md").read_text().splitlines()

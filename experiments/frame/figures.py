@@ -68,6 +68,7 @@ class Figure(NamedTuple):
     commands: of the runs it is made of.
     paper: whose curves stand beside, as `paper.CURVES` names them.
     least: curves of ours without which it is not drawn.
+    beyond: a number of tasks up to which alone it is not drawn.
     bottom: where the accuracy axis starts.
     """
 
@@ -77,6 +78,7 @@ class Figure(NamedTuple):
     commands: tuple[str, ...]
     paper: str | None = None
     least: int = 1
+    beyond: int = 0
     bottom: float | None = None
 
 
@@ -108,12 +110,13 @@ def _figure_3(series, model, outputs):
     )
 
 
-def _figure_4(series):
+def _figure_4(series, most=2500):
     return (
         (series.model, series.outputs, series.dataset) == ("lenet_300_100", 500, "mnist")
         and series.scenario in ("gnu", "nns")
         and series.protocol == "paper"
         and series.images is None
+        and series.tasks <= most
     )
 
 
@@ -154,6 +157,14 @@ FIGURES = (
             "nns --preset mnist-2500 --judge-most 100",
         ),
         "lenet_300_100/500",
+    ),
+    Figure(
+        "beyond_figure_4.png",
+        "Beyond Figure 4: 10,000 tasks of permuted MNIST, LeNet-300-100, 500 outputs",
+        functools.partial(_figure_4, most=10_000),
+        ("permuted --preset mnist-10000-lenet",),
+        "lenet_300_100/500",
+        beyond=2500,
     ),
     Figure(
         "figure_5_left.png",
@@ -223,7 +234,8 @@ def _against_tasks(out, figure, entries):
     """Draws a figure where a run adds to it; whether it did."""
     found = [entry for entry in entries if figure.keep(entry.series)]
     curves = _curves(found)
-    if len(curves) < figure.least or not any(entry.added for entry in found):
+    added = any(entry.added and entry.series.tasks > figure.beyond for entry in found)
+    if len(curves) < figure.least or not added:
         return False
     for (of, method, objective), theirs in paper.CURVES.items():
         twin = objective == "superfluous" and theirs == paper.CURVES[of, method, "entropy"]
