@@ -137,6 +137,15 @@ def test_what_lies_beyond_a_figure_has_one_of_its_own(tmp_path):
         assert found == [f"| {number:,}" for number in tasks]
 
 
+def test_a_picture_that_no_run_stands_behind_has_no_page(tmp_path):
+    out = tmp_path / "out"
+    fake_run(tmp_path / "a", 0, 0.93)
+    report.main(report.Args(tmp_path / "a", out))
+    fake_run(tmp_path / "b", 0, 0.9, dataset="digits")
+    report.main(report.Args(tmp_path / "b", out))
+    assert "figure_3_left" not in (out / "results.md").read_text()
+
+
 def lines_of(out):
     """Of a report's page all lines but the one that says what was gathered when."""
     lines = (out / "results.md").read_text().splitlines()
