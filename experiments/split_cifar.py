@@ -148,11 +148,11 @@ def options(config: Config, args: Args) -> Config:
         config = dataclasses.replace(PRESETS["tiny"], seed=config.seed, scale=config.scale)
     config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     config = for_method(config, args.method)
-    fields = {name: getattr(args, name) for name in ("scale", "epochs", "width")}
+    fields = {name: getattr(args, name) for name in ("scale", "epochs", "width", "judge_most")}
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in given.items():
         if not value > 0:
-            raise UsageError(f"--{name} must be positive, got {value}")
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
     if config.scale is None and "scale" in given:
         raise UsageError(f"--scale is of masks, which --method {args.method} does not learn")
     return training(dataclasses.replace(config, **given))

@@ -45,6 +45,7 @@ class TestPermuted(EveryRun):
             learned = want["tasks_learned"]
             assert (got["tasks_learned"], got.get("judge_every", 1)) == (learned, learned - 1)
             assert got["decisions"] * learned == want["decisions"] * 2
+        assert not list((tmp_path / "run").glob("inferred.*"))  # 2 of 2 tasks, then 2 of 3
         with open(tmp_path / "run" / "accuracy.csv", newline="") as file:
             judged = {(row["tasks_learned"], row["task"]) for row in csv.DictReader(file)}
         assert judged == {("2", "0"), ("2", "1"), ("3", "0"), ("3", "2")}

@@ -88,9 +88,11 @@ class Learner:
                 tqdm, desc=label, leave=False, unit="task", disable=not writes()
             ),
         )
-        if keep is not None and tasks.step == 1 and writes():
-            counts = metrics.confusion([row.inferred for row in measured])
-            np.savez_compressed(keep, counts=counts)
+        if keep is not None and writes():
+            keep.unlink(missing_ok=True)  # of an earlier checkpoint
+            if tasks.step == 1:
+                counts = metrics.confusion([row.inferred for row in measured])
+                np.savez_compressed(keep, counts=counts)
         sample = {"tasks_learned": self.done, "judge_every": tasks.step}
         return evaluated(protocol, name, images, measured, method, **sample)
 
