@@ -156,6 +156,8 @@ def test_one_file_is_looked_at_and_becomes_a_folder(path, net, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "2 tasks of one network in one file" in out and "signed_constant, seed 3" in out
     assert f"supsup import FOLDER {tmp_path / 'masks.npz'}" in out
+    named = "import", tmp_path / "folder", tmp_path / "masks.npz", "--name", "one"
+    assert "--name is for a file of one task" in fails(capsys, *named)
     cli.main(["import", str(tmp_path / "folder"), str(tmp_path / "masks.npz")])
     assert capsys.readouterr().out == "tasks 0 to 1\n"
     with ss.DiskStore.open(tmp_path / "folder", net) as disk:

@@ -25,7 +25,8 @@ def read(paths: list[Path], widths: list[int] | None, mean: float = 0.0, std: fl
     widths: of the network, where it is a chain of dense layers: rows are then made flat, and images
       grey where that gives as many pixels as it has inputs.
     mean, std: pixels, in [0, 1], become (pixel - mean) / std; bytes are scaled to [0, 1] first.
-    Raises ValueError for what holds no rows, FileNotFoundError, MissingExtraError.
+    Raises ValueError for what holds no rows, or for a dense network integers of no known scale,
+    FileNotFoundError, MissingExtraError.
     """
     arrays = [path for path in paths if path.suffix.lower() in ARRAYS]
     if arrays and len(paths) > 1:
