@@ -4,9 +4,10 @@
 
 Reads every result.json below --runs, averages over seeds, and writes to --out the figures, each
 with a page of its own, results.md (the ends of all runs) and results.json (all as data). Each line
-names what it stands on: network, method, scenario, objective, protocol, tasks, seeds, seconds,
-device. With --add the entries of the results.json that is there stay, where no run below --runs has
-the like: runs need not be kept for ever, nor on one machine. So do pictures to which no run adds.
+names what it stands on: network, method, scenario, objective, protocol, tasks (and of how many a
+sample was judged), seeds, seconds. With --add the entries of the results.json that is there stay,
+where no run below --runs has the like: runs need not be kept for ever, nor on one machine. So do
+pictures to which no run adds.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import tyro
 import supsup_jax as ss
 from experiments.frame import plots
 from experiments.frame.figures import Page, of_report, pages
-from experiments.frame.run import usage_errors, writable_folder
+from experiments.frame.run import UsageError, usage_errors, writable_folder
 from experiments.frame.series import (
     EXPERIMENTS,
     Mean,
@@ -90,7 +91,10 @@ def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
     by_series = {entry.series: entry for entry in entries}
     begun = set()  # series, whatever the tasks, of which the paper's first number was shown
     for entry in sorted(entries, key=lambda entry: entry.series.tasks):
-        if entry.paper is not None and (any_tasks := entry.series._replace(tasks=0)) not in begun:
+        if (
+            entry.paper is not None
+            and (any_tasks := entry.series._replace(tasks=0, judged=0)) not in begun
+        ):
             begun.add(any_tasks)
             by_series[entry.series] = entry._replace(last=True)
     for entry in by_series.values():
@@ -110,10 +114,10 @@ def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
             scenario_name(series.scenario),
             plots.OBJECTIVES[series.objective] or "-",
             series.protocol + (f", first {series.images} images" if series.images else ""),
-            f"{series.tasks:,}",
+            f"{series.tasks:,}" + (f" ({series.judged:,} judged)" * (series.judged < series.tasks)),
             ours,
             number(entry.paper, ".4f"),
-            number(entry.paper and entry.accuracy - entry.paper, "+.4f"),
+            number(entry.paper and round(entry.accuracy - entry.paper, 4) + 0.0, "+.4f"),
             number(shared and shared.accuracy, ".4f"),
             number(entry.task_accuracy, ".4f"),
             f"{entry.decisions:,}" if entry.decisions else "-",
@@ -131,10 +135,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def devices(entries: list[Mean]) -> str:
+    """A line of all machines that the entries were measured on."""
     return f"\nDevices: {'; '.join(sorted({entry.device for entry in entries}))}.\n"
 
 
 def number(value: float | None, form: str) -> str:
+    """A cell; a dash for None."""
     return "-" if value is None else f"{value:{form}}"
 
 
@@ -181,20 +187,29 @@ def main(args: Args) -> dict[str, Any]:
         if args.scenario is not None:
             wanted = ss.parse_scenario(args.scenario)
             entries = [entry for entry in entries if entry.series.scenario == wanted]
-        section = f"{len(results)} runs, gathered at commit {commit()}"
+        runs = f"{len(results)} run" + "s" * (len(results) > 1)
+        section = f"{runs}, gathered at commit {commit()}"
+        path = args.out / "results.json"
+        before = kept(path, entries)
+        if args.add and not path.is_file():
+            raise UsageError(f"{path} is not there to add to: make a report without --add first")
+        if before and not args.add:
+            raise UsageError(
+                f"{path} has {len(before)} entries of other runs: pass --add to keep them, or name "
+                "another --out"
+            )
         if args.add:
-            entries = entries + kept(args.out / "results.json", entries)
-            entries.sort(key=lambda entry: order(entry.series))
+            entries = sorted(entries + before, key=lambda entry: order(entry.series))
             section += ", beside those of the reports before"
         section += f".\n\n{table(entries)}"
         writable_folder(args.out)
-    save(args.out / "results.json", entries)
-    figures = of_report(args.out, entries, results)
+    figures = of_report(args.out, entries)
     links = ""
     for page in pages(args.out, entries):
         (args.out / f"{page.name}.md").write_text(written(page))
         links += f"- [{page.title}]({page.name}.md)\n"
     (args.out / "results.md").write_text(TITLE + section + (links and f"\n{links}"))
+    save(path, entries)  # last: what was cut off before has replaced no data
     print(section)
     print("figures: " + (", ".join(str(args.out / name) for name in figures) or "none"))
     return {"entries": entries, "figures": figures}

@@ -21,6 +21,7 @@ def fake_run(
     outputs=100,
     tasks=50,
     experiment="permuted",
+    judge_every=1,
     **config,
 ):
     """A result.json as a run of permuted MNIST would leave it."""
@@ -34,6 +35,7 @@ def fake_run(
         "images_per_task": None,
         "tasks_learned": tasks,
         "decisions": 79 * tasks,
+        "judge_every": judge_every,
         "accuracy": accuracy,
         "task_accuracy": 1.0 if scenario == "gnu" else None,
     }
@@ -104,7 +106,7 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     made = report.main(report.Args(tmp_path / "b", out, add=True))
     after = (out / "results.md").read_text()
     assert re.search(
-        r"^1 runs, gathered at commit \S+, beside those of the reports before\.$", after, re.M
+        r"^1 run, gathered at commit \S+, beside those of the reports before\.$", after, re.M
     )
     lines = [line for line in before.splitlines() if line.startswith("|")]
     assert set(lines) < set(after.splitlines())
@@ -114,13 +116,54 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert "](figure_3_left.md)" in after
     entries = json.loads((out / "results.json").read_text())["entries"]
     assert all(entry in entries for entry in kept)
-    # A run of the same series takes the line's place, and draws anew.
-    fake_run(tmp_path / "c", 5, 0.8)
+    # Runs of the same series take the line's place, and draw anew.
+    for seed in range(5, 8):
+        fake_run(tmp_path / f"c/{seed}", seed, 0.8)
     report.main(report.Args(tmp_path / "c", out, add=True))
     text = (out / "results.md").read_text()
-    assert "| 0.8000 | 0.9368 |" in text
+    assert "| 0.8000 ± 0.0000 | 0.9368 |" in text
     assert "0.9400 ± 0.0100" not in text
     assert (out / "figure_3_left.png").read_bytes() != picture
+
+
+def test_a_run_of_another_setup_or_of_a_sample_stands_beside(tmp_path):
+    """What does not differ in its seed alone is no second measurement of one thing."""
+    out = tmp_path / "out"
+    fake_run(tmp_path / "a", 0, 0.93)
+    report.main(report.Args(tmp_path / "a", out))
+    fake_run(tmp_path / "b/steps", 0, 0.91, train={"steps": 500})
+    fake_run(tmp_path / "b/sample", 0, 0.92, judge_every=3)
+    made = report.main(report.Args(tmp_path / "b", out, add=True))
+    text = (out / "figure_3_left.md").read_text()
+    found = re.findall(r"\| ([^|]+) \| (0\.9\d+) \|", text)
+    ours = [("50", "0.9300"), ("50 (17 judged)", "0.9200"), ("50", "0.9100")]
+    assert sorted(pair for pair in found if pair[0] != "7") == sorted(ours)
+    # Of one series the picture has the points of most tasks judged; of another setup, that said.
+    drawn = figures._curves([entry for entry in made["entries"] if entry.series.tasks == 50])
+    labels = {curve["label"]: curve["points"] for curve in drawn}
+    assert labels == {
+        "SupSup, GNu, H, train/steps None": {50: 0.93},
+        "SupSup, GNu, H, train/steps 500": {50: 0.91},
+    }
+
+
+def test_what_a_report_has_is_not_lost(tmp_path, capsys):
+    out = tmp_path / "out"
+    for seed in range(3):
+        fake_run(tmp_path / f"a/{seed}", seed, 0.93)
+    report.main(report.Args(tmp_path / "a", out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fake_run(tmp_path / "b", 3, 0.9, outputs=25)
+    fake_run(tmp_path / "c", 3, 0.9)
+    for folder, add, message in (
+        ("b", False, "has 2 entries of other runs: pass --add to keep them"),
+        ("c", True, "over 3 seeds, the runs here over 1: gather the other seeds' runs with them"),
+    ):
+        with pytest.raises(SystemExit):
+            report.main(report.Args(tmp_path / folder, out, add=add))
+        assert message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    report.main(report.Args(tmp_path / "a", out))  # the same runs again lose nothing
 
 
 def test_what_lies_beyond_a_figure_has_one_of_its_own(tmp_path):
@@ -141,6 +184,7 @@ def test_a_picture_that_no_run_stands_behind_has_no_page(tmp_path):
     out = tmp_path / "out"
     fake_run(tmp_path / "a", 0, 0.93)
     report.main(report.Args(tmp_path / "a", out))
+    (out / "results.json").unlink()
     fake_run(tmp_path / "b", 0, 0.9, dataset="digits")
     report.main(report.Args(tmp_path / "b", out))
     assert "figure_3_left" not in (out / "results.md").read_text()

@@ -8,7 +8,7 @@ from flax import nnx
 
 import supsup_jax as ss
 from experiments import split_cifar
-from experiments.frame import figures, loop
+from experiments.frame import figures, loop, series
 from experiments.frame.run import UsageError
 from experiments.split_cifar import Args
 from supsup_jax import data
@@ -113,19 +113,33 @@ def test_an_interrupted_run_ends_as_a_whole_one(runs, monkeypatch, tmp_path, met
 def test_pictures_of_split_runs(runs, tmp_path):
     kinds = (("supsup", 4), ("supsup", 32), ("supsup_transfer", 32))
     results = [runs(method, scale) for method, scale in kinds]
-    made = figures.of_split(tmp_path, results)
+    entries = series.means(results)
+    made = figures.of_split(tmp_path, entries)
     assert [name.split("_")[0] for name in made] == ["figure", "density", "transfer"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in made)
-    (gain,) = figures.transfer_gains(results).values()
+    ends = {(e.series.method, e.series.field("scale")): e for e in entries if e.split}
+    assert set(ends) == set(kinds)
+    (gain,) = figures.transfer_gains(list(ends.values())).values()
     per_task = [
         next(m["per_task"] for m in result["metrics"] if m["scenario"] == "gg")
         for result in results
     ]
     np.testing.assert_allclose(gain, np.subtract(per_task[2], per_task[1]))
-    coded, _ = figures.bytes_curves(results[:1])
+    coded, _ = figures.bytes_curves([ends["supsup", 4]])
     sizes = results[0]["bytes"]
     want = (sizes["masks_enumerative"] + sizes["norm_statistics"] + sizes["seed"]) / 1e6
-    assert list(coded["points"]) == [want]
+    assert coded["points"] == {want: ends["supsup", 4].accuracy}
+    (density,) = figures.density_curves([ends["supsup", 4]])
+    kept, weights = (sum(layer[i] for layer in results[0]["kept"].values()) for i in (0, 1))
+    assert list(density["points"]) == [kept / weights]
+    # What is kept as data is drawn again beside a new run, and not where no run adds to it.
+    series.save(tmp_path / "results.json", entries)
+    before = series.kept(tmp_path / "results.json", [])
+    assert figures.of_split(tmp_path, before) == []
+    new = series.means(results[2:])
+    together = new + series.kept(tmp_path / "results.json", new)
+    assert figures.of_split(tmp_path, together) == made
+    assert len([entry for entry in together if entry.split]) == 3
 
 
 def test_data_that_does_not_fit(small, monkeypatch):

@@ -3,6 +3,7 @@ what transfer gains, each where there are runs for it.
 """
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,35 +11,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.frame import paper, plots
-from experiments.frame.rows import SPLIT, accuracy_matrix, figure, points
+from experiments.frame.rows import accuracy_rows, figure, points
 from experiments.frame.rows import series as series_of
 from experiments.frame.run import Run
-from experiments.frame.series import NETWORKS, Mean, Series, order, scenario_name, shown
+from experiments.frame.series import NETWORKS, Mean, Series, order, scenario_name
+from supsup_jax.layout import named_leaves
 
 # Of a mask learner's bytes, each with a style: the masks as coded here, and as the paper counts.
 CODED = {"masks_enumerative": ("entropy-coded", "o-"), "masks_csc16_indices": ("csc16", "o--")}
 
 
 def of_run(run: Run, config: Any, learner: Any) -> dict[str, Any]:
-    """accuracy.png and matrix.png, and inferred.png where tasks were inferred.
+    """accuracy.png, matrix.png where all tasks were judged, and inferred.png where tasks were
+    inferred.
 
     Returns the weights kept of each layer, which result.json has too.
     """
     curves, matrices = [], {}
     for label, rows in drawn_series(run.rows, config):
-        matrices[label] = accuracy_matrix(rows)[list(np.subtract(config.checkpoints, 1))]
+        R = accuracy_rows(rows)
+        if R is not None and len(R) == len(config.checkpoints):  # some are measured at the end only
+            matrices[label] = R
         curves.append(plots.curve(f"ours, {label}", points(rows), rows[0]))
-    for method in dict.fromkeys((config.method, "supsup", "upper_bound")):
-        for objective in (None, "entropy", "superfluous"):
-            theirs = paper.CURVES.get((figure(run.config), method, objective))
-            if theirs and theirs not in [curve["points"] for curve in curves]:  # H's may be G's
-                curves.append(plots.paper_curve(method, objective, theirs))
+    curves += _paper_curves(figure(run.config), (config.method, "supsup", "upper_bound"))
     title = (
         f"{config.stream.capitalize()} {config.dataset}, {config.model}, {config.outputs} outputs, "
         f"seed {config.seed}"
     )
     plots.accuracy_against_tasks(run.out / "accuracy.png", title, curves)
-    plots.accuracy_matrices(run.out / "matrix.png", matrices, list(config.checkpoints))
+    if matrices:
+        plots.accuracy_matrices(run.out / "matrix.png", matrices, list(config.checkpoints))
     if (counts := run.out / "inferred.npz").exists():
         plots.inferred_tasks(
             run.out / "inferred.png",
@@ -185,7 +187,7 @@ FIGURES = (
 )
 
 
-def of_report(out: Path, entries: list[Mean], results: list[dict]) -> list[str]:
+def of_report(out: Path, entries: list[Mean]) -> list[str]:
     """The figures that the runs have something for; the names of the files."""
     named = [each.file for each in FIGURES if _against_tasks(out, each, entries)]
     for model in ("lenet_300_100", "fc_1024_1024"):
@@ -196,12 +198,12 @@ def of_report(out: Path, entries: list[Mean], results: list[dict]) -> list[str]:
             title = f"Figure 6: permuted MNIST, {NETWORKS[model]}"
             plots.accuracy_against_outputs(out / name, title, by_outputs)
             named.append(name)
-    return named + of_split(out, results)
+    return named + of_split(out, entries)
 
 
 def pages(out: Path, entries: list[Mean]) -> list[Page]:
     """A page for each figure that has its pictures in `out`, and entries."""
-    entries = sorted(entries, key=lambda entry: order(shown(entry.series)))
+    entries = sorted(entries, key=lambda entry: order(entry.series))
     found = [
         Page(
             Path(each.file).stem,
@@ -213,13 +215,14 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
         for each in FIGURES
         if (out / each.file).exists()
     ]
-    for model in NETWORKS:
+    narrow = "--outputs 25  # 100, 200"
+    for model, preset in (("lenet_300_100", "mnist-50-lenet"), ("fc_1024_1024", "mnist-250-fc")):
         name = f"figure_6_{model.split('_')[0]}"
         if (out / f"{name}.png").exists():
             widths = _by_outputs(entries, model).values()
             drawn = [entry for width in widths for entry in width.values()]
             title = f"Figure 6: permuted MNIST, {NETWORKS[model]}"
-            commands = ("permuted --preset mnist-50-lenet --outputs 25",)
+            commands = (f"permuted --preset {preset} --tasks 50 {narrow}",)
             found.append(Page(name, title, [f"{name}.png"], commands, drawn))
     kinds = ("figure_2_*.png", "density_*.png", "transfer_*.png")
     if split := [path.name for kind in kinds for path in sorted(out.glob(kind))]:
@@ -240,34 +243,52 @@ def _against_tasks(out, figure, entries):
     added = any(entry.added and entry.series.tasks > figure.beyond for entry in found)
     if len(curves) < figure.least or not added:
         return False
-    for (of, method, objective), theirs in paper.CURVES.items():
-        twin = objective == "superfluous" and theirs == paper.CURVES[of, method, "entropy"]
-        if of == figure.paper and not twin:  # H and G coincide in some figures
-            curves.append(plots.paper_curve(method, objective, theirs))
+    curves += _paper_curves(figure.paper)
     plots.accuracy_against_tasks(out / figure.file, figure.title, curves, figure.bottom)
     return True
 
 
-def _curves(entries):
-    grouped: dict[Series, list[Mean]] = {}
-    # What the first reports kept says nothing of its setup: it goes on with a curve of its name.
-    names: dict[tuple, Series] = {}
-    for entry in sorted(entries, key=lambda entry: not entry.added):
-        series = entry.series._replace(tasks=0)
-        if not entry.added:
-            series = names.get(shown(series), series)
-        names.setdefault(shown(series), series)
-        grouped.setdefault(series, []).append(entry)
+def _paper_curves(figure, methods=None):
+    """The paper's of a figure, of these methods or of all; one where H and G coincide."""
     curves = []
-    for series, found in grouped.items():
+    for (of, method, objective), theirs in paper.CURVES.items():
+        if of == figure and (methods is None or method in methods):
+            h, g = (paper.CURVES.get((of, method, name)) for name in ("entropy", "superfluous"))
+            both = h is not None and h == g
+            if not (both and objective == "superfluous"):
+                curves.append(plots.paper_curve(method, objective, theirs, both))
+    return curves
+
+
+def _curves(entries):
+    """A curve a series; where tasks were judged by samples too, of most of them."""
+    grouped: dict[Series, list[Mean]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.series.judged):
+        grouped.setdefault(entry.series._replace(tasks=0, judged=0), []).append(entry)
+    labels: dict[str, list[Series]] = {}
+    for series in grouped:
         label = plots.METHODS.get(series.method, series.method)
         label += f", {scenario_name(series.scenario)}"
         if series.objective:
             label += f", {plots.OBJECTIVES[series.objective]}"
-        curves.append(
-            plots.curve(label, {e.series.tasks: e.accuracy for e in found}, series._asdict())
+        labels.setdefault(label, []).append(series)
+    return [
+        plots.curve(
+            label + own,
+            {entry.series.tasks: entry.accuracy for entry in grouped[series]},
+            series._asdict(),
         )
-    return curves
+        for label, alike in labels.items()
+        for series, own in zip(alike, _differences(alike), strict=True)
+    ]
+
+
+def _differences(alike):
+    """Of each series, in words, the fields of its setup that not all of them share."""
+    setups = [named_leaves(json.loads(series.setup)) for series in alike]
+    names = {name for setup in setups for name in setup}
+    differing = sorted(n for n in names if len({repr(setup.get(n)) for setup in setups}) > 1)
+    return ["".join(f", {name} {setup.get(name)}" for name in differing) for setup in setups]
 
 
 def _by_outputs(entries, model):
@@ -287,107 +308,83 @@ def _by_outputs(entries, model):
     return at.get(best, {})
 
 
-def of_split(out: Path, results: list[dict]) -> list[str]:
-    """The figures of every kind of split run; the names of the files."""
+def of_split(out: Path, entries: list[Mean]) -> list[str]:
+    """The figures of every kind of split runs to which a run adds; the names of the files."""
+    kinds: dict[tuple, list[Mean]] = {}
+    for entry in entries:
+        if entry.split:
+            s = entry.series
+            kind = (s.dataset, s.model, s.field("width"), s.tasks, s.field("epochs"))
+            kinds.setdefault(kind, []).append(entry)
     named = []
-    for (dataset, model, width, tasks, epochs), runs in _by_kind(results).items():
+    for (dataset, model, width, tasks, epochs), found in kinds.items():
+        if not any(entry.added for entry in found):
+            continue
         kind = f"{dataset}_{width}x{tasks}x{epochs}"
         network = f"{NETWORKS.get(model, model)} of width {width}"
         title = f"{dataset}, {tasks} tasks, {network}, {epochs} epochs"
-        curves = bytes_curves(runs)
+        curves = bytes_curves(found)
         if sum(len(curve["points"]) for curve in curves) > 1:
             name = f"figure_2_{kind}.png"
             plots.accuracy_against(out / name, f"Figure 2: {title}", "MB of all tasks", curves)
             named.append(name)
-        curves = density_curves(runs)
+        curves = density_curves(found)
         if any(len(curve["points"]) > 1 for curve in curves):
             name = f"density_{kind}.png"
             plots.accuracy_against(out / name, title, "weights kept, of the whole network", curves)
             named.append(name)
-        if gains := transfer_gains(runs):
+        if gains := transfer_gains(found):
             name = f"transfer_{kind}.png"
             plots.gain_of_transfer(out / name, f"Transfer: {title}", gains)
             named.append(name)
     return named
 
 
-def bytes_curves(runs: list[dict]) -> list[dict]:
+def bytes_curves(entries: list[Mean]) -> list[dict]:
     """{MB: accuracy} of each method, a mask learner's by two codecs."""
     curves = []
-    for method, found in _by_method(runs).items():
-        row = {"method": method, "scenario": "gg", "objective": None}
-        label = plots.METHODS[method]
-        if "masks" not in found[0]["bytes"]:
-            points = {run["bytes"]["total"] / 1e6: _accuracy(found, run) for run in found}
+    for method, found in _by_method(entries).items():
+        label, row = plots.METHODS[method], found[0].series._asdict()
+        if "masks" not in found[0].split["bytes"]:
+            points = {entry.split["bytes"]["total"] / 1e6: entry.accuracy for entry in found}
             curves.append(plots.curve(label, points, row, "s"))
             continue
         for kind, (codec, style) in CODED.items():
-            points = {
-                (run["bytes"]["total"] - run["bytes"]["masks"] + run["bytes"][kind]) / 1e6: (
-                    _accuracy(found, run)
-                )
-                for run in found
-            }
+            points = {}
+            for entry in found:
+                of = entry.split["bytes"]
+                points[(of["total"] - of["masks"] + of[kind]) / 1e6] = entry.accuracy
             curves.append(plots.curve(f"{label}, {codec}", points, row, style))
     return curves
 
 
-def density_curves(runs: list[dict]) -> list[dict]:
+def density_curves(entries: list[Mean]) -> list[dict]:
     """{density: accuracy} of each method that learns masks."""
-    curves = []
-    for method, found in _by_method(runs).items():
-        if found[0].get("kept"):
-            row = {"method": method, "scenario": "gg", "objective": None}
-            points = {_density(run): _accuracy(found, run) for run in found}
-            curves.append(plots.curve(plots.METHODS[method], points, row))
-    return curves
+    return [
+        plots.curve(
+            plots.METHODS[method],
+            {entry.split["density"]: entry.accuracy for entry in found},
+            found[0].series._asdict(),
+        )
+        for method, found in _by_method(entries).items()
+        if "density" in found[0].split
+    ]
 
 
-def transfer_gains(runs: list[dict]) -> dict[str, list[float]]:
-    """Accuracy with transfer less that without, a task, mean over the seeds that have both."""
-    by_method = _by_method(runs)
-    gains = {}
-    for run in by_method.get("supsup_transfer", []):
-        for plain in by_method.get("supsup", []):
-            same = all(run["config"][name] == plain["config"][name] for name in ("scale", "seed"))
-            if same:
-                gain = np.subtract(_per_task(run), _per_task(plain))
-                gains.setdefault(f"s = {run['config']['scale']:g}", []).append(gain)
-    return {label: np.mean(each, axis=0).tolist() for label, each in gains.items()}
+def transfer_gains(entries: list[Mean]) -> dict[str, list[float]]:
+    """Accuracy with transfer less that without, a task, of each scale that has both."""
+    with_, without = (
+        {entry.series.field("scale"): entry.split["per_task"] for entry in found}
+        for found in map(_by_method(entries).get, ("supsup_transfer", "supsup"), ([], []))
+    )
+    return {
+        f"s = {scale:g}": np.subtract(with_[scale], without[scale]).tolist()
+        for scale in sorted(with_.keys() & without.keys())
+    }
 
 
-def _by_kind(results):
-    kinds = {}
-    for result in results:
-        config = result["config"]
-        if config["model"] in SPLIT:
-            names = ("dataset", "model", "width", "tasks", "epochs")
-            kinds.setdefault(tuple(config[name] for name in names), []).append(result)
-    return kinds
-
-
-def _by_method(runs):
+def _by_method(entries):
     by_method = {}
-    for run in runs:
-        by_method.setdefault(run["config"]["method"], []).append(run)
+    for entry in entries:
+        by_method.setdefault(entry.series.method, []).append(entry)
     return by_method
-
-
-def _given(run):
-    (found,) = [each for each in run["metrics"] if each["scenario"] == "gg"]
-    return found
-
-
-def _per_task(run):
-    return _given(run)["per_task"]
-
-
-def _accuracy(runs, like):
-    """Mean over the seeds of the runs at one scale."""
-    same = [run for run in runs if run["config"]["scale"] == like["config"]["scale"]]
-    return float(np.mean([_given(run)["acc"] for run in same]))
-
-
-def _density(run):
-    kept, weights = np.sum(list(run["kept"].values()), axis=0)
-    return float(kept / weights)

@@ -305,13 +305,16 @@ class Compared(Learner):
         return float(right.mean())
 
     def evaluate(self) -> list[Row]:
-        per_task = self.accuracies[: self.done].tolist()
+        per_task, judge_every = self.accuracies[: self.done].tolist(), 1
         if self.baseline.forgets:
+            tasks = self.to_judge()
             per_task = [
                 self._accuracy(i, baselines.own_weights(self.baseline, self.task_key(i)))
-                for i in tqdm(range(self.done), desc=f"  {self.done} tasks", leave=False)
+                for i in tqdm(tasks, desc=f"  {self.done} tasks", leave=False)
             ]
-        rows = [Row(self.config.method, "gg", per_task)]
+            judge_every = tasks.step
+        sample = {"tasks_learned": self.done, "judge_every": judge_every}
+        rows = [Row(self.config.method, "gg", per_task, **sample)]
         protocol = self.config.protocols[0]
         for method, rule, name in INFERENCES if self.store is not None else ():
             rows += self.measure(protocol, name, None, method, rule)

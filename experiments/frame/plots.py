@@ -26,6 +26,7 @@ METHODS = {
     "psp": "PSP",
     "hopsupsup": "HopSupSup",
 }
+MARKERS = {"superfluous": "^", "max_confidence": "v"}
 OBJECTIVES = {None: "", "entropy": "H", "superfluous": "G", "max_confidence": "confidence"}
 # One colour a method, for colour-blind readers too (Okabe and Ito); SupSup's by how it is judged.
 OURS = {"gg": "#009E73", "entropy": "#0072B2", "superfluous": "#CC79A7"}
@@ -55,16 +56,17 @@ def color(row: dict) -> str:
     return OURS.get(row["scenario"], OURS.get(row["objective"], "#009E73"))
 
 
-def curve(label: str, points: dict[int, float], row: dict, style: str = "o-") -> dict:
-    """One of ours, coloured as `row`'s series."""
+def curve(label: str, points: dict[int, float], row: dict, style: str | None = None) -> dict:
+    """One of ours, coloured as `row`'s series, marked as its objective."""
+    style = style or MARKERS.get(row["objective"], "o") + "-"
     return {"label": label, "points": points, "color": color(row), "style": style}
 
 
-def paper_curve(method: str, objective: str | None, points: dict[int, float]) -> dict:
-    """One of the paper's, dashed, in the colour of ours."""
+def paper_curve(method: str, objective: str | None, points: dict[int, float], both: bool) -> dict:
+    """One of the paper's, dashed, in the colour of ours. both: it is that of G, too."""
     label = f"paper, {METHODS[method]}" + (f", {OBJECTIVES[objective]}" if objective else "")
     row = {"method": method, "scenario": "gnu", "objective": objective}
-    return curve(label, points, row, "s--")
+    return curve(label + (" and G" if both else ""), points, row, "s--")
 
 
 @contextlib.contextmanager
@@ -255,15 +257,17 @@ def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -
     """entries: {outputs: {objective: an entry with accuracy and deviation (None of one seed)}}."""
     outputs = sorted(entries)
     some = next(iter(entries[outputs[0]].values()))
-    labels = "outputs", f"accuracy, mean over {some.series.tasks} tasks"
+    seeds = max(entry.seeds for width in entries.values() for entry in width.values())
+    bars = f", bars: deviation over {seeds} seeds" if seeds > 1 else ""
+    labels = "outputs", f"accuracy, mean over {some.series.tasks} tasks{bars}"
     with _axes(path, title, *labels) as ax:
         for objective in ("entropy", "superfluous"):
             found = {n: entries[n][objective] for n in outputs if objective in entries[n]}
             ax.errorbar(
                 list(found),
                 [entry.accuracy for entry in found.values()],
-                [entry.deviation or 0 for entry in found.values()],
-                fmt="o-",
+                [entry.deviation or np.nan for entry in found.values()],
+                fmt=MARKERS.get(objective, "o") + "-",
                 color=OURS[objective],
                 label=f"GNu, {OBJECTIVES[objective]}",
                 capsize=3,

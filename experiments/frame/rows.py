@@ -116,14 +116,16 @@ def series(rows: list[dict]) -> dict[tuple, list[dict]]:
     return {key: find(rows, **dict(zip(SERIES, key, strict=True))) for key in keys}
 
 
-def accuracy_matrix(rows: list[dict]) -> np.ndarray:
-    """R [T, T] of one series; NaN above the diagonal, between checkpoints and of no judged task."""
-    num_tasks = rows[-1]["tasks_learned"]
-    R = np.full((num_tasks, num_tasks), np.nan)
-    for row in rows:
-        learned = row["tasks_learned"]
-        R[learned - 1, : learned : row.get("judge_every", 1)] = row["per_task"]
-    return R
+def accuracy_rows(rows: list[dict]) -> np.ndarray | None:
+    """The measured rows of the accuracy matrix R of one series, [checkpoints, T]: NaN above the
+    diagonal. None where a checkpoint judged a sample of the tasks.
+    """
+    if any(row.get("judge_every", 1) > 1 for row in rows):
+        return None
+    measured = np.full((len(rows), rows[-1]["tasks_learned"]), np.nan)
+    for accuracies, row in zip(measured, rows, strict=True):
+        accuracies[: row["tasks_learned"]] = row["per_task"]
+    return measured
 
 
 def continual_metrics(rows: list[dict]) -> list[dict]:
@@ -135,8 +137,9 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
         measured = dict(zip(SERIES, key, strict=True))
         measured["measured_after"] = [row["tasks_learned"] for row in of_series]
         measured["acc"] = of_series[-1]["accuracy"]
-        R = accuracy_matrix(of_series)
-        if np.isfinite(R[-1]).all():
+        if (accuracies := accuracy_rows(of_series)) is not None:
+            R = np.full((accuracies.shape[1],) * 2, np.nan)
+            R[[learned - 1 for learned in measured["measured_after"]]] = accuracies
             measured["average_incremental_accuracy"] = metrics.average_incremental_accuracy(R)
             measured["forgetting"] = metrics.forgetting(R)
             measured["bwt"] = metrics.backward_transfer(R)

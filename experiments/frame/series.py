@@ -7,11 +7,11 @@ kept for ever, nor on one machine.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.frame.rows import theirs
+from experiments.frame.rows import SPLIT, theirs
 from experiments.frame.run import SCHEMA, UsageError, replacing
 from supsup_jax.inference.evaluation import SCENARIOS
 
@@ -58,11 +58,11 @@ class Series(NamedTuple):
     images: int | None
     setup: str  # the rest of the config, as JSON
     tasks: int
+    judged: int  # of these, evenly spread
 
     @property
     def network(self) -> str:
-        setup = json.loads(self.setup)
-        width, scale = setup.get("width"), setup.get("scale")
+        width, scale = self.field("width"), self.field("scale")
         name = NETWORKS.get(self.model, self.model)
         if self.model == "bnnet":
             name += f"-{width}-{width}"
@@ -72,9 +72,17 @@ class Series(NamedTuple):
             name += f", density by s = {scale:g}"
         return f"{name}, {self.outputs} outputs"
 
+    def field(self, name: str) -> Any:
+        """Of the setup; None where it has none of the name."""
+        return json.loads(self.setup).get(name)
+
 
 class Mean(NamedTuple):
-    """One line: mean and deviation over seeds, and what the paper has."""
+    """One line: mean and deviation over seeds, and what the paper has.
+
+    split: of whole runs of split classes, the id given: "bytes" by kind, "density" where masks were
+      learned (weights kept, of all), and "per_task", the accuracy of each task.
+    """
 
     series: Series
     accuracy: float
@@ -86,6 +94,7 @@ class Mean(NamedTuple):
     seconds: float  # training and evaluation, mean over the seeds' whole runs
     device: str
     last: bool  # of its run
+    split: dict[str, Any] | None = None
     added: bool = True  # by a run below --runs, rather than kept from the reports before
 
 
@@ -111,20 +120,27 @@ def save(path: Path, entries: list[Mean]) -> None:
 
 
 def kept(path: Path, entries: list[Mean]) -> list[Mean]:
-    """What the results.json at `path` has of other series than `entries`.
+    """What the results.json at `path` has of other series than `entries`; nothing where there is
+    none.
 
-    Raises UsageError where there is none, or a damaged one.
+    Raises UsageError for a damaged one, and where it has a series of `entries` over more seeds.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is not there to add to: make a report without --add first")
+        return []
     try:
         rows = [dict(row) for row in _loaded(path)["entries"]]
         series = [Series(*(row.pop(name) for name in Series._fields)) for row in rows]
         found = [Mean(each, **row, added=False) for each, row in zip(series, rows, strict=True)]
-        new = {shown(entry.series) for entry in entries}
-        return [entry for entry in found if shown(entry.series) not in new]
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {error!r}") from error
+    new = {entry.series: entry.seeds for entry in entries}
+    for of, seeds in ((entry.series, entry.seeds) for entry in found):
+        if seeds > new.get(of, seeds):
+            raise UsageError(
+                f"{path} has {of.method} of {of.network}, {of.tasks} tasks, over {seeds} seeds, "
+                f"the runs here over {new[of]}: gather the other seeds' runs with them"
+            )
+    return [entry for entry in found if entry.series not in new]
 
 
 def _loaded(path):
@@ -158,6 +174,7 @@ def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
                     row.get("images_per_task"),
                     json.dumps(setup, sort_keys=True),
                     row["tasks_learned"],
+                    len(range(0, row["tasks_learned"], row.get("judge_every", 1))),
                 ),
                 row,
                 result,
@@ -184,6 +201,8 @@ def _mean(series, found):
     accuracies = [row["accuracy"] for row, _ in found]
     task_accuracies = [row["task_accuracy"] for row, _ in found]
     row, result = found[0]
+    last = all(row["tasks_learned"] == result["config"]["tasks"] for row, result in found)
+    whole_split = last and series.model in SPLIT and series.scenario == "gg"
     return Mean(
         series,
         float(np.mean(accuracies)),
@@ -194,14 +213,25 @@ def _mean(series, found):
         theirs(result["config"], row),
         float(np.mean([_seconds(result) for _, result in found])),
         result["device"],
-        all(row["tasks_learned"] == result["config"]["tasks"] for row, result in found),
+        last,
+        _split([result for _, result in found]) if whole_split else None,
     )
 
 
-def shown(series: Series) -> Series:
-    """What a report says of a series: two experiments may go by one name there."""
-    experiment = EXPERIMENTS.get(series.experiment, series.experiment)
-    return series._replace(experiment=experiment, model=series.network, outputs=0, setup="")
+def _split(results):
+    """Means over the seeds' runs, as `Mean.split` has them."""
+    given = [each for run in results for each in run["metrics"] if each["scenario"] == "gg"]
+    found = {
+        "bytes": {
+            kind: float(np.mean([run["bytes"][kind] for run in results]))
+            for kind in results[0]["bytes"]
+        },
+        "per_task": np.mean([each["per_task"] for each in given], axis=0).tolist(),
+    }
+    if layers := results[0].get("kept"):
+        kept, weights = np.sum(list(layers.values()), axis=0)
+        found["density"] = float(kept / weights)
+    return found
 
 
 def scenario_name(scenario: str) -> str:
