@@ -141,12 +141,11 @@ def options(config: Config, args: Args) -> Config:
     """The preset, or with --tiny its dataset's shapes at a size of seconds, as Args wants it."""
     if args.outputs is not None or args.steps is not None:
         raise UsageError("a split run takes --epochs, and as many outputs as a task has classes")
-    frame.check_method(args.method)
+    frame.check_method(args, config.stream)
     if args.method in ("abatche", "psp"):
         raise UsageError(f"--method {args.method} is none of a split run's: see --help")
     if args.tiny:
         config = dataclasses.replace(PRESETS["tiny"], seed=config.seed, scale=config.scale)
-    config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     config = for_method(config, args.method)
     fields = {name: getattr(args, name) for name in ("scale", "epochs", "width", "judge_most")}
     given = {name: value for name, value in fields.items() if value is not None}

@@ -95,6 +95,8 @@ def test_presets_are_consistent(name, preset):
             "--tiny --method ewc",
             "--method must be one of supsup, supsup_transfer, upper_bound",
         ),
+        ("rotated", "--independent-seeds", "is of permutations, and rotated tasks have none"),
+        ("split_cifar", "--independent-seeds", "is of permutations, and split tasks have none"),
         ("split_mnist", "--tasks 6", "--tasks must lie in [1, 5], got 6"),
         ("split_imagenet", "--tasks 101", "--tasks must lie in [1, 100], got 101"),
         ("split_imagenet", "--epochs 0", "--epochs must be at least 1, got 0"),

@@ -66,7 +66,7 @@ class MethodArgs(hosts.Args, Args):
 
 def by_method(config: Config, args: MethodArgs) -> Config:
     """A preset's config with the options of MethodArgs in it, small with --tiny."""
-    check_method(args.method)
+    check_method(args, config.stream)
     config = learners.METHODS[args.method].configure(config, args.method)
     config = dataclasses.replace(config, independent_seeds=args.independent_seeds)
     if args.tiny:
@@ -87,9 +87,13 @@ def check_positive(args: Args, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def check_method(method: str) -> None:
-    if method not in learners.METHODS:
-        raise UsageError(f"--method must be one of {', '.join(learners.METHODS)}, got {method!r}")
+def check_method(args: MethodArgs, stream: str) -> None:
+    """Raises UsageError for a method that there is not, and for an option of another stream's."""
+    if args.method not in learners.METHODS:
+        known = ", ".join(learners.METHODS)
+        raise UsageError(f"--method must be one of {known}, got {args.method!r}")
+    if args.independent_seeds and stream != "permuted":
+        raise UsageError(f"--independent-seeds is of permutations, and {stream} tasks have none")
 
 
 def tiny(config: Config) -> Config:
