@@ -232,7 +232,10 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
             "split_cifar --preset tiny-imagenet32-cpu --method batche  # supsup_transfer, "
             "separate_heads, upper_bound",
         )
-        drawn = [entry for entry in entries if entry.series.dataset == "tiny_imagenet32"]
+        drawn = sorted(
+            (entry for entry in entries if entry.split),
+            key=lambda entry: (entry.series.method, entry.series.field("scale") or 0),
+        )
         found.append(Page("figure_2", "Figure 2's kind: split classes", split, commands, drawn))
     return sorted(page for page in found if page.entries)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Names of rows as pictures show them.
 METHODS = {
@@ -131,6 +131,9 @@ def accuracy_against(path: Path, title: str, xlabel: str, curves: list[dict]) ->
         for each in curves:
             _plot(ax, each, markersize=5)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def gain_of_transfer(path: Path, title: str, gains: dict[str, list[float]]) -> None:
