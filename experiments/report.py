@@ -27,9 +27,9 @@ from experiments.frame.run import UsageError, usage_errors, writable_folder
 from experiments.frame.series import (
     EXPERIMENTS,
     Mean,
+    distinctions,
     kept,
     means,
-    order,
     read,
     save,
     scenario_name,
@@ -89,6 +89,7 @@ def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
     """
     found = []
     by_series = {entry.series: entry for entry in entries}
+    own = distinctions(by_series)
     begun = set()  # series, whatever the tasks, of which the paper's first number was shown
     for entry in sorted(entries, key=lambda entry: entry.series.tasks):
         if (
@@ -110,7 +111,7 @@ def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
         cells = (
             f"{EXPERIMENTS.get(series.experiment, series.experiment)} {series.dataset}",
             series.network,
-            plots.METHODS.get(series.method, series.method),
+            plots.METHODS.get(series.method, series.method) + (own[series] and f", {own[series]}"),
             scenario_name(series.scenario),
             plots.OBJECTIVES[series.objective] or "-",
             series.protocol + (f", first {series.images} images" if series.images else ""),
@@ -121,7 +122,7 @@ def lines(entries: list[Mean], every: bool = False) -> list[tuple[str, ...]]:
             number(shared and shared.accuracy, ".4f"),
             number(entry.task_accuracy, ".4f"),
             f"{entry.decisions:,}" if entry.decisions else "-",
-            str(entry.seeds),
+            listed(entry.seeds),
             f"{entry.seconds:,.0f}",
         )
         found.append(cells)
@@ -136,12 +137,20 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def devices(entries: list[Mean]) -> str:
     """A line of all machines that the entries were measured on."""
-    return f"\nDevices: {'; '.join(sorted({entry.device for entry in entries}))}.\n"
+    found = {device for entry in entries for device in entry.device.split("; ")}
+    return f"\nDevices: {'; '.join(sorted(found))}.\n"
 
 
 def number(value: float | None, form: str) -> str:
     """A cell; a dash for None."""
     return "-" if value is None else f"{value:{form}}"
+
+
+def listed(seeds: list[int]) -> str:
+    """A cell: "0", "6 to 25" where none between is missing, or all of them."""
+    if len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return " ".join(map(str, seeds))
 
 
 def commit() -> str:
@@ -183,24 +192,28 @@ def main(args: Args) -> dict[str, Any]:
             return main(dataclasses.replace(args, runs=Path(folder), tiny=False))
     with usage_errors():
         results = read(args.runs)
-        entries = means(results)
+        path = args.out / "results.json"
+        before = kept(path) if path.is_file() else []
+        if args.add and not path.is_file():
+            raise UsageError(f"{path} is not there to add to: make a report without --add first")
+        if args.add and args.scenario is not None:
+            raise UsageError("--scenario makes a report of one scenario alone: leave out --add")
+        entries = means(results, before if args.add else ())
         if args.scenario is not None:
             wanted = ss.parse_scenario(args.scenario)
             entries = [entry for entry in entries if entry.series.scenario == wanted]
-        runs = f"{len(results)} run" + "s" * (len(results) > 1)
-        section = f"{runs}, gathered at commit {commit()}"
-        path = args.out / "results.json"
-        before = kept(path, entries)
-        if args.add and not path.is_file():
-            raise UsageError(f"{path} is not there to add to: make a report without --add first")
-        if before and not args.add:
+            if not entries:
+                raise UsageError(f"--runs {args.runs} has nothing of --scenario {args.scenario}")
+        seeds = {entry.series: set(entry.seeds) for entry in entries}
+        lost = [old for old in before if not set(old.seeds) <= seeds.get(old.series, set())]
+        if lost:
             raise UsageError(
-                f"{path} has {len(before)} entries of other runs: pass --add to keep them, or name "
+                f"{path} has {len(lost)} entries of other runs: pass --add to keep them, or name "
                 "another --out"
             )
-        if args.add:
-            entries = sorted(entries + before, key=lambda entry: order(entry.series))
-            section += ", beside those of the reports before"
+        runs = f"{len(results)} run" + "s" * (len(results) > 1)
+        section = f"{runs}, gathered at commit {commit()}"
+        section += ", beside those of the reports before" if args.add else ""
         section += f".\n\n{table(entries)}"
         writable_folder(args.out)
     figures = of_report(args.out, entries)

@@ -56,7 +56,7 @@ class Config(frame.Config):
     classes_per_task: int = 5
     images_per_class: int = 500  # of the training split; decides how many steps an epoch has
     width: int = 20
-    scale: float | None = 32  # of the Erdos-Renyi density; None where no mask is learned
+    scale: float | None = 32.0  # of the Erdos-Renyi density; None where no mask is learned
     epochs: int = 250
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from experiments import report
@@ -85,7 +86,7 @@ def test_the_report_averages_seeds_and_stands_beside_the_paper(tmp_path, capsys)
     cells = [cell.strip() for cell in supsup.split("|")]
     # Paper: .9368 at 50 tasks; deviation of .93, .94, .95 is .01.
     assert cells[7:11] == ["50", "0.9400 ± 0.0100", "0.9368", "+0.0032"]
-    assert cells[-3:-1] == ["3", "4"]  # seeds; 3.5 seconds each
+    assert cells[-3:-1] == ["0 to 2", "4"]  # seeds; 3.5 seconds each
     batche = next(line for line in text.splitlines() if "BatchE" in line)
     assert "| 0.8800 | 0.8833 | -0.0033 |" in batche
     given = report.main(report.Args(tmp_path / "runs", tmp_path / "out2", scenario="task-IL"))
@@ -116,8 +117,8 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert "](figure_3_left.md)" in after
     entries = json.loads((out / "results.json").read_text())["entries"]
     assert all(entry in entries for entry in kept)
-    # Runs of the same series take the line's place, and draw anew.
-    for seed in range(5, 8):
+    # Runs of the same series with all of its seeds take the line's place, and draw anew.
+    for seed in range(3):
         fake_run(tmp_path / f"c/{seed}", seed, 0.8)
     report.main(report.Args(tmp_path / "c", out, add=True))
     text = (out / "results.md").read_text()
@@ -126,25 +127,53 @@ def test_a_report_adds_to_the_one_before(tmp_path):
     assert (out / "figure_3_left.png").read_bytes() != picture
 
 
+def test_seeds_come_one_after_another(tmp_path):
+    """As if all had been gathered at once; one that is there already counts once."""
+    accuracies = [0.93, 0.95, 0.91, 0.96, 0.90]
+    for seed, accuracy in enumerate(accuracies):
+        fake_run(tmp_path / f"all/{seed}", seed, accuracy)
+        fake_run(tmp_path / f"{min(seed, 3)}/{seed}", seed, accuracy)
+    fake_run(tmp_path / "2/again", 0, 0.1)
+    at_once = report.main(report.Args(tmp_path / "all", tmp_path / "at_once"))["entries"]
+    for i in range(4):
+        made = report.main(report.Args(tmp_path / str(i), tmp_path / "out", add=i > 0))
+    for got, want in zip(made["entries"], at_once, strict=True):
+        for name in ("series", "seeds", "decisions", "task_accuracy", "last", "device"):
+            assert getattr(got, name) == getattr(want, name)
+        for name in ("accuracy", "deviation", "seconds"):
+            assert getattr(got, name) == pytest.approx(getattr(want, name), rel=1e-12)
+    at_end = next(entry for entry in at_once if entry.series.tasks == 50)
+    assert at_end.accuracy == pytest.approx(np.mean(accuracies))
+    assert at_end.deviation == pytest.approx(np.std(accuracies, ddof=1))
+    assert report.listed(at_end.seeds) == "0 to 4"
+    assert [report.listed(seeds) for seeds in ([3], [0, 2])] == ["3", "0 2"]
+
+
 def test_a_run_of_another_setup_or_of_a_sample_stands_beside(tmp_path):
     """What does not differ in its seed alone is no second measurement of one thing."""
     out = tmp_path / "out"
-    fake_run(tmp_path / "a", 0, 0.93)
+    train = {"decay": 0.9, "rule": None}
+    fake_run(tmp_path / "a", 0, 0.93, train={"steps": 1000, **train})
     report.main(report.Args(tmp_path / "a", out))
-    fake_run(tmp_path / "b/steps", 0, 0.91, train={"steps": 500})
-    fake_run(tmp_path / "b/sample", 0, 0.92, judge_every=3)
+    fake_run(tmp_path / "b/steps", 0, 0.91, train={"steps": 500, **train}, new=None)
+    fake_run(tmp_path / "b/sample", 0, 0.92, judge_every=3, train={"steps": 1000, **train})
+    fake_run(tmp_path / "b/narrow", 0, 0.90, outputs=25, train={"steps": 1000, **train})
     made = report.main(report.Args(tmp_path / "b", out, add=True))
     text = (out / "figure_3_left.md").read_text()
     found = re.findall(r"\| ([^|]+) \| (0\.9\d+) \|", text)
     ours = [("50", "0.9300"), ("50 (17 judged)", "0.9200"), ("50", "0.9100")]
-    assert sorted(pair for pair in found if pair[0] != "7") == sorted(ours)
+    assert sorted(pair for pair in found if not pair[0].startswith("7")) == sorted(ours)
+    assert text.count("| SupSup, train.steps 500 | ") == text.count("train.steps 500") == 2
     # Of one series the picture has the points of most tasks judged; of another setup, that said.
-    drawn = figures._curves([entry for entry in made["entries"] if entry.series.tasks == 50])
-    labels = {curve["label"]: curve["points"] for curve in drawn}
-    assert labels == {
-        "SupSup, GNu, H, train/steps None": {50: 0.93},
-        "SupSup, GNu, H, train/steps 500": {50: 0.91},
+    drawn = figures._curves([e for e in made["entries"] if e.series[3::7] == (100, 50)])
+    curves = {curve["label"]: (curve["points"], curve["style"]) for curve in drawn}
+    assert curves == {
+        "SupSup, GNu, H, train.steps 1000": ({50: 0.93}, "o-"),
+        "SupSup, GNu, H, train.steps 500": ({50: 0.91}, "o:"),
     }
+    # Widths are compared at one setup.
+    widths = figures._by_outputs(made["entries"], "lenet_300_100")
+    assert {n: entry["entropy"].accuracy for n, entry in widths.items()} == {100: 0.93, 25: 0.9}
 
 
 def test_what_a_report_has_is_not_lost(tmp_path, capsys):
@@ -154,13 +183,15 @@ def test_what_a_report_has_is_not_lost(tmp_path, capsys):
     report.main(report.Args(tmp_path / "a", out))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     fake_run(tmp_path / "b", 3, 0.9, outputs=25)
-    fake_run(tmp_path / "c", 3, 0.9)
-    for folder, add, message in (
-        ("b", False, "has 2 entries of other runs: pass --add to keep them"),
-        ("c", True, "over 3 seeds, the runs here over 1: gather the other seeds' runs with them"),
+    fake_run(tmp_path / "c", 0, 0.9)
+    for folder, options, message in (
+        ("b", {}, "has 2 entries of other runs: pass --add to keep them"),
+        ("c", {}, "has 2 entries of other runs: pass --add to keep them"),
+        ("b", {"add": True, "scenario": "GNu"}, "of one scenario alone: leave out --add"),
+        ("b", {"scenario": "NNs"}, "has nothing of --scenario NNs"),
     ):
         with pytest.raises(SystemExit):
-            report.main(report.Args(tmp_path / folder, out, add=add))
+            report.main(report.Args(tmp_path / folder, out, **options))
         assert message in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     report.main(report.Args(tmp_path / "a", out))  # the same runs again lose nothing
@@ -228,8 +259,8 @@ def test_mistakes_of_the_report(tmp_path, capsys):
     before.mkdir()
     for text, message in (
         ("[", "is damaged"),
-        ('{"schema": 0}', "has schema 0, this release 1"),
-        ('{"schema": 1, "entries": [{"tasks": 1}]}', "is damaged: KeyError('experiment')"),
+        ('{"schema": 1}', "has schema 1, this release 2"),
+        ('{"schema": 2, "entries": [{"tasks": 1}]}', "is damaged: KeyError('experiment')"),
     ):
         (before / "results.json").write_text(text)
         said = error(tmp_path / "one", before, None, True)
@@ -246,10 +277,10 @@ def test_mistakes_of_the_report(tmp_path, capsys):
 def test_what_was_measured_once_is_kept_as_data():
     """docs/results: its pages say what their data say, which no run need be kept for."""
     folder = ROOT / "docs" / "results"
-    entries = series.kept(folder / "results.json", [])
+    entries = series.kept(folder / "results.json")
     assert report.table(entries) in (folder / "results.md").read_text()
     pages = figures.pages(folder, entries)
-    assert len(pages) == len({path.stem for path in folder.glob("figure_*.md")}) > 6
+    assert len(pages) == len({path.stem for path in folder.glob("*figure_*.md")}) > 6
     for page in pages:
         assert (folder / f"{page.name}.md").read_text() == report.written(page)
 

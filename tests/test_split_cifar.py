@@ -134,12 +134,14 @@ def test_pictures_of_split_runs(runs, tmp_path):
     assert list(density["points"]) == [kept / weights]
     # What is kept as data is drawn again beside a new run, and not where no run adds to it.
     series.save(tmp_path / "results.json", entries)
-    before = series.kept(tmp_path / "results.json", [])
+    before = series.kept(tmp_path / "results.json")
     assert figures.of_split(tmp_path, before) == []
-    new = series.means(results[2:])
-    together = new + series.kept(tmp_path / "results.json", new)
+    together = series.means(results[2:], before)
+    assert [entry.split for entry in together] == [entry.split for entry in entries]
     assert figures.of_split(tmp_path, together) == made
-    assert len([entry for entry in together if entry.split]) == 3
+    # Of a sample of the tasks there is no picture.
+    sampled = {**results[0], "rows": [{**row, "judge_every": 2} for row in results[0]["rows"]]}
+    assert not any(entry.split for entry in series.means([sampled]))
 
 
 def test_data_that_does_not_fit(small, monkeypatch):

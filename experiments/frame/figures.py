@@ -3,7 +3,6 @@ what transfer gains, each where there are runs for it.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,14 @@ from experiments.frame import paper, plots
 from experiments.frame.rows import accuracy_rows, figure, points
 from experiments.frame.rows import series as series_of
 from experiments.frame.run import Run
-from experiments.frame.series import NETWORKS, Mean, Series, order, scenario_name
-from supsup_jax.layout import named_leaves
+from experiments.frame.series import (
+    NETWORKS,
+    Mean,
+    Series,
+    distinctions,
+    order,
+    scenario_name,
+)
 
 # Of a mask learner's bytes, each with a style: the masks as coded here, and as the paper counts.
 CODED = {"masks_enumerative": ("entropy-coded", "o-"), "masks_csc16_indices": ("csc16", "o--")}
@@ -123,8 +128,13 @@ def _figure_4(series, most=2500):
 
 
 def _figure_5_left(series):
-    rotated = (series.experiment, series.dataset) == ("rotated", "mnist")
-    return rotated and (series.scenario == "gnu") == (series.method == "supsup")
+    named = (series.experiment, series.dataset, series.model)
+    supsup = series.method == "supsup"
+    return (
+        named == ("rotated", "mnist", "fc_1024_1024")
+        and series.outputs == (200 if supsup else 10)
+        and (series.scenario == "gnu") == supsup
+    )
 
 
 def _figure_5_right(series):
@@ -140,14 +150,14 @@ FIGURES = (
             functools.partial(_figure_3, model=model, outputs=outputs),
             (
                 f"permuted --preset {preset}{judged}",
-                f"permuted --preset {preset} --method batche  # psp, upper_bound, lower_bound",
+                f"permuted --preset {preset}{few} --method batche  # psp, upper_bound, lower_bound",
             ),
             f"{model}/{outputs}",
             bottom=0.87,  # as in the paper, below which PSP and the lower bound soon fall
         )
-        for model, outputs, side, preset, judged in (
-            ("lenet_300_100", 100, "left", "mnist-250-lenet", ""),
-            ("fc_1024_1024", 500, "right", "mnist-250-fc", " --judge-most 100"),
+        for model, outputs, side, preset, judged, few in (
+            ("lenet_300_100", 100, "left", "mnist-250-lenet", "", ""),
+            ("fc_1024_1024", 500, "right", "mnist-250-fc", " --judge-most 100", " --tasks 50"),
         )
     ),
     Figure(
@@ -156,7 +166,8 @@ FIGURES = (
         _figure_4,
         (
             "permuted --preset mnist-2500-lenet --judge-most 100",
-            "nns --preset mnist-2500 --judge-most 100",
+            "permuted --preset mnist-2500-lenet --tasks 100",
+            "nns --preset mnist-100",
         ),
         "lenet_300_100/500",
     ),
@@ -181,7 +192,7 @@ FIGURES = (
         _figure_5_right,
         (
             "permuted --preset mnist-250-fc --judge-most 100",
-            "permuted --preset mnist-250-fc --method abatche",
+            "permuted --preset mnist-250-fc --tasks 10 --method abatche",
         ),
         least=3,  # SupSup's two, and any of BatchE
     ),
@@ -216,7 +227,7 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
         for each in FIGURES
         if (out / each.file).exists()
     ]
-    narrow = "--outputs 25  # 100, 200"
+    narrow = "--outputs 25  # 100, 200; --seed 0, 1, 2"
     for model, preset in (("lenet_300_100", "mnist-50-lenet"), ("fc_1024_1024", "mnist-250-fc")):
         name = f"figure_6_{model.split('_')[0]}"
         if (out / f"{name}.png").exists():
@@ -227,10 +238,10 @@ def pages(out: Path, entries: list[Mean]) -> list[Page]:
             found.append(Page(name, title, [f"{name}.png"], commands, drawn))
     kinds = ("figure_2_*.png", "density_*.png", "transfer_*.png")
     if split := [path.name for kind in kinds for path in sorted(out.glob(kind))]:
+        script = "split_cifar --preset tiny-imagenet32-cpu"
         commands = (
-            "split_cifar --preset tiny-imagenet32-cpu --scale 32  # 4, 8",
-            "split_cifar --preset tiny-imagenet32-cpu --method batche  # supsup_transfer, "
-            "separate_heads, upper_bound",
+            f"{script} --scale 8  # 4, 32; --method supsup_transfer",
+            f"{script} --method upper_bound  # separate_heads, batche",
         )
         drawn = sorted(
             (entry for entry in entries if entry.split),
@@ -269,46 +280,33 @@ def _curves(entries):
     grouped: dict[Series, list[Mean]] = {}
     for entry in sorted(entries, key=lambda entry: entry.series.judged):
         grouped.setdefault(entry.series._replace(tasks=0, judged=0), []).append(entry)
-    labels: dict[str, list[Series]] = {}
-    for series in grouped:
+    curves, seen = [], []
+    for series, own in distinctions(grouped).items():
         label = plots.METHODS.get(series.method, series.method)
         label += f", {scenario_name(series.scenario)}"
         if series.objective:
             label += f", {plots.OBJECTIVES[series.objective]}"
-        labels.setdefault(label, []).append(series)
-    return [
-        plots.curve(
-            label + own,
-            {entry.series.tasks: entry.accuracy for entry in grouped[series]},
-            series._asdict(),
-        )
-        for label, alike in labels.items()
-        for series, own in zip(alike, _differences(alike), strict=True)
-    ]
-
-
-def _differences(alike):
-    """Of each series, in words, the fields of its setup that not all of them share."""
-    setups = [named_leaves(json.loads(series.setup)) for series in alike]
-    names = {name for setup in setups for name in setup}
-    differing = sorted(n for n in names if len({repr(setup.get(n)) for setup in setups}) > 1)
-    return ["".join(f", {name} {setup.get(name)}" for name in differing) for setup in setups]
+        points = {entry.series.tasks: entry.accuracy for entry in grouped[series]}
+        nth = seen.count(label)
+        seen.append(label)
+        label += f", {own}" if own else ""
+        curves.append(plots.curve(label, points, series._asdict(), nth=nth))
+    return curves
 
 
 def _by_outputs(entries, model):
-    """{outputs: {objective: Mean}} at the most tasks that three widths share, or else two."""
-    at: dict[int, dict[int, dict]] = {}
-    for entry in entries:
+    """{outputs: {objective: Mean}} at the most tasks that three widths share, or else two; of one
+    setup, and where tasks were judged by samples too, of most of them.
+    """
+    at: dict[tuple, dict[int, dict]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.series.judged):
         s = entry.series
-        if _permuted(s, model) and (s.method, s.scenario, s.protocol, s.images) == (
-            "supsup",
-            "gnu",
-            "paper",
-            None,
-        ):
-            at.setdefault(s.tasks, {}).setdefault(s.outputs, {})[s.objective] = entry
-    shared = [tasks for tasks, widths in at.items() if len(widths) > 1]
-    best = max(shared, key=lambda tasks: (min(3, len(at[tasks])), tasks), default=None)
+        inferred = (s.method, s.scenario, s.protocol) == ("supsup", "gnu", "paper")
+        if _permuted(s, model) and inferred and s.images is None:
+            widths = at.setdefault((s.tasks, s.setup), {})
+            widths.setdefault(s.outputs, {})[s.objective] = entry
+    shared = [key for key, widths in at.items() if len(widths) > 1]
+    best = max(shared, key=lambda key: (min(3, len(at[key])), *key), default=None)
     return at.get(best, {})
 
 

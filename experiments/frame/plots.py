@@ -26,6 +26,7 @@ METHODS = {
     "psp": "PSP",
     "hopsupsup": "HopSupSup",
 }
+LINES = ("-", ":", "-.")
 MARKERS = {"superfluous": "^", "max_confidence": "v"}
 OBJECTIVES = {None: "", "entropy": "H", "superfluous": "G", "max_confidence": "confidence"}
 # One colour a method, for colour-blind readers too (Okabe and Ito); SupSup's by how it is judged.
@@ -56,9 +57,11 @@ def color(row: dict) -> str:
     return OURS.get(row["scenario"], OURS.get(row["objective"], "#009E73"))
 
 
-def curve(label: str, points: dict[int, float], row: dict, style: str | None = None) -> dict:
-    """One of ours, coloured as `row`'s series, marked as its objective."""
-    style = style or MARKERS.get(row["objective"], "o") + "-"
+def curve(
+    label: str, points: dict[int, float], row: dict, style: str | None = None, nth: int = 0
+) -> dict:
+    """One of ours, coloured as `row`'s series, marked as its objective; the nth of one look."""
+    style = style or MARKERS.get(row["objective"], "o") + LINES[nth % len(LINES)]
     return {"label": label, "points": points, "color": color(row), "style": style}
 
 
@@ -260,7 +263,7 @@ def accuracy_against_outputs(path: Path, title: str, entries: dict[int, dict]) -
     """entries: {outputs: {objective: an entry with accuracy and deviation (None of one seed)}}."""
     outputs = sorted(entries)
     some = next(iter(entries[outputs[0]].values()))
-    seeds = max(entry.seeds for width in entries.values() for entry in width.values())
+    seeds = max(len(entry.seeds) for width in entries.values() for entry in width.values())
     bars = f", bars: deviation over {seeds} seeds" if seeds > 1 else ""
     labels = "outputs", f"accuracy, mean over {some.series.tasks} tasks{bars}"
     with _axes(path, title, *labels) as ax:

@@ -4,17 +4,22 @@ What a report says is kept as data too, results.json: an entry a series, so that
 kept for ever, nor on one machine.
 """
 
+import functools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments.frame.rows import SPLIT, theirs
 from experiments.frame.run import SCHEMA, UsageError, replacing
 from supsup_jax.inference.evaluation import SCENARIOS
 
+# Of results.json: 2 names the seeds, the setup and the tasks judged.
+REPORT_SCHEMA = 2
 NETWORKS = {
     "lenet_300_100": "LeNet-300-100",
     "fc_1024_1024": "FC-1024-1024",
@@ -89,21 +94,21 @@ class Mean(NamedTuple):
     deviation: float | None  # of the sample; None of one seed
     task_accuracy: float | None
     decisions: int
-    seeds: int
+    seeds: list[int]
     paper: float | None
     seconds: float  # training and evaluation, mean over the seeds' whole runs
     device: str
     last: bool  # of its run
     split: dict[str, Any] | None = None
-    added: bool = True  # by a run below --runs, rather than kept from the reports before
+    added: bool = True  # to by a run below --runs, rather than kept from the reports before
 
 
 def read(folder: Path) -> list[dict]:
     """Every finished run below `folder`. Raises UsageError for none, or a damaged one."""
     if not folder.is_dir():
         raise UsageError(f"--runs {folder} is no folder")
-    results = map(_loaded, sorted(folder.rglob("result.json")))
-    wanted = {"config", "experiment", "rows"}
+    results = (_loaded(path, SCHEMA) for path in sorted(folder.rglob("result.json")))
+    wanted = {"config", "experiment", "rows", "seed", "seconds", "device"}
     if not (found := [result for result in results if wanted <= set(result)]):
         raise UsageError(f"--runs {folder} holds no finished run (no result.json below it)")
     return found
@@ -116,42 +121,28 @@ def save(path: Path, entries: list[Mean]) -> None:
         del row["series"], row["added"]
     text = ",\n".join(map(json.dumps, rows))
     with replacing(path) as file:
-        file.write(f'{{"schema": {SCHEMA}, "entries": [\n{text}\n]}}\n'.encode())
+        file.write(f'{{"schema": {REPORT_SCHEMA}, "entries": [\n{text}\n]}}\n'.encode())
 
 
-def kept(path: Path, entries: list[Mean]) -> list[Mean]:
-    """What the results.json at `path` has of other series than `entries`; nothing where there is
-    none.
-
-    Raises UsageError for a damaged one, and where it has a series of `entries` over more seeds.
-    """
-    if not path.is_file():
-        return []
+def kept(path: Path) -> list[Mean]:
+    """The entries of the results.json at `path`. Raises UsageError for a damaged one."""
     try:
-        rows = [dict(row) for row in _loaded(path)["entries"]]
+        rows = [dict(row) for row in _loaded(path, REPORT_SCHEMA)["entries"]]
         series = [Series(*(row.pop(name) for name in Series._fields)) for row in rows]
-        found = [Mean(each, **row, added=False) for each, row in zip(series, rows, strict=True)]
+        return [Mean(each, **row, added=False) for each, row in zip(series, rows, strict=True)]
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {error!r}") from error
-    new = {entry.series: entry.seeds for entry in entries}
-    for of, seeds in ((entry.series, entry.seeds) for entry in found):
-        if seeds > new.get(of, seeds):
-            raise UsageError(
-                f"{path} has {of.method} of {of.network}, {of.tasks} tasks, over {seeds} seeds, "
-                f"the runs here over {new[of]}: gather the other seeds' runs with them"
-            )
-    return [entry for entry in found if entry.series not in new]
 
 
-def _loaded(path):
+def _loaded(path, wanted):
     """The JSON at `path`. Raises UsageError where it is damaged, or of another schema."""
     try:
         result = json.loads(path.read_text())
         schema = result["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {error!r}") from error
-    if schema != SCHEMA:
-        raise UsageError(f"{path} has schema {schema}, this release {SCHEMA}")
+    if schema != wanted:
+        raise UsageError(f"{path} has schema {schema}, this release {wanted}")
     return result
 
 
@@ -159,7 +150,7 @@ def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
     """(series, row, result) of every row of every run."""
     for result in results:
         config = result["config"]
-        setup = {name: value for name, value in config.items() if name not in NAMED | APART}
+        setup = _given({n: value for n, value in config.items() if n not in NAMED | APART})
         for row in result["rows"]:
             yield (
                 Series(
@@ -181,15 +172,49 @@ def lines(results: list[dict]) -> Iterator[tuple[Series, dict, dict]]:
             )
 
 
-def means(results: list[dict]) -> list[Mean]:
-    """One entry a series, over seeds; a seed seen twice counts once, in its longest run."""
-    groups: dict[Series, dict[int, tuple[dict, dict]]] = {}
+def means(results: list[dict], before: Sequence[Mean] = ()) -> list[Mean]:
+    """One entry a series, over seeds: of these runs, and of the entries before.
+
+    A seed counts once: in its longest run, and in an entry before unless all of that entry's seeds
+    come anew.
+    """
+    found: dict[Series, dict[int, tuple[int, Mean]]] = {}
     for series, row, result in lines(results):
-        seeds = groups.setdefault(series, {})
-        old = seeds.get(result["seed"])
-        if old is None or result["config"]["tasks"] >= old[1]["config"]["tasks"]:
-            seeds[result["seed"]] = (row, result)
-    return [_mean(series, list(groups[series].values())) for series in sorted(groups, key=order)]
+        seeds, tasks = found.setdefault(series, {}), result["config"]["tasks"]
+        if tasks >= seeds.get(result["seed"], (0,))[0]:
+            seeds[result["seed"]] = (tasks, _of_run(series, row, result))
+    entries = {entry.series: entry for entry in before}
+    for series, seeds in found.items():
+        new = [entry for _, (_, entry) in sorted(seeds.items())]
+        old = entries.get(series)
+        if old is not None and not set(old.seeds) <= seeds.keys():
+            new = [old, *(entry for entry in new if entry.seeds[0] not in old.seeds)]
+        pooled = functools.reduce(pool, new)
+        entries[series] = pooled._replace(last=pooled.last or (old is not None and old.last))
+    return sorted(entries.values(), key=lambda entry: order(entry.series))
+
+
+def pool(a: Mean, b: Mean) -> Mean:
+    """Two entries of one series, and of different seeds, as one."""
+    m, n = len(a.seeds), len(b.seeds)
+
+    def mean(x, y):
+        return (m * x + n * y) / (m + n)
+
+    squares = m * n / (m + n) * (a.accuracy - b.accuracy) ** 2
+    squares += (m - 1) * (a.deviation or 0) ** 2 + (n - 1) * (b.deviation or 0) ** 2
+    return a._replace(
+        accuracy=mean(a.accuracy, b.accuracy),
+        deviation=math.sqrt(squares / (m + n - 1)),
+        task_accuracy=None if a.task_accuracy is None else mean(a.task_accuracy, b.task_accuracy),
+        decisions=a.decisions + b.decisions,
+        seeds=sorted(a.seeds + b.seeds),
+        seconds=mean(a.seconds, b.seconds),
+        device="; ".join(sorted({*a.device.split("; "), *b.device.split("; ")})),
+        last=a.last or b.last,
+        split=jax.tree.map(mean, a.split, b.split) if a.split and b.split else None,
+        added=a.added or b.added,
+    )
 
 
 def order(series: Series) -> tuple[str, ...]:
@@ -197,38 +222,65 @@ def order(series: Series) -> tuple[str, ...]:
     return tuple("" if value is None else str(value).zfill(6) for value in series)
 
 
-def _mean(series, found):
-    accuracies = [row["accuracy"] for row, _ in found]
-    task_accuracies = [row["task_accuracy"] for row, _ in found]
-    row, result = found[0]
-    last = all(row["tasks_learned"] == result["config"]["tasks"] for row, result in found)
-    whole_split = last and series.model in SPLIT and series.scenario == "gg"
+def distinctions(series: Iterable[Series]) -> dict[Series, str]:
+    """Of each series, in words, what of its setup others lack that look like it; or ""."""
+    alike: dict[Series, list[Series]] = {}
+    for each in series:
+        seen = each._replace(model=each.network, setup="", tasks=0, judged=0)
+        alike.setdefault(seen, []).append(each)
+    found = {}
+    for group in alike.values():
+        setups = {each.setup: json.loads(each.setup) for each in group}
+        words: dict[str, list[str]] = {setup: [] for setup in setups}
+        for name, values in _differing(list(setups.values())):
+            for setup, value in zip(setups, values, strict=True):
+                words[setup].append(f"{name} {'given' if isinstance(value, dict) else value}")
+        found |= {each: ", ".join(words[each.setup]) for each in group}
+    return found
+
+
+def _differing(values, name=""):
+    """(name, its values) of the fields that not all setups share."""
+    if all(isinstance(value, dict) for value in values):
+        for key in sorted(set().union(*values)):
+            yield from _differing([v.get(key) for v in values], f"{name}.{key}".lstrip("."))
+    elif any(value != values[0] for value in values):
+        yield name, values
+
+
+def _given(setup):
+    """Without the fields that are off, so that one that a release adds changes no setup."""
+    return {
+        name: _given(value) if isinstance(value, dict) else value
+        for name, value in setup.items()
+        if value is not None and value is not False
+    }
+
+
+def _of_run(series, row, result):
+    """The entry of one run, which is one seed."""
+    last = row["tasks_learned"] == result["config"]["tasks"]
+    whole = last and series.judged == series.tasks and series.scenario == "gg"
     return Mean(
         series,
-        float(np.mean(accuracies)),
-        float(np.std(accuracies, ddof=1)) if len(found) > 1 else None,
-        None if None in task_accuracies else float(np.mean(task_accuracies)),
-        sum(row["decisions"] for row, _ in found),
-        len(found),
+        row["accuracy"],
+        None,
+        row["task_accuracy"],
+        row["decisions"],
+        [result["seed"]],
         theirs(result["config"], row),
-        float(np.mean([_seconds(result) for _, result in found])),
+        sum(result["seconds"].get(phase, 0) for phase in ("train", "evaluate", "compile")),
         result["device"],
         last,
-        _split([result for _, result in found]) if whole_split else None,
+        _split(result) if whole and series.model in SPLIT else None,
     )
 
 
-def _split(results):
-    """Means over the seeds' runs, as `Mean.split` has them."""
-    given = [each for run in results for each in run["metrics"] if each["scenario"] == "gg"]
-    found = {
-        "bytes": {
-            kind: float(np.mean([run["bytes"][kind] for run in results]))
-            for kind in results[0]["bytes"]
-        },
-        "per_task": np.mean([each["per_task"] for each in given], axis=0).tolist(),
-    }
-    if layers := results[0].get("kept"):
+def _split(result):
+    """As `Mean.split` has it."""
+    (given,) = [each for each in result["metrics"] if each["scenario"] == "gg"]
+    found = {"bytes": result["bytes"], "per_task": given["per_task"]}
+    if layers := result.get("kept"):
         kept, weights = np.sum(list(layers.values()), axis=0)
         found["density"] = float(kept / weights)
     return found
@@ -237,7 +289,3 @@ def _split(results):
 def scenario_name(scenario: str) -> str:
     """The paper's spelling."""
     return next(name for name in SCENARIOS if name.lower() == scenario)
-
-
-def _seconds(result):
-    return sum(result["seconds"].get(phase, 0) for phase in ("train", "evaluate", "compile"))
