@@ -6,8 +6,8 @@ Reads every result.json below --runs, averages over seeds, and writes to --out t
 with a page of its own, results.md (the ends of all runs) and results.json (all as data). Each line
 names what it stands on: network, method, scenario, objective, protocol, tasks (and of how many a
 sample was judged), seeds, seconds. With --add the entries of the results.json that is there stay,
-where no run below --runs has the like: runs need not be kept for ever, nor on one machine. So do
-pictures to which no run adds.
+or are pooled with those of other seeds, until runs of all their seeds take their place: runs need
+not be kept for ever, nor on one machine. Pictures to which no run adds stay too.
 """
 
 import dataclasses
