@@ -375,13 +375,13 @@ def density_curves(entries: list[Mean]) -> list[dict]:
 
 def transfer_gains(entries: list[Mean]) -> dict[str, list[float]]:
     """Accuracy with transfer less that without, a task, of each scale that has both."""
-    with_, without = (
+    transferred, plain = (
         {entry.series.field("scale"): entry.split["per_task"] for entry in found}
         for found in map(_by_method(entries).get, ("supsup_transfer", "supsup"), ([], []))
     )
     return {
-        f"s = {scale:g}": np.subtract(with_[scale], without[scale]).tolist()
-        for scale in sorted(with_.keys() & without.keys())
+        f"s = {scale:g}": np.subtract(transferred[scale], plain[scale]).tolist()
+        for scale in sorted(transferred.keys() & plain.keys())
     }
 
 
