@@ -322,7 +322,7 @@ def of_split(out: Path, entries: list[Mean]) -> list[str]:
     for (dataset, model, width, tasks, epochs), found in kinds.items():
         if not any(entry.added for entry in found):
             continue
-        kind = f"{dataset}_{width}x{tasks}x{epochs}"
+        kind = f"{dataset}_{model}_{width}x{tasks}x{epochs}"
         network = f"{NETWORKS.get(model, model)} of width {width}"
         title = f"{dataset}, {tasks} tasks, {network}, {epochs} epochs"
         curves = bytes_curves(found)
