@@ -167,7 +167,7 @@ FIGURES = (
         (
             "permuted --preset mnist-2500-lenet --judge-most 100",
             "permuted --preset mnist-2500-lenet --tasks 100",
-            "nns --preset mnist-100",
+            "nns --preset mnist-2500 --judge-most 100",
         ),
         "lenet_300_100/500",
     ),

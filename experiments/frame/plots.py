@@ -65,7 +65,9 @@ def curve(
     return {"label": label, "points": points, "color": color(row), "style": style}
 
 
-def paper_curve(method: str, objective: str | None, points: dict[int, float], both: bool) -> dict:
+def paper_curve(
+    method: str, objective: str | None, points: dict[int, float], both: bool = False
+) -> dict:
     """One of the paper's, dashed, in the colour of ours. both: it is that of G, too."""
     label = f"paper, {METHODS[method]}" + (f", {OBJECTIVES[objective]}" if objective else "")
     row = {"method": method, "scenario": "gnu", "objective": objective}
