@@ -12,7 +12,7 @@ images: with the mask inferred by the first image of each batch of 128, labels s
     preset      network               tasks  budget  paper          on 2 CPU cores
     digits      LeNet-300-100, s=500     20      30  -              2 minutes
     mnist-100   LeNet-300-100, s=500    100     150  .935           15 minutes
-    mnist-2500  LeNet-300-100, s=500   2500    2500  .9345 at 2000  hours; made for a GPU
+    mnist-2500  LeNet-300-100, s=500   2500    2500  .9345 at 2000  3 hours
 
 s is the paper's name for the number of outputs in all, of which the first 10 are labels. digits
 draws each of its 8x8 pixels as 3x3: among permutations of only 64 pixels a mask takes images of
