@@ -1,4 +1,6 @@
+import dataclasses
 import json
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -166,3 +168,20 @@ def test_damaged_slots_stop_a_resume(tmp_path, capsys, monkeypatch):
     assert "cannot be read" in error_of(nns, resume, capsys)
     first.write_bytes(whole)
     assert main(nns, out, resume=True)["rows"]
+
+
+def test_the_papers_curve_stands_beside_that_of_a_run_on_mnist(tmp_path, monkeypatch):
+    config = nns.PRESETS["mnist-2500"]
+    rows = [
+        {"protocol": name, "tasks_learned": 10, "accuracy": 0.9}
+        | {"method": "supsup", "scenario": "nns", "objective": "entropy"}
+        for name in ("paper", "given")
+    ]
+    run = SimpleNamespace(out=tmp_path, rows=rows, config=dataclasses.asdict(config))
+    windows = {"task": np.array([0, 1]), "max_nu": np.ones(2), "threshold": np.ones(2)}
+    drawn = []
+    monkeypatch.setattr(nns.plots, "accuracy_against_tasks", lambda *args: drawn.extend(args[2]))
+    nns.draw(run, config, windows, np.eye(2, dtype=int))
+    theirs = next(curve for curve in drawn if curve["label"].startswith("paper"))
+    assert theirs["points"][2000] == 0.9345
+    assert len(drawn) == 3
