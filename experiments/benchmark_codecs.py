@@ -118,7 +118,8 @@ def measure(network: str, s: int, rounds: int, seed: int) -> dict:
         measures["decode", codec] = functools.partial(codecs.decode, coded[codec], layout, against)
     seconds = bench.medians(measures, rounds)
     sizes = codecs.coded_bytes(mask)
-    num_bytes = {codec: len(one) for codec, one in coded.items()}
+    assert sizes.csc16 is not None  # no layer of these networks has more rows than it can count
+    num_bytes: dict[str, float] = {codec: len(one) for codec, one in coded.items()}
     num_bytes |= {"csc16": sizes.csc16, "indices": sizes.csc16_indices, "bound": sizes.bound}
     return {
         "s": s,

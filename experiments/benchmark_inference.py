@@ -85,7 +85,8 @@ def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
     near = np.arange(side) * small // side
     view = (near[:, None] * small + near[None]).reshape(-1)[data.permutation(0, num_pixels, seed)]
     view = jnp.asarray(view, jnp.int32)
-    return tuple(dataclasses.replace(task, view=view) for task in (dataset.train, dataset.test))
+    train, test = (dataclasses.replace(task, view=view) for task in (dataset.train, dataset.test))
+    return train, test
 
 
 def network_of(args: Args) -> ss.Network:

@@ -48,7 +48,7 @@ class Args:
     """2 tasks, 20 steps and 2 rounds: seconds, to see that it runs."""
 
 
-def products(kernels: list[jax.Array], x: jax.Array, steps: int) -> jax.Array:
+def products(kernels: list[jax.Array], x: jax.Array, steps: int) -> list[jax.Array]:
     """The step's matrix products alone, chained so that none can be hoisted or left out."""
 
     def step(carry, _):

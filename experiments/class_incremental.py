@@ -28,7 +28,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,26 +157,28 @@ def part(task: ss.TaskData, rows: slice) -> ss.TaskData:
 
 
 def train_config(config: Config, training: str, dataset: data.Dataset) -> ss.TrainConfig:
+    pixels = dataset.train.transform
+    assert isinstance(pixels, ss.Normalize)  # which knows what black is
     return ss.TrainConfig(
         steps=config.steps,
         batch_size=config.batch_size,
         optimizer="adam",
         learning_rate=config.learning_rate,
         schedule="cosine",
-        augment=data.CropAndFlip(4, dataset.train.transform),
+        augment=data.CropAndFlip(4, pixels),
         views=config.views if training.startswith("views") else None,
     )
 
 
 def learn(run: Run, config: Config, training: str, net, dataset, tasks) -> ss.MaskStore:
     """The masks of all tasks, those learned before from the run's folder."""
-    how, mean = train_config(config, training, dataset), None
-    if training.endswith("+transfer"):
-        mean = ss.ScoreMean.create(net)
+    how = train_config(config, training, dataset)
+    mean = ss.ScoreMean.create(net) if training.endswith("+transfer") else None
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
     with ss.DiskStore.open(run.out / training.replace("+", "-"), net, mode="a") as disk:
-        for i in range(len(disk) if mean is not None else 0):
-            mean = mean.include(disk.scores(i))
+        for i in range(len(disk)):
+            if mean is not None:
+                mean = mean.include(disk.scores(i))
         for i in tqdm(range(len(disk), len(tasks)), unit="task", desc=training):
             one = jax.random.fold_in(key, i)
             with run.phase(f"train {training}"):
@@ -250,7 +252,8 @@ def measure(config: Config, training: str, net, store, tasks, strangers) -> list
                 row[f"task_{group}"], row[f"cil_{group}"] = judging.judged(
                     scores["test"][rule], right, of_test, group
                 )
-            row |= judging.refusals(*(scores[name][rule] for name in parts), RATE)
+            known, kept_out, unknown = (scores[name][rule] for name in parts)
+            row |= judging.refusals(known, kept_out, unknown, RATE)
             rows.append(row | {"tasks_learned": config.tasks})
     rows += by_one_gradient(config, training, net, store, test)
     return rows + (by_misfit(config, training, net, store, held, test) if net.state else [])
@@ -300,13 +303,15 @@ def by_one_gradient(config: Config, training: str, net, store, test) -> list[dic
     """Rows of `one_shot`."""
     rows, metric = [], ss.LabelAccuracy(config.classes)
     for name, objective in (("entropy", ss.entropy), ("G", ss.Superfluous(config.classes))):
-        row = {"training": training, "network": "one view", "rule": f"one gradient, {name}"}
+        row: dict[str, Any] = {"training": training, "network": "one view"}
+        row["rule"] = f"one gradient, {name}"
         for group in (1, 20):
             if test[0].num_examples < group:
                 continue
             protocol = "per_example" if group == 1 else f"batch-{group}"
             found = ss.evaluate(net, store, test, protocol, objective=objective, metric=metric)
-            row[f"task_{group}"] = float(np.mean([each.task_accuracy for each in found]))
+            named = np.array([each.task_accuracy for each in found], float)
+            row[f"task_{group}"] = float(named.mean())
             row[f"cil_{group}"] = float(np.mean([each.accuracy for each in found]))
         rows.append(row | {"tasks_learned": config.tasks})
     return rows
@@ -326,7 +331,7 @@ def by_misfit(config: Config, training: str, net, store, held, test) -> list[dic
             np.arange(len(tasks)), [len(each) for each in found]
         )
 
-    rows = [{"rule": rule} for rule in ("misfit", "misfit, standardised")]
+    rows: list[dict[str, Any]] = [{"rule": rule} for rule in ("misfit", "misfit, standardised")]
     for group in GROUPS[1:]:
         if min(task.num_examples for task in (*held, *test)) < 2 * group:
             continue

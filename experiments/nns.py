@@ -290,7 +290,7 @@ def conclude(run: Run, config: Config, learner: Windows) -> dict[str, Any]:
     return {"novelty": margins(config, windows)}
 
 
-def window_table(config: Config, decisions: list[ss.stream.Decision]) -> dict[str, np.ndarray]:
+def window_table(config: Config, decisions: list[ss.stream.Decision]) -> dict[str, Any]:
     """Each field of Decision as an array over the windows, NaN for None; and the true task."""
     columns = zip(*decisions, strict=True)
     table = {

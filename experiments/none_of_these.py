@@ -30,8 +30,9 @@ Writes result.json to --out and ends with a table. 3 minutes on 2 CPU cores, for
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from experiments.frame import config as frame
 from experiments.frame.config import Config
 from experiments.frame.run import Run, UsageError, usage_errors, writable_folder
 from supsup_jax import data, prng
+from supsup_jax.types import Objective
 
 # As experiments.permuted learns them.
 CONFIGS = {
@@ -90,16 +92,25 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
     return float(below.mean() / (2 * len(unknown)))
 
 
-def plan(num_labels: int) -> list[tuple[str, ss.Rule, str, list]]:
-    """(objective, rule, judge, statistics) of each kind of belief."""
-    objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(num_labels)}
+class Kind(NamedTuple):
+    """A kind of belief: by which objective's name, which rule, whose judge's name, and what of it
+    tells the known from the unknown.
+    """
+
+    objective: str
+    rule: ss.Rule
+    judge: str | None
+    statistics: list[Callable[[ss.TaskBelief], jax.Array]]
+
+
+def plan(objectives: dict[str, Objective]) -> list[Kind]:
     statistics = [ss.rejection.confidence, deviations, margin, ss.rejection.best_score]
-    rules = [(name, ss.Rule("one_shot"), None, statistics) for name in objectives]
+    kinds = [Kind(name, ss.Rule("one_shot"), None, statistics) for name in objectives]
     for name, best in (("entropy", 1), ("superfluous", 1), ("superfluous", 5)):
         rule = ss.Rule("rerank", best=best, judge=objectives[name])
-        rules.append(("entropy", rule, name, [ss.rejection.best_score]))
-    rules.append(("superfluous", ss.Rule("oracle"), "superfluous", [ss.rejection.best_score]))
-    return [(objectives[name], name, *rest) for name, *rest in rules]
+        kinds.append(Kind("entropy", rule, name, [ss.rejection.best_score]))
+    oracle = ss.Rule("oracle")
+    return [*kinds, Kind("superfluous", oracle, "superfluous", [ss.rejection.best_score])]
 
 
 def main(args: Args) -> dict:
@@ -148,11 +159,12 @@ def measure(net, store, stream, dataset, key, images) -> list[dict]:
         "noise": jnp.split(dataset.test.transform(noise), UNLEARNED),
     }
     rows = []
-    for objective, name, rule, judge, statistics in tqdm(plan(dataset.num_labels), leave=False):
+    objectives = {"entropy": ss.entropy, "superfluous": ss.Superfluous(dataset.num_labels)}
+    for name, rule, judge, statistics in tqdm(plan(objectives), leave=False):
         beliefs = {
             kind: jax.tree.map(
                 lambda *parts: jnp.concatenate(parts),
-                *[rule(net, store, part, objective) for part in parts],
+                *[rule(net, store, part, objectives[name]) for part in parts],
             )
             for kind, parts in inputs.items()
         }

@@ -37,6 +37,7 @@ from experiments.frame import config as frame
 from experiments.frame import loop
 from experiments.frame.run import UsageError
 from supsup_jax import data, models
+from supsup_jax.data import sources
 
 
 def small_resnet(num_outputs: int, *, width: int, rngs: nnx.Rngs) -> models.ResNet:
@@ -63,7 +64,7 @@ class Config(frame.Config):
 def training(config: Config) -> Config:
     """The config with its training made from epochs, scale and the method's optimizer."""
     # What a dataset is normalised by, where that is known before it is read.
-    known = data.sources.NORMALIZATION.get(config.dataset)
+    known = sources.NORMALIZATION.get(config.dataset)
     normalize = known and ss.Normalize(*known)
     images = config.classes_per_task * config.images_per_class
     changes = {

@@ -288,7 +288,7 @@ def recovered(
     nearest = distance.argmin(axis=1)
     more = {"bits_off": np.diag(distance).tolist()}
     if traces is not None:
-        totals = [sum(leaves.values()) for leaves in traces]
+        totals = [np.sum([*leaves.values()], axis=0) for leaves in traces]
         more["stream_steps"] = [len(total) - 1 for total in totals]
         more["recovery_steps"] = [steps_until_final(total) for total in totals]
     return Row(

@@ -9,10 +9,11 @@ were not told their task (scenario NNs). A mask's task, and a task's mask, is th
 windows, the lower id among equals.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from supsup_jax.types import Integers
 
 
 def average_accuracy(R: np.ndarray) -> float:
@@ -92,8 +93,8 @@ class Found(NamedTuple):
 
 
 def window_counts(
-    tasks: Sequence[int] | np.ndarray,
-    masks: Sequence[int] | np.ndarray,
+    tasks: Integers,
+    masks: Integers,
     num_tasks: int | None = None,
 ) -> np.ndarray:
     """[true task, mask] counts of windows, given task and mask of each; -1: learned by no mask.

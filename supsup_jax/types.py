@@ -7,7 +7,7 @@ C  outputs of the network   n  maskable weights                  N  examples of 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 PyTree = Any
+Integers = Sequence[int] | np.ndarray  # of tasks, of labels
 Objective = Callable[[jax.Array], jax.Array]  # logits [..., C] -> [...], lower is more certain
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 import supsup_jax as ss
+from supsup_jax import data
 
 
 def decide(net: ss.Network, store: ss.MaskStore, x: np.ndarray, mesh: jax.sharding.Mesh) -> float:
@@ -27,12 +28,14 @@ def learn(net: ss.Network, x: np.ndarray, y: np.ndarray, path: str) -> ss.MaskSt
     """Optimizers by name or by optax, masks of NumPy, paths of either kind."""
     store = ss.MaskStore.create(net, capacity=2)
     for config in (ss.TrainConfig(), ss.TrainConfig(optimizer=optax.adamw(1e-3))):
-        data = ss.TaskData(x, y, transform=ss.Normalize(0.5, 0.25))
-        store = store.append(ss.train_task(jax.random.key(0), net, data, config).task)
+        task = ss.TaskData(x, y, transform=ss.Normalize(0.5, 0.25))
+        store = store.append(ss.train_task(jax.random.key(0), net, task, config).task)
     store = store.replace(0, store.task(1)).remove(1)
     with ss.DiskStore.open(Path(path) / "tasks", net, mode="a") as disk:
         disk.extend(store, names=["a"])
         ss.one_shot_streamed(net, disk.parts(), x)
-        store = disk.load([0])
+        store = disk.load(disk.ids)
+    stream = data.SplitStream(data.load_dataset("digits"), np.full(5, 2), np.arange(10))
+    ss.evaluate(net, store, stream.test, tasks=np.arange(2), ids=np.zeros(5, int))
     store.save(path, overwrite=True)
     return ss.MaskStore.load(path, net)

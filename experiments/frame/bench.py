@@ -81,12 +81,15 @@ def random_store(
     Each bit is as often 1 as in the learned masks, to a sixteenth; without these in half of all.
     To a network, another task's mask is little else.
     """
-    first = min(num_tasks, int(learned.num_tasks)) if learned is not None else 0
+    if learned is not None and not int(learned.num_tasks):
+        learned = None
+    first = 0 if learned is None else min(num_tasks, int(learned.num_tasks))
     store = ss.MaskStore.create(net, num_tasks)
     tiles, num_words, lanes = store.bank.words.shape
     layout = net.layout
     half = layout.tree([jnp.full(shape, 0.5) for shape in layout.shapes.values()])
-    sixteenths = jnp.round(16 * layout.ravel(learned.mixture() if first else half, "the mean"))
+    mean = half if learned is None else learned.mixture()
+    sixteenths = jnp.round(16 * layout.ravel(mean, "the mean"))
     # Words of the digits of each bit's frequency, the lowest first.
     sixteenths = jnp.minimum(sixteenths, 15).astype(jnp.int32)
     digits = [pack((sixteenths >> digit) & 1)[:, None] for digit in range(4)]
@@ -114,6 +117,6 @@ def random_store(
         return jax.lax.fori_loop(jnp.int32(0), jnp.int32(first), copy, words)
 
     words = draw()
-    if first:
+    if learned is not None:
         words = with_learned(words, learned.bank.words)
     return store.with_bank(arrays.holding(store.bank, words, num_tasks))

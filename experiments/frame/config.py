@@ -132,7 +132,7 @@ def _training(fields):
     return ss.TrainConfig(**{**fields, "loss": ss.losses.CrossEntropy(**fields["loss"])})
 
 
-def load(config: Any, args: Args) -> data.Dataset:
+def load(config: Any, args: Any) -> data.Dataset:
     """The dataset; raises before anything slow when it is not there."""
     if config.dataset == "synthetic":
         return data.synthetic(jax.random.key(config.seed), (28, 28), 10, 512, 256)

@@ -308,7 +308,7 @@ def _by_outputs(entries, model):
             widths.setdefault(s.outputs, {})[s.objective] = entry
     shared = [key for key, widths in at.items() if len(widths) > 1]
     best = max(shared, key=lambda key: (min(3, len(at[key])), *key), default=None)
-    return at.get(best, {})
+    return {} if best is None else at[best]
 
 
 def of_split(out: Path, entries: list[Mean]) -> list[str]:

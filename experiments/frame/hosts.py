@@ -62,9 +62,10 @@ def joined(args: Args) -> Iterator[None]:
         yield
     except BaseException as error:
         # At once: by a plain exit it would wait for minutes for the others, who wait for it.
-        code = error.code if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
+        code = error.code if isinstance(error, SystemExit) else None
+        if not isinstance(code, int):
             traceback.print_exc()
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

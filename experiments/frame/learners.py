@@ -1,7 +1,6 @@
 """What a run learns with: SupSup's masks, or one of the methods that the paper compares with.
 
-A learner knows how many tasks it has learned (`done`), learns some more at once (`learn`), gives
-rows of results (`evaluate`), and saves and restores itself in its run's folder.
+`Learner` is what the frame asks of them.
 """
 
 import contextlib
@@ -38,13 +37,18 @@ def objectives(num_labels: int) -> dict[str, Any]:
 
 
 class Learner:
-    """What all learners share: the run's settings, and evaluation without ids.
+    """What the frame asks of every learner, and what all of them share.
 
+    done: tasks learned.
     together: how many tasks it learns at once, at most.
     appends: whether saving costs what is new only, so that no task need be learned again.
+    net_to_infer, store: what `measure` asks for the task.
     """
 
     appends: ClassVar = False
+    done: int
+    net_to_infer: ss.Network
+    store: Any
 
     def __init__(self, config: Any, net: ss.Network, stream: Any, run: Run):
         self.config, self.net, self.stream, self.run = config, net, stream, run
@@ -55,6 +59,30 @@ class Learner:
     def configure(cls, config: Any, method: str) -> Any:
         """The config of a preset, made for SupSup, for this method."""
         return dataclasses.replace(config, method=method)
+
+    def learn(self, group: range) -> None:
+        """Learns these tasks, those behind `done`."""
+        raise NotImplementedError
+
+    def evaluate(self) -> list[Row]:
+        """The rows of a checkpoint."""
+        raise NotImplementedError
+
+    def last_accuracy(self) -> float:
+        """Of the task learned last, with its id."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Keeps what was learned in the run's folder."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Takes up what the run's folder keeps; a new one keeps nothing."""
+        raise NotImplementedError
+
+    def bytes(self) -> dict[str, float]:
+        """What is kept of a task, in bytes, by kinds."""
+        raise NotImplementedError
 
     def shown(self) -> dict[str, str]:
         """What the progress bar says of the task learned last."""
@@ -313,7 +341,7 @@ class Compared(Learner):
                 for i in tqdm(tasks, desc=f"  {self.done} tasks", leave=False)
             ]
             judge_every = tasks.step
-        sample = {"tasks_learned": self.done, "judge_every": judge_every}
+        sample: dict[str, Any] = {"tasks_learned": self.done, "judge_every": judge_every}
         rows = [Row(self.config.method, "gg", per_task, **sample)]
         protocol = self.config.protocols[0]
         for method, rule, name in INFERENCES if self.store is not None else ():

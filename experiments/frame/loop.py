@@ -24,8 +24,9 @@ DRAWN = ("synthetic", "tiny_imagenet")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What every script takes; each adds `preset`, a name of its presets."""
+    """What every script takes; `preset` is of each script's own."""
 
+    preset: str
     data_dir: Path | None = None
     """Folder in which tensorflow-datasets has prepared the dataset."""
     out: Path | None = None
@@ -58,12 +59,12 @@ class Experiment:
 
     name: str
     presets: Mapping[str, Any]
-    load: Callable[[Any, Args], Any]
+    load: Callable[[Any, Any], Any]
     stream: Callable[[Any, Any], Any]
     network: Callable[[Any, Any], Any]
-    options: Callable[[Any, Args], Any]
+    options: Callable[[Any, Any], Any]
     learner: Callable[..., Learner] = learners.make
-    conclude: Callable[[Run, Any, Learner], dict[str, Any]] = figures.of_run
+    conclude: Callable[[Run, Any, Any], dict[str, Any]] = figures.of_run
     show: Callable[[dict[str, Any]], None] = print_table
     kind: str | None = None  # what result.json calls the experiment, if not by its name
 
@@ -92,7 +93,7 @@ class Experiment:
 
 def first_tasks(config: Any, tasks: int) -> Any:
     """The config with so many tasks, the last of which is a checkpoint."""
-    changes = {"tasks": tasks}
+    changes: dict[str, Any] = {"tasks": tasks}
     if "checkpoints" in {field.name for field in dataclasses.fields(config)}:
         changes["checkpoints"] = (*(c for c in config.checkpoints if c < tasks), tasks)
     return dataclasses.replace(config, **changes)
@@ -140,7 +141,7 @@ def learn(run: Run, config: Any, learner: Learner) -> None:
                 learner.learn(group)
             with run.phase("evaluate"):
                 shown = learner.shown()
-            bar.set_postfix(task=group.stop - 1, **shown, refresh=False)
+            bar.set_postfix({"task": group.stop - 1, **shown}, refresh=False)
             bar.update(len(group))
             if group.stop in stops or learner.appends:
                 with run.phase("save"):
@@ -164,7 +165,9 @@ def finish(experiment: Experiment, run: Run, config: Any, learner: Learner) -> d
     """Writes everything a finished run has, the result last."""
     if not writes():
         hosts.meet("the result is written")
-        return run.result
+        result = run.result
+        assert result is not None, f"{run.out} is not the folder that process 0 writes to"
+        return result
     write_csv(run.out / "accuracy.csv", run.rows)
     own = experiment.conclude(run, config, learner)
     result = run.finish(
@@ -179,7 +182,9 @@ def finish(experiment: Experiment, run: Run, config: Any, learner: Learner) -> d
     return result
 
 
-def cli(experiment: Experiment, args_class: type[Args], argv: list[str], description: str) -> None:
+def cli(
+    experiment: Experiment, args_class: type[Args], argv: list[str], description: str | None
+) -> None:
     """A script's entry."""
     args = tyro.cli(args_class, args=argv, description=description)
     alone = contextlib.nullcontext()

@@ -69,7 +69,7 @@ def evaluated(
     images: int | None,
     measured: list,
     method: str,
-    **sample: int,
+    **sample: Any,
 ) -> list[Row]:
     """The rows of one `ss.evaluate`: GG when ids were given, else GNs and GNu.
 
@@ -134,7 +134,7 @@ def continual_metrics(rows: list[dict]) -> list[dict]:
     """
     found = []
     for key, of_series in series(rows).items():
-        measured = dict(zip(SERIES, key, strict=True))
+        measured: dict[str, Any] = dict(zip(SERIES, key, strict=True))
         measured["measured_after"] = [row["tasks_learned"] for row in of_series]
         measured["acc"] = of_series[-1]["accuracy"]
         if (accuracies := accuracy_rows(of_series)) is not None:

@@ -155,9 +155,9 @@ class Run:
             ],
         )
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds["compile"] += duration
+            self.seconds["compile"] += duration_secs
 
 
 def writes() -> bool:

@@ -13,7 +13,7 @@ from supsup_jax.data.records import ImageRecords
 from supsup_jax.data.sources import NORMALIZATION, prepared_folder, set_apart
 from supsup_jax.data.streams import Split, check_present, deal_classes, examples_of
 from supsup_jax.extras import needed
-from supsup_jax.types import Normalize, TaskData
+from supsup_jax.types import Integers, Normalize, TaskData
 
 # Batches that each process works at side by side; reading one waits for the disk.
 BATCHES_AT_ONCE = 2
@@ -51,8 +51,8 @@ class RecordStream:
         self,
         name: str,
         data_dir: str | os.PathLike | None,
-        classes_per_task: int | Sequence[int],
-        order: Sequence[int] | None = None,
+        classes_per_task: int | Integers,
+        order: Integers | None = None,
         relabel: bool = False,
         *,
         size: int = 224,

@@ -13,7 +13,7 @@ from supsup_jax import prng
 from supsup_jax.checks import check_int
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
-from supsup_jax.types import PyTree, TaskData
+from supsup_jax.types import Integers, PyTree, TaskData
 
 
 class Split(Sequence):
@@ -75,7 +75,7 @@ class ViewStream(Stream):
         """Task `task`'s gather index over the pixels, as TaskData takes it."""
         raise NotImplementedError(f"{type(self).__name__} must say what task {task} sees")
 
-    def together(self, tasks: Sequence[int]) -> TaskData:
+    def together(self, tasks: Integers) -> TaskData:
         """The training data of several tasks, as `train_tasks` takes it: one copy of the images."""
         views = jnp.stack([self.view(i) for i in tasks])
         return dataclasses.replace(self.dataset.train, view=views)
@@ -142,8 +142,8 @@ class SplitStream(Stream):
     def __init__(
         self,
         dataset: Dataset,
-        classes_per_task: int | Sequence[int],
-        order: Sequence[int] | None = None,
+        classes_per_task: int | Integers,
+        order: Integers | None = None,
         relabel: bool = False,
     ):
         self.classes = deal_classes(classes_per_task, dataset.num_labels, order)
@@ -152,7 +152,7 @@ class SplitStream(Stream):
         self._relabel = relabel
         super().__init__(dataset, len(self.classes))
 
-    def together(self, tasks: Sequence[int]) -> TaskData:
+    def together(self, tasks: Integers) -> TaskData:
         """The training data of several tasks, as `train_tasks` takes it: images [T, N, ...].
 
         Raises ValueError unless they hold equally many images.
@@ -174,7 +174,7 @@ class SplitStream(Stream):
 
 
 def deal_classes(
-    classes_per_task: int | Sequence[int], num_labels: int, order: Sequence[int] | None
+    classes_per_task: int | Integers, num_labels: int, order: Integers | None
 ) -> list[tuple[int, ...]]:
     """Each task's classes, as `SplitStream` says and refuses."""
     dealt = np.asarray(range(num_labels) if order is None else order)

@@ -29,7 +29,7 @@ from supsup_jax.inference.search import Rule
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import MaxLogit, Standardised, Superfluous, entropy, name_of, of_labels
 from supsup_jax.stores.base import TaskStore
-from supsup_jax.types import Objective, TaskData, TaskIdError, as_data
+from supsup_jax.types import Integers, Objective, TaskData, TaskIdError, as_data
 
 # Images that decide together in `diagnose`, and the share of `MaxLogit(normalised=)` that it tries.
 TOGETHER = 16
@@ -42,7 +42,7 @@ def measure_statistics(
     stream: Sequence[TaskData | Iterable],
     objective: Objective,
     *,
-    tasks: Sequence[int] | None = None,
+    tasks: Integers | None = None,
     batch_size: int = 128,
 ) -> TaskStore:
     """The store, with the mean and deviation of each task's own scores, for `Standardised`.

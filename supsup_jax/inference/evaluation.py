@@ -21,6 +21,7 @@ from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
 from supsup_jax.types import (
+    Integers,
     Objective,
     TaskBelief,
     TaskData,
@@ -138,8 +139,8 @@ def evaluate(
     rule: Rule | Callable | str | None = None,
     metric: Callable | None = None,
     batch_size: int = 128,
-    tasks: Sequence[int] | None = None,
-    ids: Sequence[int] | None = None,
+    tasks: Integers | None = None,
+    ids: Integers | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Row]:
     """A Row for each learned task i, on its test data `stream[i]`, a sequence of TaskData.

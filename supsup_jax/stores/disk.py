@@ -24,7 +24,7 @@ from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manif
 from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
-from supsup_jax.types import PyTree, StoreError, Task, TaskIdError
+from supsup_jax.types import Integers, PyTree, StoreError, Task, TaskIdError
 
 FORMAT = "supsup_jax.DiskStore"
 MODES = ("r", "a", "x")
@@ -107,7 +107,7 @@ class DiskStore:
         """
         return np.array(self._log.ids, int)
 
-    def places(self, ids: Sequence[int] | np.ndarray | int) -> np.ndarray:
+    def places(self, ids: Integers | int) -> np.ndarray:
         """int, shaped like `ids`: where `load` puts the tasks of these ids, as `predict` asks.
 
         The way back from `ids`; after a removal a task's place is no longer its id.
@@ -285,7 +285,7 @@ class DiskStore:
         check_names(name, None)
         return record._replace(metadata=record.metadata | {"name": name})
 
-    def copy(self, path: str | os.PathLike, without: Sequence[int] = ()) -> list[int]:
+    def copy(self, path: str | os.PathLike, without: Integers = ()) -> list[int]:
         """Writes a new store of the tasks but for those `without`; returns their ids, which stay.
 
         Raises FileExistsError where a store is, as `task` for damage among them, OSError.
@@ -334,7 +334,7 @@ class DiskStore:
         return self._read(i, self._form.words)
 
     def load(
-        self, tasks: slice | Sequence[int] | None = None, *, mesh: Mesh | None = None
+        self, tasks: slice | Integers | None = None, *, mesh: Mesh | None = None
     ) -> MaskStore | ShardedStore:
         """The tasks, those of a slice of `ids`, or of a list of ids, as a MaskStore of that many.
 
