@@ -60,6 +60,7 @@ class Config:
     eps: float = 1 / 8
     floor: int = 5
     beyond: str = "reuse"
+    deviations: float | None = None
     train: ss.TrainConfig = dataclasses.field(default_factory=ss.TrainConfig)
     judge_most: int | None = None  # tasks judged at a checkpoint, evenly spread; None for all
     save_every: int = 10  # tasks
@@ -72,7 +73,7 @@ class Config:
     stream: str = "permuted"
 
     def rule(self) -> ss.stream.StreamConfig:
-        names = ("window", "eps", "floor", "budget", "beyond", "train")
+        names = ("window", "eps", "floor", "budget", "beyond", "deviations", "train")
         return ss.stream.StreamConfig(**{name: getattr(self, name) for name in names})
 
 
@@ -104,6 +105,9 @@ class Args(loop.Args):
     preset: Literal[tuple(PRESETS)] = "digits"
     judge_most: int | None = None
     """Judge at most so many tasks at a checkpoint, evenly spread."""
+    deviations: float | None = None
+    """A mask knows a batch only where its score stands so many standard deviations above the
+    others; by default the paper's rule alone, which at thousands of tasks takes chance for it."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
 
@@ -111,7 +115,8 @@ class Args(loop.Args):
 def options(config: Config, args: Args) -> Config:
     """The preset as Args wants it; with --tiny 3 tasks of 60 batches each."""
     frame.check_positive(args, "judge_most")
-    fields = {name: getattr(args, name) for name in ("independent_seeds", "judge_most")}
+    names = ("independent_seeds", "judge_most", "deviations")
+    fields = {name: getattr(args, name) for name in names}
     config = dataclasses.replace(config, **fields)
     if not args.tiny:
         return config

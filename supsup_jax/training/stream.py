@@ -42,6 +42,8 @@ from supsup_jax.training.steps import (
 from supsup_jax.types import Objective, TaskData
 
 BEYOND = ("reuse", "skip")
+# Standard deviations of a normal in one median absolute deviation of it: 1 / Phi^-1(3/4).
+NORMAL = 1.4826
 # Room of a store without a budget, before it doubles.
 CAPACITY = 64
 
@@ -60,6 +62,9 @@ class StreamConfig:
     budget: int | None = None  # masks allocated at most; None for no end
     beyond: str = "reuse"  # once the budget is spent; or "skip", as the reference does
     objective: Objective = entropy
+    # New too where the best score leads the others by fewer standard deviations, see `lead`. None:
+    # the paper's rule alone.
+    deviations: float | None = None
     # Of each mask: its steps are the windows it is chosen for. `train.steps` is only read by a
     # schedule, and by `draw_windows` as the length of a task's stay in the stream.
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -73,6 +78,8 @@ class StreamConfig:
                 f"eps must lie in (0, floor - 1) = (0, {self.floor - 1}), for no nu exceeds 1 and "
                 f"every window would be new; got {self.eps!r}"
             )
+        if self.deviations is not None and not self.deviations > 0:
+            raise ValueError(f"deviations must be positive or None, got {self.deviations!r}")
         if self.beyond not in BEYOND:
             raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
         check_objective(self.objective)
@@ -115,6 +122,7 @@ class Decision(NamedTuple):
     allocated: whether that mask is new.
     max_nu, threshold: new where max_nu < threshold; max_nu is None at the first window, which
       asks no one.
+    lead: new too where it is below `deviations`, see there; None where max_nu is.
     loss: mean cross-entropy of the window's batches in nats, each before its step; None when it
       was skipped.
     """
@@ -124,6 +132,7 @@ class Decision(NamedTuple):
     max_nu: float | None
     threshold: float
     loss: float | None
+    lead: float | None = None
 
 
 def novelty(scores: jax.Array) -> jax.Array:
@@ -131,13 +140,33 @@ def novelty(scores: jax.Array) -> jax.Array:
     return jnp.max(jax.nn.softmax(scores, axis=-1), axis=-1)
 
 
-def is_new(scores: jax.Array, eps: jax.Array | float = 1 / 8) -> jax.Array:
+def lead(scores: jax.Array) -> jax.Array:
+    """How far the best of scores [..., K] stands above the others, [...] in standard deviations.
+
+    Above the median of the others, those above -inf, and by their median absolute deviation, so
+    that a second mask of the same task does not hide the first. Among T masks of other tasks the
+    highest leads by about sqrt(2 log T), for scores that are normal. inf beside one other, nan
+    beside none.
+    """
+    best = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
+    others = jnp.where((scores > -jnp.inf) & ~best, scores, jnp.nan)
+    median = jnp.nanmedian(others, axis=-1, keepdims=True)
+    deviation = NORMAL * jnp.nanmedian(jnp.abs(others - median), axis=-1)
+    return (jnp.max(scores, axis=-1) - median[..., 0]) / deviation
+
+
+def is_new(
+    scores: jax.Array, eps: jax.Array | float = 1 / 8, deviations: jax.Array | float | None = None
+) -> jax.Array:
     """Whether no mask stands out, bool [...] of scores [..., K]: max nu < (1 + eps) / T.
 
     T counts the masks asked, those with scores above -inf (`golden/novelty.npz`).
+    deviations: also where `lead` is below so many. The highest of T chance scores rises with T, and
+      at thousands passes 1 + eps.
     """
     num_masks = jnp.sum(scores > -jnp.inf, axis=-1)
-    return novelty(scores) < (1 + eps) / num_masks
+    new = novelty(scores) < (1 + eps) / num_masks
+    return new if deviations is None else new | (lead(scores) < deviations)
 
 
 def init_stream(key: jax.Array, net: Network, config: StreamConfig = StreamConfig()) -> StreamState:
@@ -213,10 +242,10 @@ def observe(
 
     The rule (paper section 3.4; the numbers are the reference's). The first window is mask 0.
     Later ones ask, with their first batch, max(T, floor) masks of equal coefficients: the T
-    allocated, and decoys with random scores while T < floor. If max nu is below the threshold
-    a new mask is allocated (slot T, the decoy there where there is one); else argmax nu
-    learns. A decoy that wins is allocated too, exchanged with slot T, so that allocated masks
-    are always the first. The reference instead trains such a decoy uncounted.
+    allocated, and decoys with random scores while T < floor. If max nu is below the threshold,
+    or `lead` below `deviations`, a new mask is allocated (slot T, the decoy there where there is
+    one); else argmax nu learns. A decoy that wins is allocated too, exchanged with slot T, so that
+    allocated masks are always the first. The reference instead trains such a decoy uncounted.
 
     Once T = budget, a window that wants a new mask is learned by the best allocated one
     ("reuse": under a budget of 1 one mask learns everything), or not at all ("skip"; the
@@ -233,12 +262,12 @@ def observe(
     _check_types(state.key, net, config)
     _check_window(state, net, data, index, config)
     allocated = state.allocated
-    slot, winner, max_nu = _choose(state, net, data, index, config)
+    slot, winner, max_nu, ahead = _choose(state, net, data, index, config)
     threshold = config.threshold(allocated)
     state = state._replace(windows=state.windows + 1)
     if slot is None or winner is None:
         skipped = state._replace(skipped=state.skipped + 1)
-        return skipped, Decision(-1, False, max_nu, threshold, None)
+        return skipped, Decision(-1, False, max_nu, threshold, None, ahead)
 
     store, slots = state.store, list(state.slots)
     if slot == len(slots):
@@ -261,7 +290,7 @@ def observe(
     )
     slots[slot] = after
     state = state._replace(store=store, slots=tuple(slots), allocated=max(allocated, slot + 1))
-    return state, Decision(slot, slot == allocated, max_nu, threshold, float(loss.mean()))
+    return state, Decision(slot, slot == allocated, max_nu, threshold, float(loss.mean()), ahead)
 
 
 def allocated_store(state: StreamState) -> MaskStore:
@@ -273,28 +302,30 @@ def allocated_store(state: StreamState) -> MaskStore:
 
 
 def _choose(state, net, data, index, config):
-    """(slot to train, slot whose scores it takes over, max nu); slot None to skip."""
+    """(slot to train, slot whose scores it takes over, max nu, lead); slot None to skip."""
     allocated = state.allocated
     if allocated == 0:
-        return 0, 0, None
-    asked = net, state.store, data, index, np.int32(allocated), config.eps
+        return 0, 0, None, None
+    deviations = -math.inf if config.deviations is None else config.deviations
+    asked = net, state.store, data, index, np.int32(allocated), config.eps, deviations
     found = jax.device_get(_ask(*asked, objective=config.objective))
-    best, best_allocated, max_nu, new = (each.item() for each in found)
+    best, best_allocated, max_nu, ahead, new = (each.item() for each in found)
     if not new and best < allocated:
-        return best, best, max_nu
+        return best, best, max_nu, ahead
     if allocated < (config.budget or math.inf):
-        return allocated, allocated if new else best, max_nu
+        return allocated, allocated if new else best, max_nu, ahead
     if config.beyond == "reuse":
-        return best_allocated, best_allocated, max_nu
-    return None, None, max_nu
+        return best_allocated, best_allocated, max_nu, ahead
+    return None, None, max_nu, ahead
 
 
 @functools.partial(jax.jit, static_argnames="objective")
-def _ask(net, store, data, index, allocated, eps, *, objective):
+def _ask(net, store, data, index, allocated, eps, deviations, *, objective):
     x, _ = data.batch(index[0])
     best, scores = one_shot(net, store, x, objective, per_example=False)
     own = jnp.where(jnp.arange(store.capacity) < allocated, scores, -jnp.inf)
-    return best, jnp.argmax(own), novelty(scores), is_new(scores, eps)
+    new = is_new(scores, eps, deviations)
+    return best, jnp.argmax(own), novelty(scores), lead(scores), new
 
 
 @functools.partial(jax.jit, static_argnames="config")

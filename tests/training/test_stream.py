@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import supsup_jax as ss
 from supsup_jax.training import stream as scenarios
@@ -19,6 +20,7 @@ from supsup_jax.training.stream import (
     draw_windows,
     fresh_slot,
     is_new,
+    lead,
     novelty,
     restore_stream,
 )
@@ -98,10 +100,44 @@ def test_new_is_what_no_mask_stands_out_from():
     np.testing.assert_allclose(novelty(jnp.asarray(scores[0])), 1 / 7, rtol=1e-6)
 
 
+def lead_by_hand(scores):
+    others = np.delete(scores, scores.argmax())
+    return (scores.max() - np.median(others)) / scipy.stats.median_abs_deviation(
+        others, scale="normal"
+    )
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 500])
+def test_lead_is_in_deviations_of_the_others(count):
+    scores = np.random.default_rng(count).normal(5, 0.3, (4, count)).astype(np.float32)
+    want = [lead_by_hand(row) for row in scores]
+    np.testing.assert_allclose(lead(jnp.asarray(scores)), want, rtol=1e-3)
+    padded = np.pad(scores, ((0, 0), (2, 3)), constant_values=-np.inf)
+    np.testing.assert_allclose(lead(jnp.asarray(padded)), want, rtol=1e-3)
+
+
+def test_the_highest_of_many_by_chance_does_not_stand_out():
+    """Scores of 2,000 masks, normal by a deviation of .04: the highest, at about sqrt(2 log 2000)
+    deviations, passes 1 + eps, as a mask does that knows the batch; by its lead it does not.
+    """
+    scores = np.random.default_rng(0).normal(0, 0.04, (20, 2000)).astype(np.float32)
+    highest = scores.max(-1) / 0.04
+    assert np.all((highest > 2.8) & (highest < 5.5))  # sqrt(2 log 2000) = 3.9
+    passes = scores.max(-1) > np.log(1.125 * np.mean(np.exp(scores), -1))
+    assert passes.any()
+    np.testing.assert_array_equal(is_new(jnp.asarray(scores)), ~passes)
+    assert is_new(jnp.asarray(scores), deviations=6.0).all()
+    scores[:, 7] = 10 * 0.04
+    scores[:10, 8] = 9 * 0.04  # as a second mask of the task
+    assert not is_new(jnp.asarray(scores), deviations=6.0).any()
+    # What the paper's rule calls new stays new.
+    assert is_new(jnp.zeros((1, 7)), deviations=6.0).all()
+
+
 # Tasks of noise: no mask stands out by an eighth, and one is always a little above the mean.
-@pytest.mark.parametrize("eps", [1 / 8, 1e-6])
-def test_decisions_equal_the_rule_by_hand(small_net, eps):
-    config = dataclasses.replace(CONFIG, eps=eps)
+@pytest.mark.parametrize(("eps", "deviations"), [(1 / 8, None), (1e-6, None), (1e-6, 4.0)])
+def test_decisions_equal_the_rule_by_hand(small_net, eps, deviations):
+    config = dataclasses.replace(CONFIG, eps=eps, deviations=deviations)
     states, decisions = stream_of(small_net, config, 9)
     outcomes = set()
     for i in range(1, 9):
@@ -111,7 +147,9 @@ def test_decisions_equal_the_rule_by_hand(small_net, eps):
         assert decision.max_nu == pytest.approx(nu.max(), rel=1e-4)
         assert decision.threshold == pytest.approx(threshold)
         best = int(nu.argmax())
-        if nu.max() < threshold:
+        ahead = lead_by_hand(np.log(nu))
+        assert decision.lead == pytest.approx(ahead, rel=0.02)
+        if nu.max() < threshold or (deviations and ahead < deviations):
             want, outcome = state.allocated, "new"
         elif best >= state.allocated:
             want, outcome = state.allocated, "decoy"
@@ -120,7 +158,10 @@ def test_decisions_equal_the_rule_by_hand(small_net, eps):
         outcomes.add(outcome)
         assert (decision.mask, decision.allocated) == (want, outcome != "known")
         assert states[i + 1].allocated == max(state.allocated, want + 1)
-    assert outcomes == {"new"} if eps == 1 / 8 else outcomes <= {"known", "decoy"}
+    if deviations:
+        assert outcomes > {"new"}
+    else:
+        assert outcomes == {"new"} if eps == 1 / 8 else outcomes <= {"known", "decoy"}
 
 
 def test_the_first_window_is_mask_0_unasked(seen):

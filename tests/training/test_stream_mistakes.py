@@ -21,6 +21,8 @@ def test_bad_configs():
         ({"eps": 0.0}, r"eps must lie in \(0, floor - 1\)"),
         ({"eps": float("nan")}, "eps must lie in"),
         ({"eps": 1.0, "floor": 2}, r"= \(0, 1\), for no nu exceeds 1 .* got 1.0"),
+        ({"deviations": 0.0}, "deviations must be positive or None, got 0.0"),
+        ({"deviations": float("nan")}, "deviations must be positive or None, got nan"),
         ({"beyond": "grow"}, r"beyond must be one of \('reuse', 'skip'\), got 'grow'"),
     ):
         with pytest.raises(ValueError, match=message):
