@@ -176,8 +176,8 @@ def learn(run: Run, config: Config, training: str, net, dataset, tasks) -> ss.Ma
     mean = ss.ScoreMean.create(net) if training.endswith("+transfer") else None
     key = prng.purpose_key(jax.random.key(config.seed), "tasks")
     with ss.DiskStore.open(run.out / training.replace("+", "-"), net, mode="a") as disk:
-        for i in range(len(disk)):
-            if mean is not None:
+        if mean is not None:
+            for i in range(len(disk)):
                 mean = mean.include(disk.scores(i))
         for i in tqdm(range(len(disk), len(tasks)), unit="task", desc=training):
             one = jax.random.fold_in(key, i)

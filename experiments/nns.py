@@ -43,7 +43,13 @@ from experiments.frame.run import Run, UsageError, replacing
 from supsup_jax import data, metrics, prng
 from supsup_jax.layout import named_leaves
 from supsup_jax.training.steps import TrainState
-from supsup_jax.training.stream import allocated_store, draw_windows, fresh_slot, restore_stream
+from supsup_jax.training.stream import (
+    FEW,
+    allocated_store,
+    draw_windows,
+    fresh_slot,
+    restore_stream,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +112,8 @@ class Args(loop.Args):
     judge_most: int | None = None
     """Judge at most so many tasks at a checkpoint, evenly spread."""
     deviations: float | None = None
-    """A mask knows a batch only where its score stands so many standard deviations above the
-    others; by default the paper's rule alone, which at thousands of tasks takes chance for it."""
+    """Among 50 masks or more, one knows a batch only where its score leads the others' by so many
+    standard deviations, such as 5; by default the paper's rule alone."""
     independent_seeds: bool = False
     """Permutations that no two seeds share; the paper's seeds share nearly all."""
 
@@ -310,11 +316,21 @@ def margins(config: Config, windows: dict[str, np.ndarray]) -> dict[str, float |
 
     new_highest: of max nu at the first window of a task, which should lie below `threshold`.
     known_lowest: at any other, which should not. None where there is no such window.
+    With `deviations` the same of the lead, where it was asked for.
     """
     height, first = heights(config, windows)
-    new, known = height[first], height[~first]
+    found = {"threshold": 1 + config.eps, **extremes(height, first)}
+    if config.deviations is not None:
+        asked = (1 + config.eps) / windows["threshold"] > FEW - 0.5
+        of_lead = extremes(np.where(asked, windows["lead"], np.nan), first)
+        found |= {f"lead_{name}": value for name, value in of_lead.items()}
+    return found
+
+
+def extremes(values: np.ndarray, first: np.ndarray) -> dict[str, float | None]:
+    """The highest of values at the first windows of tasks, the lowest at others."""
+    new, known = values[first], values[~first]
     return {
-        "threshold": 1 + config.eps,
         "new_highest": float(np.nanmax(new)) if np.isfinite(new).any() else None,
         "known_lowest": float(np.nanmin(known)) if np.isfinite(known).any() else None,
     }
@@ -362,6 +378,11 @@ def print_result(result: dict) -> None:
         f"\nmax nu, in units of 1 / max(T, floor): at most {novelty['new_highest']} where a task "
         f"begins, at least {novelty['known_lowest']} elsewhere; new below {novelty['threshold']}"
     )
+    if (deviations := result["config"]["deviations"]) is not None:
+        print(
+            f"lead, among {FEW} masks or more: at most {novelty['lead_new_highest']} where a task "
+            f"begins, at least {novelty['lead_known_lowest']} elsewhere; new below {deviations:g}"
+        )
 
 
 def _save_slot(path: Path, slot: TrainState) -> None:

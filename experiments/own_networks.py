@@ -19,7 +19,7 @@ weights, .760 for all weights, which take 32 times the bytes.
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 import re
 from collections import Counter
@@ -135,7 +135,9 @@ class ConvNet(nnx.Module):
 
 def words(package: str) -> dict[str, list[str]]:
     """The tokens of each source file of an installed package."""
-    folder = Path(importlib.import_module(package).__path__[0])
+    found = importlib.util.find_spec(package)
+    assert found is not None, package
+    (folder, *_) = map(Path, found.submodule_search_locations or ())
     names = {name for pair in PACKAGES for name in pair} | {"np", "jnp", "plt"}
     texts = {}
     for path in sorted(folder.rglob("*.py")):

@@ -92,11 +92,7 @@ class Found(NamedTuple):
     merged: int
 
 
-def window_counts(
-    tasks: Integers,
-    masks: Integers,
-    num_tasks: int | None = None,
-) -> np.ndarray:
+def window_counts(tasks: Integers, masks: Integers, num_tasks: int | None = None) -> np.ndarray:
     """[true task, mask] counts of windows, given task and mask of each; -1: learned by no mask.
 
     num_tasks: rows, where the last tasks may have no window.

@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 PyTree = Any
-Integers = Sequence[int] | np.ndarray  # of tasks, of labels
+Integers = Sequence[int] | np.ndarray  # ids, labels, counts
 Objective = Callable[[jax.Array], jax.Array]  # logits [..., C] -> [...], lower is more certain
 
 

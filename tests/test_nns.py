@@ -120,6 +120,30 @@ def test_the_presets_follow_the_reference_rule():
     assert tuple(known) == config.checkpoints
 
 
+def test_deviations_go_from_the_command_line_into_the_rule(tmp_path, capsys):
+    assert nns.EXPERIMENT.config(Args(deviations=5.0)).rule().deviations == 5
+    assert nns.EXPERIMENT.config(Args()).rule().deviations is None
+    argv = ["--tiny", "--deviations", "-1", "--out", str(tmp_path / "run")]
+    assert "deviations must be positive" in error_of(nns, argv, capsys)
+
+
+def test_margins_are_of_max_nu_and_with_deviations_of_the_lead():
+    config = nns.EXPERIMENT.config(Args(deviations=5.0))
+    masks, lead = np.array([5, 5, 60, 60, 61, 61]), np.array([np.nan, 3, 4, 9, 2, 8])
+    windows = {"task": np.repeat(range(3), 2), "threshold": 1.125 / masks, "lead": lead}
+    windows["max_nu"] = np.array([np.nan, 1.5, 1.0, 1.2, 1.1, 1.3]) / masks
+    found = nns.margins(config, windows)
+    assert found.pop("new_highest") == pytest.approx(1.1)
+    assert found.pop("known_lowest") == pytest.approx(1.2)
+    # Of 5 masks the lead was not asked for.
+    assert found == {"threshold": 1.125, "lead_new_highest": 4, "lead_known_lowest": 8}
+    assert set(nns.margins(nns.EXPERIMENT.config(Args()), windows)) == {
+        "threshold",
+        "new_highest",
+        "known_lowest",
+    }
+
+
 def test_digits_are_enlarged():
     config = nns.EXPERIMENT.config(Args(tiny=True))
     images = np.asarray(nns.load(config, Args()).test.inputs)

@@ -50,6 +50,11 @@ def test_dtypes_are_promoted_nowhere_unasked(net, x, tmp_path):
             unequal = unequal.append(random_masks(net, 1)[0], num_labels=count)
         ss.one_shot(net, unequal, x, ss.Superfluous(3))
         ss.train_task(jax.random.key(0), net, stream[0], CONFIG)
+        config = ss.stream.StreamConfig(window=2, train=CONFIG, deviations=5.0)
+        state = ss.stream.init_stream(jax.random.key(0), net, config)
+        for i in range(2):
+            windows = ss.stream.draw_windows(jax.random.key(i), 20, config)
+            state, _ = ss.stream.observe(state, net, stream[i], windows[0], config)
         ss.shard(store, jax.make_mesh((4,), ("task",))).append(random_masks(net, 1)[0])
         with pytest.raises(Exception, match="strict"):
             jnp.ones(2) + jnp.arange(2)

@@ -62,10 +62,11 @@ def joined(args: Args) -> Iterator[None]:
         yield
     except BaseException as error:
         # At once: by a plain exit it would wait for minutes for the others, who wait for it.
-        code = error.code if isinstance(error, SystemExit) else None
-        if not isinstance(code, int):
+        code = 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            code = error.code or 0
+        else:
             traceback.print_exc()
-            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

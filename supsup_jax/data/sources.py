@@ -21,7 +21,7 @@ import numpy as np
 from supsup_jax.checks import check_int
 from supsup_jax.data.keys import check_keys, find_keys, library
 from supsup_jax.extras import needed
-from supsup_jax.types import Normalize, TaskData
+from supsup_jax.types import Integers, Normalize, TaskData
 
 # Mean and standard deviation of the pixels in [0, 1], as the reference normalises them, and as
 # measured on tiny_imagenet32's training split; of other datasets they are measured when read.
@@ -275,7 +275,7 @@ def _decode(folder, split, keys):
     return {"images": images[..., 0] if images.shape[-1] == 1 else images, "labels": labels}
 
 
-def as_labels(folder: Path, split: str, found: Sequence[int] | np.ndarray) -> np.ndarray:
+def as_labels(folder: Path, split: str, found: Integers) -> np.ndarray:
     """int32 [N]. Raises ValueError for numbers that are no classes, such as -1 for unknown."""
     labels = np.asarray(found)
     if labels.size and not 0 <= labels.min() <= labels.max() <= np.iinfo(np.int32).max:

@@ -44,6 +44,9 @@ from supsup_jax.types import Objective, TaskData
 BEYOND = ("reuse", "skip")
 # Standard deviations of a normal in one median absolute deviation of it: 1 / Phi^-1(3/4).
 NORMAL = 1.4826
+# Masks of which the deviation is known well enough. Among fewer chance does not pass eps, and of
+# masks that lead by 8 deviations one of twenty seems to lead by less than 5 (drawn, 5 to 10 masks).
+FEW = 50
 # Room of a store without a budget, before it doubles.
 CAPACITY = 64
 
@@ -62,12 +65,12 @@ class StreamConfig:
     budget: int | None = None  # masks allocated at most; None for no end
     beyond: str = "reuse"  # once the budget is spent; or "skip", as the reference does
     objective: Objective = entropy
-    # New too where the best score leads the others by fewer standard deviations, see `lead`. None:
-    # the paper's rule alone.
-    deviations: float | None = None
     # Of each mask: its steps are the windows it is chosen for. `train.steps` is only read by a
     # schedule, and by `draw_windows` as the length of a task's stay in the stream.
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    # For streams of thousands of tasks, where by eps alone some are merged: among FEW masks or more
+    # the best score must also lead the others by so many standard deviations, such as 5 (`is_new`).
+    deviations: float | None = None
 
     def __post_init__(self):
         for name, least in (("window", 1), ("floor", 2), ("budget", 1)):
@@ -78,7 +81,7 @@ class StreamConfig:
                 f"eps must lie in (0, floor - 1) = (0, {self.floor - 1}), for no nu exceeds 1 and "
                 f"every window would be new; got {self.eps!r}"
             )
-        if self.deviations is not None and not self.deviations > 0:
+        if self.deviations is not None and not 0 < self.deviations < math.inf:
             raise ValueError(f"deviations must be positive or None, got {self.deviations!r}")
         if self.beyond not in BEYOND:
             raise ValueError(f"beyond must be one of {BEYOND}, got {self.beyond!r}")
@@ -122,9 +125,9 @@ class Decision(NamedTuple):
     allocated: whether that mask is new.
     max_nu, threshold: new where max_nu < threshold; max_nu is None at the first window, which
       asks no one.
-    lead: new too where it is below `deviations`, see there; None where max_nu is.
     loss: mean cross-entropy of the window's batches in nats, each before its step; None when it
       was skipped.
+    lead: of the best score over the others (`lead`); None where max_nu is.
     """
 
     mask: int
@@ -132,7 +135,7 @@ class Decision(NamedTuple):
     max_nu: float | None
     threshold: float
     loss: float | None
-    lead: float | None = None
+    lead: float | None = None  # in runs saved before it was told
 
 
 def novelty(scores: jax.Array) -> jax.Array:
@@ -143,16 +146,25 @@ def novelty(scores: jax.Array) -> jax.Array:
 def lead(scores: jax.Array) -> jax.Array:
     """How far the best of scores [..., K] stands above the others, [...] in standard deviations.
 
-    Above the median of the others, those above -inf, and by their median absolute deviation, so
-    that a second mask of the same task does not hide the first. Among T masks of other tasks the
-    highest leads by about sqrt(2 log T), for scores that are normal. inf beside one other, nan
-    beside none.
+    Counted from the median of the others, those above -inf, in their median absolute deviation, so
+    that a second mask of the same task does not hide the first. Among T masks of other tasks, of
+    normal scores, the highest leads by sqrt(2 log T) at most about. 0 where all are equal; inf, or
+    near it, where most of the others are, as one other is; nan for a mask alone.
     """
     best = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=bool)
-    others = jnp.where((scores > -jnp.inf) & ~best, scores, jnp.nan)
-    median = jnp.nanmedian(others, axis=-1, keepdims=True)
-    deviation = NORMAL * jnp.nanmedian(jnp.abs(others - median), axis=-1)
-    return (jnp.max(scores, axis=-1) - median[..., 0]) / deviation
+    others = (scores > -jnp.inf) & ~best
+    median = _median(scores, others)
+    deviation = NORMAL * _median(jnp.abs(scores - median), others)
+    ahead = jnp.max(scores, axis=-1, keepdims=True) - median
+    return jnp.squeeze(ahead / jnp.maximum(deviation, jnp.finfo(ahead.dtype).tiny), -1)
+
+
+def _median(values, where):
+    """Of those of values [..., K] that count, [..., 1]; without the NaNs of jnp.nanmedian."""
+    rising = jnp.sort(jnp.where(where, values, jnp.inf), axis=-1)
+    count = jnp.sum(where, axis=-1, keepdims=True)
+    low, high = (jnp.take_along_axis(rising, i, -1) for i in ((count - 1) // 2, count // 2))
+    return (low + high) / 2
 
 
 def is_new(
@@ -161,12 +173,15 @@ def is_new(
     """Whether no mask stands out, bool [...] of scores [..., K]: max nu < (1 + eps) / T.
 
     T counts the masks asked, those with scores above -inf (`golden/novelty.npz`).
-    deviations: also where `lead` is below so many. The highest of T chance scores rises with T, and
-      at thousands passes 1 + eps.
+    deviations: among FEW masks or more also where `lead` is below so many. The highest of T chance
+      scores rises with T and with the spread of all, and at thousands passes 1 + eps.
     """
     num_masks = jnp.sum(scores > -jnp.inf, axis=-1)
-    new = novelty(scores) < (1 + eps) / num_masks
-    return new if deviations is None else new | (lead(scores) < deviations)
+    highest = novelty(scores)
+    new = highest < (1 + eps) / num_masks.astype(highest.dtype)
+    if deviations is None:
+        return new
+    return new | ((num_masks >= FEW) & (lead(scores) < deviations))
 
 
 def init_stream(key: jax.Array, net: Network, config: StreamConfig = StreamConfig()) -> StreamState:
@@ -243,9 +258,10 @@ def observe(
     The rule (paper section 3.4; the numbers are the reference's). The first window is mask 0.
     Later ones ask, with their first batch, max(T, floor) masks of equal coefficients: the T
     allocated, and decoys with random scores while T < floor. If max nu is below the threshold,
-    or `lead` below `deviations`, a new mask is allocated (slot T, the decoy there where there is
-    one); else argmax nu learns. A decoy that wins is allocated too, exchanged with slot T, so that
-    allocated masks are always the first. The reference instead trains such a decoy uncounted.
+    or by `deviations` the lead too short, a new mask is allocated (slot T, the decoy there where
+    there is one); else argmax nu learns. A decoy that wins is allocated too, exchanged with slot T,
+    so that allocated masks are always the first. The reference instead trains such a decoy
+    uncounted.
 
     Once T = budget, a window that wants a new mask is learned by the best allocated one
     ("reuse": under a budget of 1 one mask learns everything), or not at all ("skip"; the
@@ -306,8 +322,7 @@ def _choose(state, net, data, index, config):
     allocated = state.allocated
     if allocated == 0:
         return 0, 0, None, None
-    deviations = -math.inf if config.deviations is None else config.deviations
-    asked = net, state.store, data, index, np.int32(allocated), config.eps, deviations
+    asked = net, state.store, data, index, np.int32(allocated), config.eps, config.deviations
     found = jax.device_get(_ask(*asked, objective=config.objective))
     best, best_allocated, max_nu, ahead, new = (each.item() for each in found)
     if not new and best < allocated:

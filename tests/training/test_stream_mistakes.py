@@ -22,6 +22,7 @@ def test_bad_configs():
         ({"eps": float("nan")}, "eps must lie in"),
         ({"eps": 1.0, "floor": 2}, r"= \(0, 1\), for no nu exceeds 1 .* got 1.0"),
         ({"deviations": 0.0}, "deviations must be positive or None, got 0.0"),
+        ({"deviations": float("inf")}, "deviations must be positive or None, got inf"),
         ({"deviations": float("nan")}, "deviations must be positive or None, got nan"),
         ({"beyond": "grow"}, r"beyond must be one of \('reuse', 'skip'\), got 'grow'"),
     ):
