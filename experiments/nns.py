@@ -378,7 +378,7 @@ def print_result(result: dict) -> None:
         f"\nmax nu, in units of 1 / max(T, floor): at most {novelty['new_highest']} where a task "
         f"begins, at least {novelty['known_lowest']} elsewhere; new below {novelty['threshold']}"
     )
-    if (deviations := result["config"]["deviations"]) is not None:
+    if (deviations := result["config"].get("deviations")) is not None:
         print(
             f"lead, among {FEW} masks or more: at most {novelty['lead_new_highest']} where a task "
             f"begins, at least {novelty['lead_known_lowest']} elsewhere; new below {deviations:g}"
