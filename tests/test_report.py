@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.frame import figures, series
+from experiments.frame import figures, plots, series
 from experiments.frame.run import SCHEMA
 from tests.conftest import ROOT
 
@@ -283,6 +283,20 @@ def test_what_was_measured_once_is_kept_as_data():
     assert len(pages) == len({path.stem for path in folder.glob("*figure_*.md")}) > 6
     for page in pages:
         assert (folder / f"{page.name}.md").read_text() == report.written(page)
+
+
+def test_the_legend_says_which_curves_lie_below_the_picture(tmp_path, monkeypatch):
+    said = []
+
+    def keep(fig, path):
+        said.extend(text.get_text() for text in fig.legends[0].get_texts())
+
+    monkeypatch.setattr(plots, "_save", keep)
+    row = {"objective": None, "method": "psp", "scenario": "gg"}
+    heights = {"above": (0.95, 0.94), "falls": (0.95, 0.5), "one": (0.5, 0.4)}
+    curves = [plots.curve(name, dict(enumerate(each)), row) for name, each in heights.items()]
+    plots.accuracy_against_tasks(tmp_path / "it.png", "", curves, bottom=0.9)
+    assert said == ["above", "falls", "one (below)"]
 
 
 def test_a_tiny_report_is_of_a_run_made_first(tmp_path, monkeypatch):

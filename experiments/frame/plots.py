@@ -115,11 +115,14 @@ def accuracy_against_tasks(
 ) -> None:
     """curves: as `curve` makes them, points {tasks: accuracy}.
 
-    bottom: where the accuracy axis starts, below which curves leave the picture.
+    bottom: where the accuracy axis starts, below which curves leave the picture; the legend says
+      which lie there whole.
     """
     with _axes(path, title, "tasks learned", "accuracy, mean over tasks") as ax:
         for each in curves:
-            _plot(ax, each, markersize=4, linewidth=1.5)
+            below = bottom is not None and max(each["points"].values()) < bottom
+            label = each["label"] + (" (below)" if below else "")
+            _plot(ax, each | {"label": label}, markersize=4, linewidth=1.5)
         low, high = ax.get_ylim()
         room = max(0, MIN_SPAN - (high - low))
         ax.set_ylim(low - 0.75 * room, high + 0.25 * room)
