@@ -75,7 +75,7 @@ class Args:
     seed: int = 0
     out: Path = Path("runs/benchmark_inference")
     tiny: bool = False
-    """K = 5, 2 rounds, a task of 20 steps: to see that it runs."""
+    """K = 5, 2 rounds, a task of 20 steps, 16 images for 128: to see that it runs."""
 
 
 def digits_task(num_pixels: int, seed: int) -> tuple[ss.TaskData, ss.TaskData]:
@@ -117,7 +117,7 @@ def measure(args: Args, num_tasks: int) -> dict:
     rounds = args.rounds
     net, learned, test = learned_masks(args)
     store = bench.random_store(net, num_tasks, learned)
-    x, _ = test.batch(jnp.arange(128))
+    x, _ = test.batch(jnp.arange(16 if args.tiny else 128))
 
     @jax.jit
     def gradient(net, store, x):
@@ -141,7 +141,7 @@ def measure(args: Args, num_tasks: int) -> dict:
         "shared/cert": lambda: decide(x, per_example=False, implementation="certified"),
         "shared/error": lambda: decide(x, per_example=False, error=ERROR),
         "1": lambda: decide(x[:1]),
-        "predict": lambda: ss.predict(net, store, x, jnp.arange(128) % num_tasks),
+        "predict": lambda: ss.predict(net, store, x, jnp.arange(len(x)) % num_tasks),
     }
     several = {
         "8": lambda: decide(x[:8]),
