@@ -45,7 +45,7 @@ class Args:
     error: float = 1e-6
     out: Path = Path("runs/compare_races")
     tiny: bool = False
-    """3 tasks of digits learned in 50 steps each, 300 in all, 512 decisions."""
+    """3 tasks of digits learned in 50 steps each, 100 in all, 256 decisions."""
 
 
 def learned_masks(args: Args) -> tuple[ss.Network, ss.MaskStore, data.ViewStream]:
@@ -99,7 +99,7 @@ def compare(net, store, stream, num_learned, objective, images, calls, error, rn
 
 
 def main(args: Args) -> dict:
-    tasks, decisions = (300, 512) if args.tiny else (args.tasks, args.decisions)
+    tasks, decisions = (100, 128) if args.tiny else (args.tasks, args.decisions)
     with usage_errors():
         if tasks < 1 or decisions < 1 or args.images < 1:
             raise UsageError("--tasks, --decisions and --images must be at least 1")
