@@ -47,8 +47,7 @@ class _Call:
         return next((mode for mode in _MODES if mode in self.names), None)
 
     def __call__(self, function: Any, x: PyTree, train: bool, **named: Any) -> Any:
-        if self.mode:
-            named[self.mode] = _MODES[self.mode](train)
+        named |= {name: told(train) for name, told in _MODES.items() if name in self.names}
         if not isinstance(x, Mapping):
             return function(x, **named)
         if set(x) <= set(self.names):
@@ -109,7 +108,7 @@ class NnxStateful:
         graphdef = self.train_graphdef if train else self.eval_graphdef
         module = nnx.merge(graphdef, params, prng.wrap_keys(state))
         logits = _logits(self.call(module, x, train, **named))
-        _, _, state = nnx.split(module, nnx.Param, ...)
+        _, _, _, state = nnx.split(module, nnx.Param, nnx.Intermediate, ...)
         return logits, {**prng.unwrap_keys(nnx.to_pure_dict(state)), **moved}
 
 
@@ -166,6 +165,7 @@ def split_nnx(module: Any) -> tuple[Any, PyTree, PyTree, dict[str, roles.Role]]:
         )
     # Setting the mode writes to the module, and this one is the caller's.
     module = nnx.clone(module)
+    nnx.pop(module, nnx.Intermediate)  # what it has sown is of inputs, and no state
     call, found = _Call.of(module), _nnx_roles(module)
     _set_mode(module, False)
     eval_graphdef, params, state = nnx.split(module, nnx.Param, ...)

@@ -13,8 +13,8 @@
     supsup predict STORE --input x.npy      the task and the label of each row
     supsup --version
 
-TASK is a number, or the name of a task. Exit code 0; 1 where `verify` or `repair` finds a task lost
-or `find` finds none; 2 for wrong arguments or an unusable store.
+TASK is a number, or the name of a task. Exit code 0; 1 where `verify` finds anything, `repair` a
+loss or `find` no task; 2 for wrong arguments or an unusable store.
 """
 
 import contextlib

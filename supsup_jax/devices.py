@@ -241,7 +241,9 @@ def has_vector_popcount() -> bool:
 
 def device_bytes() -> int:
     """Of the default device; where that is the CPU, or does not say, of the machine."""
-    stats = jax.local_devices()[0].memory_stats()
+    chosen = jax.config.jax_default_device  # a device, the name of a platform, or None
+    device = chosen if hasattr(chosen, "memory_stats") else jax.local_devices(backend=chosen)[0]
+    stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     try:

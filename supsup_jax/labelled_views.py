@@ -117,12 +117,12 @@ class LabelledViews:
         are this network's. In train mode a batch counts as its V views.
         """
         averaged = copy.copy(net)
-        averaged.apply = _Averaged(net.apply, self, net.state is not None)
+        averaged.apply = Averaged(net.apply, self, net.state is not None)
         return averaged
 
 
 @dataclasses.dataclass(frozen=True)
-class _Averaged:
+class Averaged:
     """An apply of all views; equal by value as its parts are."""
 
     apply: Callable

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from supsup_jax.checks import check_int
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
@@ -35,9 +37,15 @@ class CrossEntropy:
             object.__setattr__(self, "weights", tuple(map(float, self.weights)))
             if not all(0 <= weight < math.inf for weight in self.weights):
                 raise ValueError(f"weights must be finite and not negative, got {self.weights}")
+        if self.labels is not None:
+            check_int("labels", self.labels, 1)
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = logits.astype(jnp.float32)
+        logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+        if self.labels is not None and self.labels > logits.shape[-1]:
+            raise ValueError(
+                f"the loss is of {self.labels} labels, the network has {logits.shape[-1]} outputs"
+            )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if self.smoothing:
             classes = logits[:, : self.labels]

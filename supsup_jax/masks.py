@@ -92,7 +92,7 @@ def draw_scores(key: jax.Array, layout: Layout) -> PyTree:
     drawn = []
     for key, (_, shape), fan_in in zip(keys, layout.named_shapes, layout.fan_ins, strict=True):
         bound = 1 / math.sqrt(fan_in or 1)
-        drawn.append(jax.random.uniform(key, shape, minval=-bound, maxval=bound))
+        drawn.append(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
     return layout.tree(drawn)
 
 

@@ -56,20 +56,29 @@ def backward_transfer(R: np.ndarray) -> float:
 
 
 def forward_transfer(R: np.ndarray, untrained: np.ndarray) -> float:
-    """FWT: mean over tasks j >= 1 of R[j - 1, j] - untrained[j].
+    """FWT: mean over tasks j >= 1 of R[j - 1, j] - untrained[j]; 0 where there is one task only.
 
     untrained [T]: accuracy on each task before anything was learned.
     """
     R = _checked(R)
     if np.shape(untrained) != (len(R),):
         raise ValueError(f"untrained must be [{len(R)}], got shape {np.shape(untrained)}")
-    return float(np.mean([R[j - 1, j] - untrained[j] for j in range(1, len(R))]))
+    gains = [R[j - 1, j] - untrained[j] for j in range(1, len(R))]
+    return float(np.mean(gains)) if gains else 0.0
 
 
 def confusion(inferred: list[np.ndarray]) -> np.ndarray:
-    """[T, T] counts: row i, column j is how many decisions on task i named task j."""
-    num_tasks = len(inferred)
-    return np.stack([np.bincount(ids, minlength=num_tasks)[:num_tasks] for ids in inferred])
+    """[T, T] counts: row i, column j is how many decisions on task i named task j.
+
+    More columns where tasks are named of which none was asked. Raises ValueError for decisions that
+    name none, -1, as those that were refused.
+    """
+    most = max((int(np.max(ids, initial=-1)) for ids in inferred), default=-1)
+    if any(np.min(ids, initial=0) < 0 for ids in inferred):
+        raise ValueError(
+            "inferred must name tasks, got -1: count decisions that were refused apart"
+        )
+    return np.stack([np.bincount(ids, minlength=max(most + 1, len(inferred))) for ids in inferred])
 
 
 def task_accuracy(confusion: np.ndarray) -> float:

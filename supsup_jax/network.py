@@ -29,8 +29,8 @@ class Network:
 
     apply: stateless `apply(params, x) -> logits`; stateful, when state is given,
       `apply(params, state, x, train) -> (logits, state)`. x is [B, ...], an array or a pytree of
-      arrays; logits [B, C]. Static,
-      so it must hash by value where networks are made anew for one compiled program.
+      arrays; logits [B, C]. Static, so it must hash by value where networks are made anew for one
+      compiled program.
     params: pytree of the weights.
     masked: `masked(name, leaf) -> bool` with names like "layer0/kernel"; by default the kernels and
       embeddings, as `roles` tells them: never a bias of any rank, a norm's scale or offset, a
@@ -281,7 +281,7 @@ def _fan_in(rule, found, name, leaf):
 
 def _kernel(rule, found, name, leaf):
     fan_in = rule(name, leaf) if rule else None
-    if fan_in is not None:
+    if fan_in is not None and leaf.size % fan_in == 0:
         return fan_in, leaf.size // fan_in
     return found[name].kernel or leaf.shape
 

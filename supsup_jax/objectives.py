@@ -5,12 +5,13 @@ function never retraces. Values are float32, in nats where they are logarithms.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from supsup_jax.checks import check_int
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -43,7 +44,7 @@ class Superfluous:
     num_labels: int
 
     def __post_init__(self):
-        _check_num_labels(self.num_labels)
+        object.__setattr__(self, "num_labels", _checked_count(self.num_labels))
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         if logits.shape[-1] <= self.num_labels:
@@ -96,7 +97,7 @@ class OfLabels:
     num_labels: int
 
     def __post_init__(self):
-        _check_num_labels(self.num_labels)
+        object.__setattr__(self, "num_labels", _checked_count(self.num_labels))
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         return self.objective(_labels_of(self, logits))
@@ -120,11 +121,10 @@ class MaxLogit:
     normalised: float = 0.0
 
     def __post_init__(self):
-        _check_num_labels(self.num_labels)
+        object.__setattr__(self, "num_labels", _checked_count(self.num_labels))
         if not 0 <= self.normalised <= 1:
             raise ValueError(f"normalised must lie in [0, 1], got {self.normalised!r}")
         # Equals have one name: 1 is 1.0, and NumPy's numbers are numbers.
-        object.__setattr__(self, "num_labels", operator.index(self.num_labels))
         object.__setattr__(self, "normalised", float(self.normalised))
 
     def __call__(self, logits: jax.Array) -> jax.Array:
@@ -195,9 +195,10 @@ def of_labels(
     return OfLabels(objective, num_labels) if objective in own else objective
 
 
-def _check_num_labels(num_labels):
-    if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+def _checked_count(num_labels):
+    """As an int, of NumPy's, too: equals have one name."""
+    check_int("num_labels", num_labels, 1)
+    return int(num_labels)
 
 
 def _labels_of(objective, logits):

@@ -122,6 +122,11 @@ class Normalize:
     std: float | tuple[float, ...]
     scale: float | None = None
 
+    def __post_init__(self):
+        for name in ("mean", "std"):  # of a list or array, which does not hash
+            if not isinstance(value := getattr(self, name), float | int | tuple):
+                object.__setattr__(self, name, _numbers(value))
+
     def __call__(self, images: jax.Array) -> jax.Array:
         def broad(numbers):  # to the rank of the images, which NumPy would do unasked
             numbers = jnp.asarray(numbers, jnp.float32)
@@ -180,6 +185,8 @@ class TaskData:
         dtype = getattr(self.view, "dtype", None)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"view must hold integers, got dtype {dtype}")
+        if dtype is not None and dtype.itemsize < 4:  # JAX counts what is indexed by such, too
+            object.__setattr__(self, "view", self.view.astype(jnp.int32))
         if not isinstance(self.transform, Hashable):
             raise TypeError(f"transform must hash by value, got {self.transform!r}")
 
@@ -199,7 +206,7 @@ class TaskData:
                 "inputs must be [N, ...] and labels [N] or [N, ...], got "
                 f"{shapes_of(self.inputs)} and {jnp.shape(self.labels)}"
             )
-        if self.transform is None and any(leaf.dtype == jnp.uint8 for leaf in inputs):
+        if self.transform is None and any(leaf.dtype in (jnp.uint8, jnp.int8) for leaf in inputs):
             raise TypeError(
                 "bytes want a transform, and transform=None passes them as they are: cast tokens "
                 "to int32, or leave the default, which scales pixels to [0, 1]"
@@ -214,6 +221,8 @@ class TaskData:
             )
         if not isinstance(self.view, Tracer):
             num_pixels = math.prod(self.inputs.shape[1:])
+            if not num_pixels * self.view.size:
+                raise ValueError(f"view must be of pixels, got shape {self.view.shape}")
             low, high = _host_range(self.view)
             if low < -1 or high >= num_pixels:
                 raise ValueError(
@@ -300,10 +309,19 @@ def shapes_of(tree: PyTree) -> PyTree:
 def kinds_of(tree: PyTree) -> str:
     """dtype and [B, ...] of each array in a tree of batches, for messages."""
 
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(tree)):
+        return f"of {type(tree).__name__}, no array"
+
     def kind(leaf):
         return f"{leaf.dtype} [{', '.join(map(str, ('B', *leaf.shape[1:])))}]"
 
     return kind(tree) if hasattr(tree, "dtype") else str(jax.tree.map(kind, tree)).replace("'", "")
+
+
+def _numbers(value):
+    """A number, or a tuple of numbers, of what NumPy takes for such."""
+    array = np.asarray(value, float)
+    return tuple(array.tolist()) if array.ndim else float(array)
 
 
 def _holds_arrays(field):

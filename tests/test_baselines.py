@@ -207,6 +207,9 @@ def test_mistakes_are_named(small_net, norm_net, data):
     empty = baselines.FactorStore.create(small_net, 2)
     full, (own, _), _ = factor_problem(small_net, count=2, capacity=2)
     one = np.ones((1, 6), np.float32)
+    biased = ss.Network(relu_apply, dict(small_net.params) | {"bias": np.ones(5)})
+    weighted = dataclasses.replace(SGD, loss=ss.losses.CrossEntropy(weights=(1, 1)))
+    flat = baselines.Factors(own["kernel0"].t[:1], own["kernel0"].s)
 
     def learn(baseline, data=data, config=SGD):
         key = jax.random.key(0)
@@ -218,6 +221,9 @@ def test_mistakes_are_named(small_net, norm_net, data):
         (TypeError, "net must be a Network, got dict", baselines.upper_bound, {}),
         (ValueError, "a kernel beside the head", baselines.separate_heads, relu_net((6, 5))),
         (ValueError, "form a chain", baselines.psp, loose),
+        (ValueError, r"kernels alone, got \['bias'\]", baselines.psp, biased),
+        (ValueError, "weights of 2 classes, got a label of 4", learn, batche, data, weighted),
+        (ValueError, "own must be factors of shapes", empty.append, own | {"kernel0": flat}),
         (TypeError, "data must be a TaskData", learn, batche, None),
         (ValueError, r"labels must lie in \[0, 5\)", learn, batche, beyond),
         (ValueError, "nothing is trained", learn, idle),

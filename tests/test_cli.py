@@ -186,6 +186,32 @@ def test_names_and_labels_are_checked_where_they_are_given(path, net):
             disk.replace(0, mask, name="new")
 
 
+def test_a_name_of_digits_is_no_number(path, net, tmp_path, capsys):
+    with ss.DiskStore.open(path, net, mode="a") as disk:
+        for name in ("1", "77", "a[1]"):
+            disk.append(random_masks(net, 1)[0], name=name)
+    told = fails(capsys, "remove", path, "77", "1")  # neither goes
+    assert "1 is a task's number and the name of task 3: write 01" in told
+    cli.main(["remove", str(path), "77", "01"])
+    assert capsys.readouterr().out == "removed task 4\nremoved task 1\n"
+    cli.main(["remove", str(path), "1"])
+    assert capsys.readouterr().out == "removed task 3\n"
+    cli.main(["find", str(path), "a[1]"])
+    assert capsys.readouterr().out == "     5  a[1]\n"
+    damage(path, 200)
+    cli.main(["find", str(path), "task ?"])
+    assert capsys.readouterr().out.splitlines()[0] == "     0  task 0  (damaged)"
+
+
+def test_repair_says_by_its_exit_code_what_it_set_aside(path, capsys):
+    damage(path, 40)
+    with open(path / "index.bin", "r+b") as file:
+        file.truncate(0)
+    assert "with whole records among them" in fails(capsys, "repair", path, code=1)
+    with ss.DiskStore.open(path) as disk:
+        assert (disk.ids.tolist(), len(disk)) == ([], 3)
+
+
 def test_version(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out.startswith(f"supsup_jax {ss.__version__}, jax ")
@@ -289,6 +315,13 @@ def test_predict_reads_images(path, tmp_path, capsys):
         str(tmp_path / "images" / f"{i}.png") for i in range(4)
     ]
     assert got == want
+    Image.fromarray(257 * pixels[0].astype(np.uint16)).save(tmp_path / "16.png")
+    (sixteen,) = answers(capsys, *ask, tmp_path / "16.png")
+    assert sixteen | {"file": None} == want[0] | {"file": None}
+    told = fails(capsys, *ask, tmp_path / "images" / "0.png", tmp_path / "16.png")
+    assert "(2, 3) uint8" in told and "(2, 3) float32" in told
+    Image.fromarray(np.zeros((2, 3), np.int32)).save(tmp_path / "32.tif")
+    assert "has pixels of 32 bits" in fails(capsys, *ask, tmp_path / "32.tif")
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "large.png")
     told = fails(capsys, *ask, tmp_path / "images" / "0.png", tmp_path / "large.png")
     assert "images must be of one size" in told
@@ -321,11 +354,24 @@ def test_bad_input(path, tmp_path, capsys):
     np.save(tmp_path / "whole.npy", np.ones((3, 6), np.int64))
     for name in ("flat", "text", "objects", "whole"):
         assert "--input" in fails(capsys, "predict", path, "--input", tmp_path / f"{name}.npy")
+    np.savez(tmp_path / "x.npz", x=np.ones((3, 6), np.float32))
+    data = (tmp_path / "x.npz").read_bytes()
+    for damaged in (data[: len(data) // 2], data.replace(b"\x80?", b"\x80@", 1)):
+        (tmp_path / "x.npz").write_bytes(damaged)
+        told = fails(capsys, "predict", path, "--input", tmp_path / "x.npz")
+        assert "is no file of NumPy arrays" in told
+    for option, value in (("--std", 0), ("--std", "nan"), ("--mean", "inf")):
+        told = fails(capsys, "predict", path, "--input", tmp_path / "x.npz", option, value)
+        assert "--mean must be finite and --std positive" in told
+    for command in (["compact"], ["remove", "0"]):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        told = fails(capsys, command[0], tmp_path / "folder", *command[1:])
+        assert "is no store: the folder lacks manifest.json" in told
 
 
 def test_remove_and_compact(path, tmp_path, capsys):
     cli.main(["remove", str(path), "0", "2"])
-    assert capsys.readouterr().out == "removed task 0\nremoved task 2\n"
+    assert capsys.readouterr().out == "removed task 2\nremoved task 0\n"
     (path / "aside-7.bin").write_bytes(b"")
     assert "task 0 was removed" in fails(capsys, "remove", path, 0)
     assert "name the tasks to remove" in fails(capsys, "remove", path)

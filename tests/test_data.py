@@ -100,6 +100,9 @@ def test_a_stream_shares_its_images_and_permutes_them(digits):
         stream.train[3]
     with pytest.raises(ValueError, match="num_tasks must be an int of at least 1, got 0"):
         data.PermutedStream(digits, 0)
+    colours = dataclasses.replace(digits.train, transform=ss.Normalize((0.5,) * 3, 0.5))
+    with pytest.raises(ValueError, match="permuted pixels have no channels"):
+        data.PermutedStream(digits._replace(train=colours), 2)
 
 
 def test_a_split_stream_deals_every_image_to_the_task_of_its_class(digits):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import arrays, base
+from supsup_jax.stores import arrays, base, system
 from supsup_jax.stores.coded import CODECS
-from supsup_jax.stores.journal import read_manifest
+from supsup_jax.stores.journal import TaskLog, read_manifest
 from supsup_jax.stores.records import signed_manifest
 from tests.conftest import filled_store, random_masks, relu_net
 from tests.test_saved import tasks_with_statistics
@@ -138,6 +138,100 @@ def test_a_reader_beside_the_writer(small_net, path):
         chex.assert_trees_all_equal(reader.task(1).mask, second)
         with pytest.raises(ss.StoreError, match="another writer"):
             ss.DiskStore.open(path, small_net, mode="a")
+
+
+def test_parts_name_their_own_tasks_whatever_is_written(small_net, path):
+    masks = random_masks(small_net, 6)
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.extend(filled_store(small_net, masks, capacity=6))
+        disk.remove(0)
+        want = disk.ids[np.asarray(ss.one_shot(small_net, disk.load(), x).task)]
+    with ss.DiskStore.open(path, small_net) as disk:
+        parts = disk.parts(2)
+        first = ss.one_shot_streamed(small_net, parts, x)
+        with ss.DiskStore.open(path, small_net, mode="a") as writer:
+            writer.append(masks[0])
+            writer.compact()
+        again = ss.one_shot_streamed(small_net, parts, x)
+        for belief in (first, again):
+            np.testing.assert_array_equal(parts.ids[belief.task], want)
+        with ss.DiskStore.open(path, small_net, mode="a") as writer:
+            writer.remove(1)
+            writer.compact()
+        with pytest.raises(ss.TaskIdError, match="task 1 was removed"):
+            ss.one_shot_streamed(small_net, parts, x)
+
+
+def test_all_tasks_of_a_store_are_added_or_none(small_net, path, monkeypatch):
+    store = filled_store(small_net, random_masks(small_net, 3), capacity=3)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.append(store.task(0), name="x")
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        with pytest.raises(ValueError, match=r"task 0 of .* is called 'x'"):
+            disk.extend(store, names=["a", "b", "x"])
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+            patch.setattr(system, "flush", raiser(OSError("the disk is gone")))
+            disk.extend(store, names=["a", "b", "c"])
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+        assert disk.extend(store, names=["a", "b", "c"]) == range(1, 4)
+
+
+def raiser(error):
+    def raising(*_):
+        raise error
+
+    return raising
+
+
+def test_a_copy_that_fails_leaves_nothing(small_net, path, tmp_path):
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.extend(filled_store(small_net, random_masks(small_net, 3), capacity=3))
+        place = disk._log.entry(2).offset + 50
+    data = bytearray((path / "tasks.bin").read_bytes())
+    data[place] ^= 1
+    (path / "tasks.bin").write_bytes(data)
+    with ss.DiskStore.open(path, small_net) as disk:
+        with pytest.raises(ss.StoreError, match="task 2"):
+            disk.copy(tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+        assert disk.copy(tmp_path / "copy", without=[2]) == [0, 1]
+
+
+def test_a_damaged_base_is_named_with_what_is_lost_by_it(small_net, path):
+    masks = random_masks(small_net, 2)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        disk.append(masks[0], name="base")
+        disk.append(masks[1], codec="xor-delta", base=0)
+    whole = {name: (path / name).read_bytes() for name in ("tasks.bin", "index.bin")}
+    for name, place in (("tasks.bin", 40), ("index.bin", 9)):
+        damaged = bytearray(whole[name])
+        damaged[place] ^= 1
+        (path / name).write_bytes(damaged)
+        with ss.DiskStore.open(path, small_net, mode="a") as disk:
+            with pytest.raises(ss.StoreError, match=r"task 0\W.*damaged"):
+                disk.words(1)
+            with pytest.raises(ss.StoreError, match="task 1 is coded against task 0 and cannot be"):
+                disk.remove(0)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        for i in (1, 0):
+            disk.remove(i)
+        assert (disk.ids.tolist(), disk.names()) == ([], {})
+
+
+def test_two_that_create_one_store(small_net, path, monkeypatch):
+    """The second finds a folder of another's, and appends to it."""
+    create = TaskLog.create
+
+    def late(*arguments):
+        create(*arguments).close()
+        return create(*arguments)
+
+    monkeypatch.setattr(TaskLog, "create", late)
+    with ss.DiskStore.open(path, small_net, mode="a") as disk:
+        assert disk.append(random_masks(small_net, 1)[0]) == 0
+    with pytest.raises(FileExistsError, match="holds a store"):
+        ss.DiskStore.open(path, small_net, mode="x")
 
 
 def test_without_a_network(small_net, path):

@@ -8,8 +8,7 @@ from tests.conftest import ROOT
 
 # From the ground up: a module imports from its own floor or a lower one, never from a higher one.
 FLOORS = (
-    ("types", "version", "extras", "prng", "objectives", "losses", "metrics", "loops"),
-    ("checks",),
+    ("types", "checks", "version", "extras", "prng", "objectives", "losses", "metrics", "loops"),
     ("layout", "devices"),
     ("roles",),
     ("masks", "network", "adapters", "labelled_views"),

@@ -1,5 +1,6 @@
 """Views that are classes of their own: in training by hand, in prediction by plain NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -159,6 +160,19 @@ def test_batches_and_many_tasks_learn_with_views():
     np.testing.assert_allclose(batched.loss, whole.loss, rtol=1e-5)
     several = ss.train_tasks(key[None], net, data, config)
     np.testing.assert_allclose(several.loss[0], whole.loss, rtol=1e-5)
+
+
+def test_labels_are_told_by_averaged_views_alone():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        num_labels: int = 1
+
+        def __call__(self, params, x):
+            return x @ params["w"]
+
+    net = ss.Network(Own(), {"w": np.ones((16, 8))})
+    assert evaluation.labels_told(net) is None
+    assert evaluation.labels_told(LabelledViews(2).averaged(net)) == 2
 
 
 def test_what_does_not_fit_is_refused():

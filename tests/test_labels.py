@@ -25,7 +25,7 @@ def problem():
     return net, masks, store, x
 
 
-def by_hand(net, masks, x):
+def by_hand(net, masks, x, counts=COUNTS):
     """Scores [B, T]: -d log G / da, less its mean over the tasks, G of each task's own labels."""
     mix = {name: np.mean([m[name] for m in masks], axis=0, dtype=np.float32) for name in masks[0]}
 
@@ -44,8 +44,8 @@ def by_hand(net, masks, x):
 
     rows = []
     for row in x:
-        each = {count: np.array(slopes(row, count)) for count in set(COUNTS)}
-        rows.append([each[c][i] - each[c].mean() for i, c in enumerate(COUNTS)])
+        each = {count: np.array(slopes(row, count)) for count in set(counts)}
+        rows.append([each[c][i] - each[c].mean() for i, c in enumerate(counts)])
     return np.array(rows)
 
 
@@ -63,6 +63,29 @@ def test_one_shot_by_each_tasks_own_labels(problem, form, monkeypatch):
     want = by_hand(net, masks, x)
     np.testing.assert_allclose(found.scores[:, :5], want, rtol=1e-3, atol=1e-4)
     assert (found.scores[:, 5:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("capacity", [8, 1024])
+def test_a_search_compares_its_survivors_alone(problem, capacity):
+    """Round by round as one_shot among them would, however large the store is."""
+    net, masks, _, x = problem
+    store, clear = ss.MaskStore.create(net, capacity), 0
+    for mask, count in zip(masks, COUNTS, strict=True):
+        store = store.append(mask, donate=True, num_labels=count)
+    found = ss.binary_search(net, store, x[:8], ss.Superfluous(5))
+    for row, got in zip(x[:8], np.asarray(found.scores), strict=True):
+        alive, survived, least = np.arange(5), np.zeros(5), np.inf
+        while len(alive) > 1:
+            counts = [COUNTS[i] for i in alive]
+            (scores,) = by_hand(net, [masks[i] for i in alive], row[None], counts)
+            order, kept = np.argsort(-scores, kind="stable"), (len(alive) - 1) // 2 + 1
+            least = min(least, scores[order[kept - 1]] - scores[order[kept]])
+            alive = alive[np.sort(order[:kept])]
+            survived[alive] += 1
+        if least > 1e-3:  # else rounding decides
+            np.testing.assert_array_equal(got[:5], survived)
+            clear += 1
+    assert clear > 4
 
 
 def test_rules_and_evaluate_judge_by_each_tasks_own_labels(problem):

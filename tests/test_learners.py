@@ -14,7 +14,7 @@ from experiments import permuted, rotated
 from experiments.frame import learners, plots, rows
 from supsup_jax import data
 from tests.conftest import ConvNet
-from tests.runs import MATRICES, EveryRun, interrupt, main
+from tests.runs import MATRICES, EveryRun, assert_same_files, interrupt, main
 
 pytestmark = pytest.mark.scripts
 
@@ -37,6 +37,30 @@ def test_an_interrupted_baseline_resumes_to_the_same_result(tmp_path, monkeypatc
     got = main(permuted, tmp_path / "cut", method=method, resume=True)
     assert len(calls) == 4  # the two tasks saved were not learned again
     assert got["rows"] == want["rows"]
+
+
+def test_a_run_whose_save_was_interrupted_resumes(tmp_path, monkeypatch):
+    """The mean of scores is kept before the tasks, of which only the first is in time."""
+    want = main(permuted, tmp_path / "whole", method="supsup_transfer")
+    with monkeypatch.context() as patch:
+        interrupt(patch, ss.DiskStore, "append", 2)
+        with pytest.raises(KeyboardInterrupt):
+            main(permuted, tmp_path / "cut", method="supsup_transfer")
+    with ss.DiskStore.open(tmp_path / "cut" / "tasks") as disk:
+        assert len(disk) == 1
+    got = main(permuted, tmp_path / "cut", method="supsup_transfer", resume=True)
+    assert got["rows"] == want["rows"]
+    assert_same_files(tmp_path / "cut" / "tasks", tmp_path / "whole" / "tasks", "tasks.bin")
+
+
+def test_a_default_folder_names_what_is_not_the_presets():
+    def name(**given):
+        return str(permuted.EXPERIMENT.folder(permuted.Args(preset="mnist-10", **given)))
+
+    assert name(data_dir="data", num_processes=2) == "runs/permuted/mnist-10-seed0"
+    assert name(tasks=5, judge_most=3, independent_seeds=True, outputs=25) == (
+        "runs/permuted/mnist-10-s25-seed0-tasks5-judge_most3-independent_seeds"
+    )
 
 
 @pytest.mark.parametrize("method", ["lower_bound", "abatche"])

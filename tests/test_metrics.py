@@ -32,12 +32,17 @@ def test_forward_transfer():
 def test_one_task_forgets_nothing():
     assert metrics.forgetting(np.array([[0.5]])) == 0.0
     assert metrics.backward_transfer(np.array([[0.5]])) == 0.0
+    assert metrics.forward_transfer(np.array([[0.5]]), [0.1]) == 0.0
 
 
 def test_confusion_and_task_accuracy():
     counts = metrics.confusion([np.array([0, 0, 1]), np.array([1]), np.array([0, 2])])
     np.testing.assert_array_equal(counts, [[2, 1, 0], [0, 1, 0], [1, 0, 1]])
     assert metrics.task_accuracy(counts) == pytest.approx(4 / 6)
+    counts = metrics.confusion([np.array([0, 5, 6]), np.array([1, 7])])  # of eight, two were asked
+    assert counts.shape == (2, 8) and metrics.task_accuracy(counts) == pytest.approx(2 / 5)
+    with pytest.raises(ValueError, match="got -1: count decisions that were refused apart"):
+        metrics.confusion([np.array([0, -1])])
 
 
 # Windows of tasks 0..3: task 0 split over masks 0 and 1, mask 1 shared with task 1, task 2 lost.

@@ -215,8 +215,19 @@ def test_without_moments_the_error_says_how_to_get_them(problem):
     constant = [ss.TaskData(np.zeros((4, 6), np.float32), np.zeros(4, int))] * 5
     with pytest.raises(ValueError, match="scores of task 0 must differ"):
         ss.measure_statistics(net, store, constant, RAW)
-    with pytest.raises(ValueError, match="<lambda> is not its alone"):
-        ss.measure_statistics(net, store, stream, lambda logits: logits[..., 0])
+
+    def own(logits):
+        return logits[..., 0]
+
+    for nameless in (lambda logits: logits[..., 0], own):
+        with pytest.raises(ValueError, match=r"<(lambda|locals>.own)>? is not its alone"):
+            ss.measure_statistics(net, store, stream, nameless)
+    with pytest.raises(ValueError, match=r"stream\[0\] holds no batch"):
+        ss.measure_statistics(net, store, [[]] * 5, RAW)
+    for of in (ss.Superfluous, ss.MaxLogit, lambda count: OfLabels(energy, count)):
+        assert name_of(of(np.int64(3))) == name_of(of(3))
+        with pytest.raises(TypeError, match=r"num_labels must be an int of at least 1, got 2\.0"):
+            of(2.0)
     with pytest.raises(IndexError, match="tasks must lie"):
         ss.measure_statistics(net, store, stream, RAW, tasks=[5])
     with pytest.raises(ValueError, match="needs 9 outputs, got 7"):

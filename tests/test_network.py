@@ -222,7 +222,64 @@ def test_a_linen_module_with_a_mode_but_no_state_runs_in_eval_mode():
     np.testing.assert_allclose(forward(net, ones_mask(net), x), want, rtol=1e-6, atol=1e-6)
 
 
+def test_every_argument_that_tells_the_mode_is_told():
+    class Both(nnx.Module):
+        def __init__(self, *, rngs):
+            self.layer = nnx.Linear(4, 5, rngs=rngs)
+            self.norm, self.drop = nnx.BatchNorm(5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x, train=False, deterministic=False):
+            x = self.norm(self.layer(x), use_running_average=not train)
+            return self.drop(x, deterministic=deterministic)
+
+    class LinenBoth(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False, deterministic=False):
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+            return nn.Dropout(0.5)(x, deterministic=deterministic)
+
+    x = normal(16, 4)
+    module = Both(rngs=nnx.Rngs(0))
+    told = {"train": False, "deterministic": True}
+    variables = LinenBoth().init(jax.random.key(0), x, **told)
+    for net, want in (
+        (ss.Network.from_nnx(module), module(x, **told)),
+        (ss.Network.from_linen(LinenBoth(), variables), LinenBoth().apply(variables, x, **told)),
+    ):
+        got = net(ones_mask(net), x, net.state)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_what_a_module_sows_is_no_state():
+    class Sowing(nnx.Module):
+        def __init__(self, *, rngs):
+            self.layer, self.norm = nnx.Linear(6, 5, rngs=rngs), nnx.BatchNorm(5, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.norm(self.layer(x))
+            self.sow(nnx.Intermediate, "seen", x)
+            return x
+
+    module = Sowing(rngs=nnx.Rngs(0))
+    x = normal(8, 6)
+    module(x)  # the caller's has sown already
+    net = ss.Network.from_nnx(module)
+    assert list(net.state) == ["norm"]
+    _, state = net.train_logits(ones_mask(net), net.state, x)
+    assert jax.tree.structure(state) == jax.tree.structure(net.state)
+    assert net(ones_mask(net), x).shape == (8, 5)
+
+
+def test_a_fan_in_that_does_not_divide_the_leaf_is_a_scale_alone():
+    net = ss.Network(relu_apply, {"kernel0": np.ones((6, 5))}, fan_in=lambda name, leaf: 7)
+    assert ss.kept_counts(net.layout, ss.ErdosRenyi(1)) == {"kernel0": 11}
+    assert net.layout.fan_ins == (7,)
+
+
 def test_bad_input(small_net):
+    with pytest.raises(ValueError, match="fails on inputs of list, no array"):
+        small_net(ones_mask(small_net), [[1.0] * 6])
     x = jnp.ones((2, 6))
     good = ones_mask(small_net)
     with pytest.raises(ValueError, match="lacks the masked leaf 'kernel1'"):

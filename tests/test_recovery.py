@@ -255,7 +255,8 @@ def test_bad_input(net, store):
         (ValueError, r"got shape \(0, 4, 6\)", (net, store, x[:0])),
         (ValueError, r"shape, got \[\(3, 6\), \(4, 6\)\]: fill", (net, store, [x[0], x[0, :3]])),
         (ValueError, "at least one batch, got none", (net, store, [])),
-        (TypeError, "x must be an array or an iterable of batches, got 3", (net, store, 3)),
+        (TypeError, "x must be an array or an iterable of batches.* got int", (net, store, 3)),
+        (TypeError, "x must be an array or an iterable.* got dict", (net, store, {"u": 3})),
     ):
         with pytest.raises(error, match=message):
             ss.hopfield.recover(*arguments)

@@ -11,8 +11,8 @@ import shutil
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import journal
 from supsup_jax.stores.journal import TaskLog
+from supsup_jax.stores.repair import repair
 from tests.stress.accidents import Disk, PowerCut, half_written, watching
 from tests.stress.operations import FIRST, held_after, operate_all, pieces, read
 from tests.test_task_log import MANIFEST, change, cut
@@ -252,7 +252,7 @@ def test_damage_among_what_was_erased_is_named_and_mended(log):
         assert held(reader) == held_after(DONE)
         (problem,) = reader.verify()
         assert problem.file == "tasks.bin" and not problem.loses
-        done = journal.repair(log.path)
+        done = repair(log.path)
         assert bool(done) == mends == (reader.verify() == [])
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as writer:
         writer.compact()  # which drops what is no record
@@ -279,6 +279,48 @@ def test_damaged_tasks_can_be_removed_and_stop_a_compaction(log):
     assert left(log.path, 4) == []
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_no_task_is_lost_behind_a_damaged_one_that_was_removed(tmp_path, known):
+    """Nor by a compaction that is cut short, at each call of the system, or by a lost index.
+
+    known: whether the index still says where the damaged one is.
+    """
+    for point in range(100):
+        path = tmp_path / f"{point}"
+        with contextlib.closing(TaskLog.create(path, {})) as log:
+            for i in range(4):
+                log.append({}, [bytes([i]) * 100])
+            place = log.entry(1).offset
+        change(path / "tasks.bin", place + 5, b"\xff")
+        if not known:
+            change(path / "index.bin", 64 + 9, b"!")
+        done = False
+
+        def before(number, name, real, arguments, point=point):
+            if number >= point:
+                raise PowerCut
+            return real(*arguments)
+
+        with (
+            contextlib.suppress(PowerCut),
+            contextlib.closing(TaskLog.open(path, writes=True)) as log,
+            watching(before),
+        ):
+            log.remove(1)
+            if known:
+                (path / "index.bin").unlink()  # it follows from the records, here too
+                assert TaskLog.open(path).ids == [0, 2, 3]
+            log.compact()
+            done = True
+        with contextlib.closing(TaskLog.open(path, writes=True)) as log:
+            assert [bytes(log.read(i).body)[:1] for i in (0, 2, 3)] == [b"\0", b"\2", b"\3"]
+            assert log.ids in ([[0, 2, 3]] if done else [[0, 2, 3], [0, 1, 2, 3]])
+            assert not list(path.glob("*.partial"))
+        if done:
+            return
+    raise AssertionError("no end")
+
+
 def test_a_replaced_record_that_was_cut_off_is_missed(log):
     task = log.ids[0]
     log.replace(task, {}, [b"other"])
@@ -290,7 +332,7 @@ def test_a_replaced_record_that_was_cut_off_is_missed(log):
     with pytest.raises(ss.StoreError, match="cut short; restore"):
         TaskLog.open(log.path, writes=True)
     given_up = f"gave up task {task}: its record was cut off, and no other gets its number"
-    assert given_up in journal.repair(log.path)
+    assert given_up in repair(log.path)
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
         others = [i for i in range(len(again)) if i != task]
         assert [read(again, i) for i in others] == [held_after(DONE)[i] for i in others]
@@ -307,8 +349,8 @@ def test_a_repair_that_is_killed_gives_no_number_away(log, step, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TaskLog, step, killed)
-        journal.repair(log.path)
-    journal.repair(log.path)
+        repair(log.path)
+    repair(log.path)
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
         assert last not in again.ids and again.verify() == []
         assert again.append({}, [b"another"]) == last + 1

@@ -60,6 +60,13 @@ def test_inside_shard_map(problem):
         np.testing.assert_allclose(result, np.concatenate(want), rtol=RTOL, atol=ATOL)
 
 
+def test_an_id_of_64_bits_is_not_taken_for_another(problem):
+    net, store, x = problem
+    for ids in (2**32, np.full(20, 2**32 + 3), -(2**32)):
+        with pytest.raises(ss.TaskIdError, match=r"task must lie in \[0, 5\)"):
+            ss.predict(net, store, x, ids)
+
+
 def test_under_64_bit_types(problem):
     net, store, x = problem
     ids = np.arange(20) % 5
@@ -78,6 +85,11 @@ def test_under_64_bit_types(problem):
         got = ss.predict(net, again, x, ids)
         np.testing.assert_allclose(got, logits, rtol=RTOL, atol=ATOL)
         assert again.mixture(jnp.ones(5) / 5)["kernel0"].dtype == jnp.float32
+        for options in ({"implementation": "certified"}, {"error": 1e-4}):
+            np.testing.assert_array_equal(ss.one_shot(net, again, x[:3], **options).task, few.task)
+        stream = [ss.TaskData(x, np.arange(20) % 5)] * 5
+        rows = ss.evaluate(net, again, stream, "paper")
+        assert [row.decisions for row in rows] == [1] * 5
 
 
 def test_one_compilation_serves_any_number_of_tasks_within_capacity(problem):

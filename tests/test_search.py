@@ -55,6 +55,29 @@ def test_descent_stays_on_the_simplex_and_lowers_the_objective(problem):
     assert entropies[1] < entropies[0]
 
 
+def test_a_step_of_adam_is_one_of_the_gradient_along_the_simplex(problem):
+    """Its first step has one size for all: up for what lies above the mean, down for the rest."""
+    net, store, x = problem
+    found = ss.descend(net, store, x, optimizer=optax.adam(0.01), steps=1).scores[:, :5]
+    slopes = np.asarray(ss.one_shot(net, store, x).scores, np.float64)[:, :5]
+    slopes -= slopes.mean(1, keepdims=True)
+    clear = np.abs(slopes).min(1) > 1e-4
+    moves = 0.01 * np.sign(slopes)
+    want = 0.2 + moves - moves.mean(1, keepdims=True)
+    assert clear.sum() > 10
+    np.testing.assert_allclose(found[clear], want[clear], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e7, 1e12])
+def test_a_step_of_any_length_ends_on_the_simplex(problem, rate):
+    net, store, x = problem
+    alphas = ss.descend(net, store, x, optimizer=optax.sgd(rate), steps=1).scores[:, :5]
+    np.testing.assert_allclose(np.sum(alphas, axis=1), 1, rtol=1e-5)
+    assert np.min(alphas) >= 0
+    best = np.asarray(ss.one_shot(net, store, x).task)
+    np.testing.assert_array_equal(np.argmax(alphas, axis=1), best)
+
+
 # Binary search
 
 # Inside jit, since a base larger than T is refused outside.

@@ -1,5 +1,6 @@
 """The folder of records: what it holds, refuses and mends. Kills and cuts: `test_stress_store`."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,9 +10,11 @@ import struct
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import journal, records
+from supsup_jax.stores import journal, records, system
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.stores.records import sha256
+from supsup_jax.stores.repair import repair
+from tests.stress.accidents import PowerCut, watching
 
 MANIFEST = {"format": "test", "answer": 42}
 BODIES = [b"first", b"", bytes(range(256)) * 300]
@@ -109,7 +112,7 @@ def test_an_unfinished_record_is_passed_over_and_dropped(path, torn):
     )
     assert not problem.loses
     if torn % 2:  # repaired by a writer, or by name
-        (done,) = journal.repair(path)
+        (done,) = repair(path)
         assert done.startswith(f"dropped {left} bytes behind task 2")
     assert bodies(path, writes=True) == BODIES
     assert TaskLog.open(path).verify() == []
@@ -174,10 +177,99 @@ def test_whole_records_behind_a_damaged_one_are_never_dropped(path):
     with pytest.raises(ss.StoreError, match=r"whole record.* behind a damaged one"):
         TaskLog.open(path, writes=True)
     assert (path / "tasks.bin").read_bytes() == data
-    (done,) = journal.repair(path)
+    (done,) = repair(path)
     assert done.startswith(f"set aside in aside-{offset}.bin: ")
     assert (path / f"aside-{offset}.bin").read_bytes() == data[offset:]
-    assert bodies(path, writes=True) == BODIES[:1]
+    log = TaskLog.open(path, writes=True)
+    assert (log.ids, log.read(0).body, log.verify()) == ([0], BODIES[0], [])
+    assert log.append({}, [b"new"]) == 3  # no number is given twice
+
+
+def test_a_repair_that_was_cut_short_is_repeated(tmp_path):
+    """At each call of the system: what was behind the damage is aside, no number given twice."""
+    for point in range(100):
+        path = tmp_path / f"{point}"
+        with_records(path, BODIES)
+        offset = TaskLog.open(path)._entries[1].offset
+        change(path / "tasks.bin", offset + 40, b"\xff")
+        cut(path / "index.bin", 64)
+        behind = (path / "tasks.bin").read_bytes()[offset:]
+        done = False
+
+        def before(number, name, real, arguments, point=point):
+            if number >= point:
+                raise PowerCut
+            return real(*arguments)
+
+        with contextlib.suppress(PowerCut), watching(before):
+            repair(path)
+            done = True
+        repair(path)
+        assert (path / f"aside-{offset}.bin").read_bytes() == behind
+        log = TaskLog.open(path, writes=True)
+        # Between the two removals task 1, which is damaged, is still said to be, and task 2, no
+        # longer behind damage, may be there again.
+        assert all("task 1" in str(problem) for problem in log.verify())
+        assert all(log.read(i).body == BODIES[i] for i in log.ids if i != 1) and 0 in log.ids
+        assert log.append({}, [b"new"]) == 3
+        log.close()
+        if done:
+            return
+    raise AssertionError("no end")
+
+
+def test_what_is_set_aside_has_a_file_of_its_own(path):
+    offset = TaskLog.open(path)._entries[1].offset
+    (path / f"aside-{offset}.bin").write_bytes(b"of a former repair")
+    change(path / "tasks.bin", offset + 40, b"\xff")
+    cut(path / "index.bin", 64)
+    assert repair(path)[0].startswith(f"set aside in aside-{offset}-1.bin: ")
+    assert (path / f"aside-{offset}.bin").read_bytes() == b"of a former repair"
+
+
+def test_appends_together_are_all_there_or_none(path):
+    log = TaskLog.open(path, writes=True)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error), log.together():
+            log.append({}, [b"one"], durable=False)
+            raise error
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    with log.together():
+        assert [log.append({}, [b"more"], durable=False) for _ in range(2)] == [3, 4]
+    assert len(TaskLog.open(path)) == 5
+
+
+def test_a_new_folder_of_records_is_whole_or_not_there(path, tmp_path):
+    def found():
+        yield {}, [b"first"]
+        raise ss.StoreError("damaged")
+
+    for new in (tmp_path / "new", tmp_path / "empty"):
+        with pytest.raises(ss.StoreError, match="damaged"):
+            journal.write_all(new, MANIFEST, found())
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["log"]
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    journal.write_all(new, MANIFEST, [({}, [b"first"]), None])
+    log = TaskLog.open(new)
+    assert (log.ids, len(log), log.verify()) == ([0], 2, [])
+    with pytest.raises(FileExistsError, match="holds a store; name a new folder"):
+        journal.write_all(path, MANIFEST, [])
+
+
+def test_one_who_creates_a_store_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    path.mkdir()
+    (path / "tasks.bin").touch()
+    slept, first = [], system.open_file(path / "tasks.bin", os.O_RDWR)
+    assert system.flocked(first)
+
+    def sleep(_):
+        slept.append(os.close(first))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    TaskLog.create(path, MANIFEST, timeout=5).close()
+    assert slept
 
 
 @pytest.mark.parametrize("boundary", [True, False])
@@ -192,7 +284,7 @@ def test_records_cut_off_at_the_end_are_missed(path, boundary):
     with pytest.raises(ss.StoreError, match="cut short; restore"):
         TaskLog.open(path, writes=True)
     given_up = "gave up task 2: its record was cut off, and no other gets its number"
-    assert journal.repair(path)[0] == given_up
+    assert repair(path)[0] == given_up
     log = TaskLog.open(path, writes=True)
     assert (log.ids, log.verify()) == ([0, 1], [])
     assert [log.read(i).body for i in log.ids] == BODIES[:2]

@@ -47,7 +47,7 @@ with ss.DiskStore.open(folder / "models", net, mode="x") as disk:
 # %% [markdown]
 # ## Route
 #
-# A server opens the folder to read, loads the masks and decides. `disk.ids[belief.task]` turns places
+# A server opens the folder to read, loads the masks and decides. `ids[belief.task]` turns places
 # in the loaded store into ids, which stay right when models in between were deleted; `disk.places(ids)`
 # is the way back, where a customer's id is known and `predict` is to use it. Here one gradient
 # routes every request, since these inputs look different to this network. Of yours, measure it
@@ -56,12 +56,13 @@ with ss.DiskStore.open(folder / "models", net, mode="x") as disk:
 
 # %%
 disk = ss.DiskStore.open(folder / "models", net)  # mode "r": any number of readers
-store = disk.load()
+ids = disk.ids  # of now: where another process writes, a later read may bring others
+store = disk.load(ids)
 
 
 def answer(x):
     belief = ss.one_shot(net, store, x, ss.Superfluous(10))
-    return disk.ids[belief.task], ss.predict(net, store, x, belief.task).argmax(-1)
+    return ids[belief.task], ss.predict(net, store, x, belief.task).argmax(-1)
 
 
 x = np.concatenate([stream.test[i].batch(jnp.arange(50))[0] for i in range(12)])
@@ -117,8 +118,9 @@ with ss.DiskStore.open(folder / "models", net, mode="a") as writer:
 
 # %%
 disk.refresh()
-store = disk.load()
-print("ids:", disk.ids.tolist())
+ids = disk.ids
+store = disk.load(ids)
+print("ids:", ids.tolist())
 customer, _ = answer(stream.test[12].batch(jnp.arange(100))[0])
 print("customer 12 routed rightly:", np.mean(customer == 12))
 print("damage found:", disk.verify())

@@ -121,8 +121,14 @@ def trained(config: Any, **changes: Any) -> Any:
 
 
 def saved_config(out: Path) -> Config:
-    """The config of the run in `out`. Raises UsageError where there is none."""
+    """The config of the run in `out`. UsageError where there is none, or another script's."""
     fields = Run.saved(out)["config"]
+    if (
+        not {"train", "later"}
+        <= fields.keys()
+        <= {field.name for field in dataclasses.fields(Config)}
+    ):
+        raise UsageError(f"{out} is not a run of permuted or rotated images: name one of those")
     tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     trainings = {name: fields[name] and _training(fields[name]) for name in ("train", "later")}
     return Config(**{**fields, **tuples, **trainings})

@@ -22,8 +22,7 @@ from experiments.frame.run import Run, UsageError, writes
 from supsup_jax import baselines, data, devices, metrics, prng
 from supsup_jax.layout import named_leaves
 
-# Tasks learned at once off the CPU, which gains nothing from several.
-TOGETHER = 100
+TOGETHER = 100  # tasks learned at once off the CPU, which gains nothing from several
 XAVIER = jax.nn.initializers.glorot_normal()
 
 
@@ -208,10 +207,14 @@ class Masks(Learner):
         # A run killed before its first task has no folder, or one that is no store yet.
         found = contextlib.suppress(FileNotFoundError)
         with found, ss.DiskStore.open(self.run.tasks_path, self.net) as disk:
-            self.done = len(disk)
+            self.done = self.whole(len(disk))
             if self.done and self.mesh is None:
-                self.store = disk.load()
+                self.store = disk.load(slice(self.done))
         hosts.check_agreed(self.done, f"tasks in {self.run.tasks_path}")
+
+    def whole(self, held: int) -> int:
+        """How many of the tasks that the run's folder holds need not be learned again."""
+        return held
 
     def bytes(self) -> dict[str, float]:
         state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.net.state))
@@ -250,13 +253,16 @@ class Transfer(Masks):
             manager.save(self.done, args=ocp.args.StandardSave(self.mean._asdict()))
         super().save()
 
-    def restore(self) -> None:
-        super().restore()
-        if not self.done:
-            return
+    def whole(self, held: int) -> int:
         with checkpoints(self.run) as manager:
-            like = ocp.args.StandardRestore(self.mean._asdict())
-            self.mean = ss.ScoreMean(**manager.restore(self.done, args=like))
+            steps = set(manager.all_steps())
+            kept = {0, *(step for step in steps if step <= held)}
+            for step in steps - kept:  # of a save that was interrupted before its tasks were there
+                manager.delete(step)
+            if done := max(kept):
+                like = ocp.args.StandardRestore(self.mean._asdict())
+                self.mean = ss.ScoreMean(**manager.restore(done, args=like))
+        return done
 
 
 class Compared(Learner):

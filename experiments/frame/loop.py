@@ -20,6 +20,19 @@ from experiments.frame.run import Run, UsageError, usage_errors, writes
 
 # Data that --tiny makes for itself.
 DRAWN = ("synthetic", "tiny_imagenet")
+# Arguments that a run's default folder has at a place of their own, or that change no result.
+_NAMED_APART = {
+    "preset",
+    "method",
+    "tiny",
+    "outputs",
+    "seed",
+    "data_dir",
+    "out",
+    "resume",
+    "workers",
+}
+_NAMED_APART |= {field.name for field in dataclasses.fields(hosts.Args)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Args:
     data_dir: Path | None = None
     """Folder in which tensorflow-datasets has prepared the dataset."""
     out: Path | None = None
-    """Folder of the run; by default runs/SCRIPT/PRESET-seedS."""
+    """Folder of the run; by default runs/SCRIPT/PRESET-seedS, with what else is given."""
     seed: int = 0
     """Of all that is drawn: weights, scores, batches, permutations, crops."""
     tasks: int | None = None
@@ -86,8 +99,10 @@ class Experiment:
         named += ["tiny"] if args.tiny else []
         named += [f"s{given['outputs']}"] if given.get("outputs") else []
         named += [f"seed{args.seed}"]
-        fields = [name for name in ("scale", "epochs", "width") if given.get(name) is not None]
-        named += [f"{name}{given[name]:g}" for name in fields]
+        for field in dataclasses.fields(args):
+            value = given[field.name]
+            if field.name not in _NAMED_APART and value != field.default:
+                named.append(field.name if value is True else f"{field.name}{value:g}")
         return args.out or Path("runs") / self.name / "-".join(named)
 
 

@@ -192,6 +192,8 @@ def replacing(path: Path) -> Iterator[Any]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(handle)  # else a power cut may leave the name and no bytes
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:

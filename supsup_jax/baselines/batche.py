@@ -18,7 +18,7 @@ from supsup_jax.baselines.sharing import (
     check_state,
     put_leaves,
 )
-from supsup_jax.checks import check_int
+from supsup_jax.checks import check_int, is_traced
 from supsup_jax.kernels.race import Finish
 from supsup_jax.layout import Layout, named_leaves
 from supsup_jax.network import Network
@@ -91,7 +91,7 @@ class FactorStore(TaskStore):
         """Room for `capacity` tasks. Raises ValueError unless it is at least 1."""
         check_int("capacity", capacity, 1)
         factors = {
-            name: Factors(jnp.zeros((capacity, shape[-2])), jnp.zeros((capacity, shape[-1])))
+            name: Factors(*(jnp.zeros((capacity, width), jnp.float32) for width in shape[-2:]))
             for name, shape in check_kernels(net).layout.named_shapes
         }
         states = jax.tree.map(
@@ -102,17 +102,23 @@ class FactorStore(TaskStore):
     def append(self, own: dict[str, Factors], state: PyTree = None) -> "FactorStore":
         """With one more task: its factors and statistics, a Learned's `own` and `state`.
 
-        Raises StoreError when full, ValueError unless state is like the network's.
+        Raises StoreError when full, inside jit drops it; ValueError unless factors and state are of
+        the network's shapes.
         """
         check_state(self.states, state)
-        if (held := int(self.num_tasks)) == self.capacity:
+        one = jax.tree.map(lambda rows: rows.shape[1:], self.factors)
+        if (got := jax.tree.map(jnp.shape, own)) != one:
+            raise ValueError(f"own must be factors of shapes {one}, got {got}")
+        held = self.num_tasks
+        if not is_traced(held) and int(held) == self.capacity:
             raise StoreError(f"the store is full: its capacity is {self.capacity}")
         factors, states = jax.tree.map(
-            lambda rows, row: rows.at[held].set(row), (self.factors, self.states), (own, state)
+            lambda rows, row: rows.at[held].set(row, mode="drop"),
+            (self.factors, self.states),
+            (own, state),
         )
-        return dataclasses.replace(
-            self, factors=factors, states=states, num_tasks=self.num_tasks + 1
-        )
+        num_tasks = jnp.minimum(held + 1, self.capacity)
+        return dataclasses.replace(self, factors=factors, states=states, num_tasks=num_tasks)
 
     @property
     def capacity(self) -> int:

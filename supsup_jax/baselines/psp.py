@@ -19,10 +19,13 @@ def psp(net: Network) -> Baseline:
     train on every task.
 
     net: dense layers in the order of its masked leaves, ReLU between them, as `models.MLP`.
-    Raises ValueError for normalisation statistics, and kernels that do not form such a chain.
+    Raises ValueError for normalisation statistics, for other weights beside the kernels, such as
+    biases, and for kernels that do not form such a chain.
     """
     if check_kernels(net).state is not None:
         raise ValueError("psp takes a network without normalisation statistics (state)")
+    if others := sorted(named_leaves(net.params).keys() - net.layout.shapes.keys()):
+        raise ValueError(f"psp takes a network of kernels alone, got {others} beside them")
     shapes = tuple(net.layout.shapes.values())
     dense = all(len(shape) == 2 for shape in shapes)
     if not dense or any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):

@@ -19,9 +19,9 @@ from supsup_jax import prng
 from supsup_jax.checks import check_type, is_traced
 from supsup_jax.devices import in_pieces
 from supsup_jax.layout import Layout, named_leaves
-from supsup_jax.network import Network, num_outputs
+from supsup_jax.network import Network
 from supsup_jax.training.config import TrainConfig
-from supsup_jax.training.steps import all_finite, diverged, fit, mean_loss
+from supsup_jax.training.steps import all_finite, check_labels, diverged, fit, mean_loss
 from supsup_jax.types import PyTree, TaskData
 
 WHEN = ("never", "first", "always")
@@ -200,9 +200,7 @@ def learn(
     check_type("data", data, TaskData)
     check_type("config", config, TrainConfig)
     data.check()
-    data.check_classes(outputs := num_outputs(baseline.net, data))
-    if config.views is not None:
-        config.views.check(data, outputs)
+    check_labels(baseline.net, data, config)
     has_own = baseline.own_learns and jax.tree.leaves(jax.eval_shape(baseline.draw_own, key))
     if not trains_shared and not has_own:
         raise ValueError("nothing is trained: neither the shared weights nor the task's own")

@@ -5,6 +5,7 @@ from pathlib import Path
 from supsup_jax.command import tasks as told
 from supsup_jax.command.networks import network_of
 from supsup_jax.stores import journal, mask_store, records
+from supsup_jax.stores import repair as repairing
 from supsup_jax.stores.disk import FORMAT, DiskStore
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.origin import read_manifest
@@ -15,17 +16,18 @@ ALL = "all"
 def repair(store: Path, /) -> None:
     """Makes a store one that can be appended to; says what it did, and drops no whole task.
 
-    Exit code 1 where tasks are lost, which only a copy brings back.
+    Exit code 1 where tasks are lost or set aside, which only a copy brings back.
 
     Args:
         store: Folder of the store.
     """
     read_manifest(journal.read_manifest(store), FORMAT, store)
+    aside = _aside(store)
     with DiskStore.open(store) as disk:
-        before = disk.ids.tolist()
-    done = journal.repair(store)
+        before = len(disk) - len(disk.ids)
+    done = repairing.repair(store)
     with DiskStore.open(store) as disk:
-        gone = len(set(before) - set(disk.ids.tolist()))
+        gone = len(disk) - len(disk.ids) > before or _aside(store) != aside
         if lost := told.lost(disk):
             done.append(told.advice(disk, lost))
     print("\n".join(done) if done else "nothing to mend")
@@ -104,10 +106,11 @@ def remove(store: Path, tasks: list[str], /) -> None:
     if not tasks:
         raise ValueError("name the tasks to remove, by their numbers; got none")
     with told.to_write(store) as disk:
-        for task in tasks:
-            disk.remove(i := told.id_of(disk, task))
+        ids = {told.id_of(disk, task) for task in tasks}  # all of them, before the first goes
+        for i in sorted(ids, reverse=True):  # those coded against others first
+            disk.remove(i)
             print(f"removed task {i}")
-    for aside in sorted(store.glob("aside-*.bin")):
+    for aside in _aside(store):
         print(f"not looked at: {aside}, which a repair set aside; delete it if it is of no use")
 
 
@@ -119,3 +122,8 @@ def compact(store: Path, /) -> None:
     """
     with told.to_write(store) as disk:
         print(f"gave back {disk.compact():,} bytes")
+
+
+def _aside(store):
+    """The files that repairs have set aside."""
+    return sorted(store.glob("aside-*.bin"))

@@ -1,5 +1,8 @@
 """Rows to be asked about, from the files that people have."""
 
+import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ from supsup_jax.extras import needed
 from supsup_jax.types import PyTree, shapes_of
 
 ARRAYS = (".npy", ".npz")
+SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")  # Pillow's names of 16 bits a pixel
 
 
 class Rows(NamedTuple):
@@ -25,9 +29,11 @@ def read(paths: list[Path], widths: list[int] | None, mean: float = 0.0, std: fl
     widths: of the network, where it is a chain of dense layers: rows are then made flat, and images
       grey where that gives as many pixels as it has inputs.
     mean, std: pixels, in [0, 1], become (pixel - mean) / std; bytes are scaled to [0, 1] first.
-    Raises ValueError for what holds no rows, or for a dense network integers of no known scale,
-    FileNotFoundError, MissingExtraError.
+    Raises ValueError for what holds no rows, for a dense network integers of no known scale, and
+    for a mean or std that nothing can be scaled by; FileNotFoundError, MissingExtraError.
     """
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise ValueError(f"--mean must be finite and --std positive, got {mean} and {std}")
     arrays = [path for path in paths if path.suffix.lower() in ARRAYS]
     if arrays and len(paths) > 1:
         raise ValueError(f"--input takes one file of arrays, or images, got {len(paths)} files")
@@ -58,17 +64,29 @@ def read(paths: list[Path], widths: list[int] | None, mean: float = 0.0, std: fl
 
 def _arrays(path):
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            with found:
+        with open(path, "rb") as file:  # NumPy would leave a damaged one open
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.ndarray):
                 found = {name: found[name] for name in found.files}
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"--input {path} is no file of NumPy arrays: {error}") from error
     if isinstance(found, dict) and len(found) == 1:
         return next(iter(found.values()))
     if not len(found):
         raise ValueError(f"--input {path} holds nothing")
     return found  # several arrays go to the network by their names
+
+
+def _pixels(image, file, mode):
+    """Bytes [H, W] or [H, W, 3]; of what has 16 bits a pixel, floats in [0, 1]."""
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"--input {file} has pixels of 32 bits, whose scale nobody knows: save it with 8 or 16"
+        )
+    if image.mode not in SIXTEEN:
+        return np.asarray(image.convert(mode))
+    pixels = np.asarray(image).astype(np.float32) / (2**16 - 1)  # `convert` would cut them at 255
+    return pixels if mode == "L" else np.stack([pixels] * 3, axis=-1)
 
 
 def _images(paths, widths):
@@ -85,16 +103,16 @@ def _images(paths, widths):
             with Image.open(file) as image:
                 size = image.width * image.height
                 flat = widths and widths[0] == size
-                grey = flat or (not widths and image.mode in ("1", "L", "I", "I;16"))
-                pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
+                grey = flat or (not widths and image.mode in ("1", "L", *SIXTEEN))
+                pixels.append(_pixels(image, file, "L" if grey else "RGB"))
         except (UnidentifiedImageError, IsADirectoryError) as error:
             raise ValueError(
                 f"--input {file} is neither a .npy or .npz file nor an image"
             ) from error
-        if pixels[-1].shape != pixels[0].shape:
+        first, last = (f"{each.shape} {each.dtype}" for each in (pixels[0], pixels[-1]))
+        if first != last:
             raise ValueError(
-                f"images must be of one size and kind: {files[0]} is {pixels[0].shape}, {file} is "
-                f"{pixels[-1].shape}"
+                f"images must be of one size and kind: {files[0]} is {first}, {file} is {last}"
             )
         if widths and pixels[-1].size != widths[0]:
             raise ValueError(

@@ -73,17 +73,22 @@ def inspect(store: Path, /, tasks: int = 20, picture: Path | None = None) -> Non
 def find(store: Path, name: str, /) -> None:
     """The numbers, names and labels of the tasks of a name; exit code 1 where there is none.
 
+    As far as they can be read: supsup verify tells what is damaged.
+
     Args:
         store: Folder of the store.
         name: The name, or a pattern of it, such as 'inv*'.
     """
     with DiskStore.open(store) as disk:
         found = 0
-        for i in disk.ids.tolist():
-            info = disk.info(i)
-            if info.name is not None and fnmatch.fnmatchcase(info.name, name):
+        for i, called in disk.names().items():
+            if called == name or fnmatch.fnmatchcase(called, name):
                 found += 1
-                print(f"{i:6}  {info.name}  {', '.join(info.labels or ())}".rstrip())
+                try:
+                    labels = ", ".join(disk.info(i).labels or ())
+                except StoreError:
+                    labels = "(damaged)"
+                print(f"{i:6}  {called}  {labels}".rstrip())
     if not found:
         raise SystemExit(1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from supsup_jax.stores import journal
 from supsup_jax.stores.disk import DiskStore
 from supsup_jax.stores.journal import Problem
 from supsup_jax.types import StoreError
@@ -10,16 +11,21 @@ from supsup_jax.types import StoreError
 
 def to_write(store: Path) -> DiskStore:
     """The store, open to be changed. Raises FileNotFoundError where none is: none is created."""
-    if not store.is_dir():
-        raise FileNotFoundError(f"no store at {store}")
+    journal.read_manifest(store)  # else `open` would create one
     return DiskStore.open(store, mode="a")
 
 
 def id_of(disk: DiskStore, told: str) -> int:
     """The task that is told by its number, or by its name. Raises ValueError for no or several."""
-    if told.isascii() and told.isdigit():
-        return int(told)
     found = disk.find(told)
+    if told.isascii() and told.isdigit() and found != [int(told)]:
+        if not found:
+            return int(told)
+        if int(told) in disk.ids:
+            raise ValueError(
+                f"{told} is a task's number and the name of task {listed(found)}: write 0{told} "
+                "for the number, or the number of the other"
+            )
     if len(found) > 1:
         raise ValueError(f"tasks {listed(found)} are called {told!r}: tell the number of one")
     if not found:

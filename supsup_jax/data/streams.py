@@ -13,7 +13,7 @@ from supsup_jax import prng
 from supsup_jax.checks import check_int
 from supsup_jax.data.sources import Dataset
 from supsup_jax.data.views import permutation, rotation
-from supsup_jax.types import Integers, PyTree, TaskData
+from supsup_jax.types import Integers, Normalize, PyTree, TaskData
 
 
 class Split(Sequence):
@@ -88,11 +88,20 @@ class PermutedStream(ViewStream):
     """Permuted images (paper section 4.2): each task sees the pixels in an order of its own.
 
     seed, independent: as `views.permutation`.
+    Raises ValueError for images whose channels are normalised each by numbers of its own.
     """
 
     def __init__(self, dataset: Dataset, num_tasks: int, seed: int = 0, independent: bool = False):
         super().__init__(dataset, num_tasks)
         self._seed, self._independent = seed, independent
+        pixel = dataset.train.transform
+        if isinstance(pixel, Normalize) and any(
+            isinstance(n, tuple) for n in (pixel.mean, pixel.std)
+        ):
+            raise ValueError(
+                "permuted pixels have no channels, and the dataset's Normalize has numbers for "
+                "each: give its splits one of one mean and one std, by dataclasses.replace"
+            )
 
     def view(self, task: int) -> jax.Array:
         return jax.device_put(

@@ -6,7 +6,7 @@ Descent from the mean of all masks makes the output certain first, then the ener
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -238,8 +238,11 @@ def _relaxed(scores):
 def _stacked(x: Any) -> jax.Array:
     """x [S, B, ...] of an array, or of an iterable of batches."""
     if not hasattr(x, "dtype"):
-        if not isinstance(x, Iterable):
-            raise TypeError(f"x must be an array or an iterable of batches, got {x!r}")
+        if not isinstance(x, Iterable) or isinstance(x, Mapping):
+            raise TypeError(
+                "x must be an array or an iterable of batches, each one array, got "
+                f"{type(x).__name__}"
+            )
         batches = list(x)
         if len(shapes := {np.shape(batch) for batch in batches}) > 1:
             raise ValueError(

@@ -265,7 +265,7 @@ class HopfieldStore(Owned):
 @functools.partial(jax.jit, static_argnums=0)
 def _empty(sizes):
     """Weights, sums and number of no tasks."""
-    weights = tuple(jnp.zeros((d, d)) for d in sizes)
+    weights = tuple(jnp.zeros((d, d), jnp.float32) for d in sizes)
     return weights, tuple(jnp.zeros(d, jnp.int32) for d in sizes), jnp.zeros((), jnp.int32)
 
 

@@ -66,10 +66,10 @@ def measure_statistics(
     if keep is None:
         raise TypeError(f"store must be a MaskStore, got {type(store).__name__}")
     held, name = int(store.num_tasks), name_of(objective)
-    if "<lambda>" in name or " at 0x" in name:
+    if any(mark in name for mark in ("<lambda>", "<locals>", " at 0x")):
         raise ValueError(
             f"moments are kept under the objective's name, and {name} is not its alone: pass a "
-            "function with a name, or a frozen dataclass"
+            "function of a module, or a frozen dataclass"
         )
     before = store.moments.get(name)
     moments = (
@@ -85,6 +85,8 @@ def measure_statistics(
             -own(_logits(net, store, data, i, batch_size=batch_size))
             for data in _examples(stream, i)
         ]
+        if not parts:
+            raise ValueError(f"stream[{i}] holds no batch: it must hold one at least")
         scores = np.concatenate(jax.device_get(parts)).astype(np.float64)
         moments[i] = scores.mean(), scores.std()
         # What float32 makes of equal scores is no deviation.

@@ -17,6 +17,7 @@ from supsup_jax.inference.arguments import check_measured, check_objective, chec
 from supsup_jax.inference.one_shot import Uncertainty, task_ids
 from supsup_jax.inference.predict import predict
 from supsup_jax.inference.search import Rule
+from supsup_jax.labelled_views import Averaged
 from supsup_jax.network import Network, num_outputs
 from supsup_jax.objectives import entropy
 from supsup_jax.stores.base import TaskStore
@@ -420,7 +421,7 @@ def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def labels_told(net: Network) -> int | None:
     """How many of the outputs are labels, where the network tells: that of averaged views does."""
-    return getattr(net.apply, "num_labels", None)
+    return net.apply.num_labels if isinstance(net.apply, Averaged) else None
 
 
 @dataclasses.dataclass(frozen=True)

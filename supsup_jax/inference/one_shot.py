@@ -41,13 +41,15 @@ def task_scores(
     state: PyTree = None,
     mixture: PyTree | None = None,
     contract: Callable[[jax.Array], jax.Array] | None = None,
+    among: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """-dF/da [K] at a = 1/T, F the mean objective of one decision's images x [m, ...].
 
     Where tasks differ in their number of labels, and the objective counts labels, each task's score
     is by its own F: one gradient for each number that there is.
     state: the statistics of a stateful network; None: those of x.
-    mixture, contract: the store's, unless the caller has another at hand.
+    mixture, contract: the store's, unless the caller has another at hand. among: as of `by_labels`,
+    the tasks of that mixture.
     """
     mixture = store.mixture() if mixture is None else mixture  # all masks at once, 1/T of each
     contract = contract or store.contract
@@ -56,7 +58,7 @@ def task_scores(
         gradient = Uncertainty(net, objective, state).gradient(mixture, x)  # forward and backward
         return -contract(gradient)  # one product with the packed masks
 
-    return schedule.by_labels(scores, objective, store)
+    return schedule.by_labels(scores, objective, store, among)
 
 
 def one_shot(

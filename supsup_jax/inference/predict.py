@@ -42,8 +42,8 @@ def predict(
     if task.shape not in ((), (num_rows(x),)):
         raise ValueError(f"task must be one id or [{num_rows(x)}], got shape {task.shape}")
     num_tasks = store.num_tasks
-    if not is_traced((task, num_tasks)):
-        ids = np.asarray(task)
+    if not is_traced((told, num_tasks)):
+        ids = np.asarray(told)  # as they are: in 32 bits a large one would be another
         low, high = int(ids.min()), int(ids.max())
         if low < REFUSED or high >= int(num_tasks):
             raise TaskIdError(

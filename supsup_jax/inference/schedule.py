@@ -48,23 +48,29 @@ def differ(objective: Objective, store: TaskStore) -> bool:
 
 
 def by_labels(
-    scores: Callable[[Objective], jax.Array], objective: Objective, store: TaskStore
+    scores: Callable[[Objective], jax.Array],
+    objective: Objective,
+    store: TaskStore,
+    among: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """scores(F) [..., K] of each task by its own F, the objective for its number of labels.
 
     Where those differ, derivatives of different F are compared: each in proportion to its F (of
-    log F, for G), and less the mean over all tasks: the derivative along the simplex, where
-    coefficients sum to 1. Three tasks of 2, 3 and 5 digits, one image each: task accuracy .53 in
-    the mean, .38 by the derivatives as they are, .24 to .50 by G of one number for all.
+    log F, for G), and less the mean over the tasks that are compared: the derivative along the
+    simplex, where coefficients sum to 1. Three tasks of 2, 3 and 5 digits, one image each: task
+    accuracy .53 in the mean, .38 by the derivatives as they are, .24 to .50 by G of one number for
+    all.
+    among: bool [K], the tasks compared, and how many those are; None for all.
     """
     if not differ(objective, store):
         return scores(of_labels(objective, *(store.label_counts[:1] or (None,))))
-    chosen, num_tasks = jnp.float32(0), store.all_tasks.astype(jnp.float32)
+    chosen, (slots, num_tasks) = jnp.float32(0), among or (store.slots, store.all_tasks)
     for count in store.label_counts:
         own = of_labels(objective, count)
         found = scores(Logarithm(own) if isinstance(own, Superfluous) else own)
-        total = store.devices.total(jnp.sum(jnp.where(store.slots, found, 0), -1, keepdims=True))
-        chosen = jnp.where(store.num_labels == count, found - total / num_tasks, chosen)
+        total = store.devices.total(jnp.sum(jnp.where(slots, found, 0), -1, keepdims=True))
+        mean = total / num_tasks.astype(jnp.float32)
+        chosen = jnp.where(store.num_labels == count, found - mean, chosen)
     return chosen
 
 

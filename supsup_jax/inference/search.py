@@ -57,9 +57,9 @@ def descend(
 ) -> TaskBelief:
     """Gradient descent on the coefficients over the simplex, from 1/T each.
 
-    Each of the `steps` updates is projected back onto the simplex. scores are the final
-    coefficients; of equal ones, as in the corner a large step lands in, the lower id wins.
-    One step of small sgd ranks tasks as `one_shot` does.
+    Gradients are those along the simplex, and each of the `steps` updates is projected back onto
+    it. scores are the final coefficients; of equal ones, as in the corner a large step lands in,
+    the lower id wins. One step of small sgd ranks tasks as `one_shot` does.
     optimizer: from optax; keep and reuse one object, as a new one compiles anew.
     per_example needs a mixture per row: [B, n] floats.
     Raises as `one_shot`, and ValueError unless steps is a positive int.
@@ -168,7 +168,13 @@ def _descend(net, store, decisions, objective, optimizer, steps):
             own = dataclasses.replace(uncertainty, objective=objective)
             return store.contract(decisions.over_devices(each(own.gradient, mixtures, x)))
 
-        return store.devices.all_slots(schedule.by_labels(slopes, objective, store))
+        # Along the simplex: what all share, which the projection takes away, is all that is left of
+        # a step by an optimizer that divides each slope by its size.
+        found = store.devices.all_slots(schedule.by_labels(slopes, objective, store))
+        mean = jnp.where(held, found, 0).sum(-1, keepdims=True) / store.all_tasks.astype(
+            jnp.float32
+        )
+        return jnp.where(held, found - mean, 0)
 
     def step(carry, _):
         alphas, moments = carry
@@ -198,7 +204,8 @@ def _onto_simplex(held, alphas):
     """The nearest coefficients [D, K] on the simplex, 0 in slots that hold no task."""
     # More than 1 below the largest lies outside the simplex.
     top = jnp.max(jnp.where(held[None], alphas, -jnp.inf), axis=-1, keepdims=True)
-    return jax.vmap(optax.projections.projection_simplex)(jnp.where(held[None], alphas, top - 2))
+    # What all have in common decides nothing, and where it is large rounding would.
+    return jax.vmap(optax.projections.projection_simplex)(jnp.where(held[None], alphas - top, -2))
 
 
 class _Field(NamedTuple):
@@ -279,7 +286,8 @@ def _play(net, objective, base, decisions, store, field, x, until):
     def play_round(field):
         mixture = store.mixture_of(field.alive)
         state = Uncertainty.among(net, objective, mixture, decisions.everything).state
-        scores = task_scores(net, store, x, objective, state, mixture, contract)
+        alive = field.alive, field.num_alive
+        scores = task_scores(net, store, x, objective, state, mixture, contract, alive)
         return _narrow(field, scores, base, store.devices)
 
     return lax.while_loop(lambda field: field.num_alive > until, play_round, field)

@@ -238,11 +238,6 @@ def _blocks_of(prepare, words, v):
     return num_blocks, rows, block
 
 
-def longest_sum(words: jax.Array) -> int:
-    """How many floats "popcount" and "select" add one after another, for bounds on rounding."""
-    return sum(_row_blocks(words))
-
-
 def _row_blocks(words):
     """(blocks, rows of each) that cover the word rows; the last may share rows."""
     return _even_blocks(words.shape[1], min(BLOCK_ROWS, BLOCK_LANES // words.shape[2]))

@@ -137,7 +137,7 @@ def _race(words, v, num_tasks, error, devices):
         scores = jnp.where(live, standing.sums.sum(axis=1).reshape(-1), -jnp.inf)
         # Written so that a slack that is not a number leaves nothing out.
         in_doubt = live & ~(scores < devices.largest(scores.max()) - slack(standing))
-        return scores, in_doubt, devices.total(in_doubt.sum())
+        return scores, in_doubt, devices.total(in_doubt.sum(dtype=jnp.int32))
 
     def goes_on(standing):
         # Alike on all devices along `task`, which wait for each other within a round.
@@ -180,7 +180,7 @@ def _rescored(words, v, scores, in_doubt):
         mask = unpack(column(words, ids[n])).reshape(-1).astype(v.dtype)
         return s.at[ids[n]].set(jnp.vdot(v, mask))
 
-    return lax.fori_loop(0, in_doubt.sum(), rescore, scores)
+    return lax.fori_loop(0, in_doubt.sum(dtype=jnp.int32), rescore, scores)
 
 
 def _course(words, v, error):

@@ -1,6 +1,7 @@
 """How a task lies in its record: mask, statistics and scores as bytes, and what people call it."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -160,6 +161,46 @@ class Form:
         parts = record.body[:size], record.body[size:end], record.body[end:]
         return Coded(i, record.metadata, codec, base, *parts, count, moments)
 
+    def taken(
+        self,
+        record: Record,
+        manifest: dict[str, Any],
+        path: str | os.PathLike,
+        own: dict[str, Any],
+        name: str | None,
+    ) -> Record:
+        """The record in the file `path` of a task, under its manifest, once that is seen to fit.
+
+        own: the manifest of the store that shall have it, by this name where one is told. Raises
+        StoreError for a task of another network, and for one that makes no sense.
+        """
+        for field in ("layout", "states", "fingerprint"):
+            if manifest[field] != own[field]:
+                raise StoreError(
+                    f"{path} holds a task of another network: its {field} is {manifest[field]}, "
+                    f"that of {self.path} is {own[field]}"
+                )
+        coded = self.read(record, 0)
+        self.words(coded)  # against no other, being the first of its file
+        self.info(coded)
+        if name is None:
+            return record
+        check_names(name, None)
+        return record._replace(metadata=record.metadata | {"name": name})
+
+    def shared(
+        self, ids: Sequence[int], metadata: Sequence[dict[str, Any]]
+    ) -> tuple[list[int], list[str]]:
+        """What tasks that are loaded together tell: their num_labels, none where they do not, and
+        the names of their moments.
+        """
+        counts = [each.get("num_labels") for each in metadata]
+        for i, count in zip(ids, counts, strict=True):
+            check_told(counts[0] is not None, i, count)
+        with sensible(self.path):
+            names = sorted({name for each in metadata for name in moments_in(each)})
+        return [count for count in counts if count is not None], names
+
     def info(self, coded: Coded) -> TaskInfo:
         """What its metadata say."""
         with sensible(self.path):
@@ -230,6 +271,15 @@ class Form:
         if codec in (codecs.AUTO, WORDS):
             return WORDS, as_bytes(arrays.pack_leaves(leaves, self.layout))
         return codec, codecs.encode_leaves(self.layout, leaves, codec)
+
+
+def check_told(labelled: bool, i: int, num_labels: int | None) -> None:
+    """Raises StoreError unless task i tells its num_labels as those do that it is loaded with."""
+    if (num_labels is not None) != labelled:
+        raise StoreError(
+            f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
+            f"{'lacks' if labelled else 'has'} it: load others, or replace it"
+        )
 
 
 def check_names(name: str | None, labels: Sequence[str] | None) -> None:

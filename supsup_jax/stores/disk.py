@@ -16,11 +16,11 @@ from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.codecs import Leaves
-from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_names, moments_in
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_told
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
-from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest, sensible
+from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manifest
 from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
@@ -83,7 +83,11 @@ class DiskStore:
         if new:
             assert net is not None  # as is checked
             manifest = manifest_of(FORMAT, Origin.of(net), net.state)
-            return cls(TaskLog.create(path, manifest), net)
+            try:
+                return cls(TaskLog.create(path, manifest, timeout), net)
+            except FileExistsError:
+                if mode == "x" or not (path / MANIFEST).exists():
+                    raise  # else another process has created it meanwhile
         read_manifest(journal.read_manifest(path), FORMAT, path, net)  # before a writer mends it
         return cls(TaskLog.open(path, writes=mode == "a", timeout=timeout), net)
 
@@ -103,7 +107,8 @@ class DiskStore:
     def ids(self) -> np.ndarray:
         """int [T], the ids of the tasks that are there, in the order in which `load` gives them.
 
-        `disk.ids[belief.task]` names what inference found in `load()` or `parts()`.
+        `ids[belief.task]` names what inference found in `load(ids)`. Take them once, before:
+        where another process writes meanwhile, a read may bring other ids.
         """
         return np.array(self._log.ids, int)
 
@@ -225,7 +230,8 @@ class DiskStore:
     def extend(self, store: MaskStore, names: Sequence[str] | None = None) -> range:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
 
-        names: one a task; numbers of labels and moments as the store has them. Raises as `append`.
+        names: one a task; numbers of labels and moments as the store has them. Raises as `append`,
+        and then none of them is added; of a kill meanwhile some may be.
         """
         store.check_fits(self._network())
         held = int(store.num_tasks)
@@ -234,11 +240,16 @@ class DiskStore:
             raise ValueError(f"names must be {held}, one a task, got {len(told_names)}")
         first = len(self)
         told, moments = jax.device_get((store.num_labels, store.moments))
-        for i, name in enumerate(told_names):
-            count = None if told is None else int(told[i])
-            own = {each: rows[i].tolist() for each, rows in moments.items() if rows[i, 1] > 0}
-            self.append(store.task(i), name=name, num_labels=count, moments=own, durable=False)
-        self.flush()
+        try:
+            with self._log.together():
+                for i, name in enumerate(told_names):
+                    count = None if told is None else int(told[i])
+                    own = {each: row[i].tolist() for each, row in moments.items() if row[i, 1] > 0}
+                    task = store.task(i)
+                    self.append(task, name=name, num_labels=count, moments=own, durable=False)
+                self.flush()
+        finally:
+            self._names = Names(self._log)  # without those of tasks that went again
         return range(first, len(self))
 
     def export(self, i: int, path: str | os.PathLike) -> None:
@@ -271,24 +282,13 @@ class DiskStore:
     def _of_file(self, path, name):
         manifest, record = records.read_alone(path)
         read_manifest(manifest, FORMAT, path, self._net)
-        for field in ("layout", "states", "fingerprint"):
-            if manifest[field] != self.manifest[field]:
-                raise StoreError(
-                    f"{path} holds a task of another network: its {field} is "
-                    f"{manifest[field]}, that of {self.path} is {self.manifest[field]}"
-                )
-        coded = self._form.read(record, 0)
-        self._form.words(coded)  # against no other, being the first of its file
-        self._form.info(coded)
-        if name is None:
-            return record
-        check_names(name, None)
-        return record._replace(metadata=record.metadata | {"name": name})
+        return self._form.taken(record, manifest, path, self.manifest, name)
 
     def copy(self, path: str | os.PathLike, without: Integers = ()) -> list[int]:
         """Writes a new store of the tasks but for those `without`; returns their ids, which stay.
 
-        Raises FileExistsError where a store is, as `task` for damage among them, OSError.
+        All of them, or nothing. Raises FileExistsError where anything is, as `task` for damage
+        among them, OSError.
         """
         held = dict.fromkeys(self._log.ids)
         for i in without:
@@ -300,7 +300,11 @@ class DiskStore:
 
     def find(self, name: str) -> list[int]:
         """Ids of the tasks of that name, as far as they can be read."""
-        return self._names.find(name)
+        return [i for i, called in self.names().items() if called == name]
+
+    def names(self) -> dict[int, str]:
+        """Of the tasks that have one, by their ids, as far as they can be read."""
+        return dict(self._names.called())
 
     def flush(self) -> None:
         """Returns when all tasks are on the device: for `append(durable=False)`."""
@@ -349,30 +353,24 @@ class DiskStore:
         if not (ids := list(map(as_index, ids))):
             raise ValueError(f"{tasks} leaves none of the {len(held)} tasks to load")
         told = [self._log.metadata(i) for i in ids]  # on each host alike
-        counts = [each.get("num_labels") for each in told]
-        labelled = counts[0] is not None
-        for i, count in zip(ids, counts, strict=True):
-            _check_told(labelled, i, count)
-        with sensible(self.path):
-            measured = sorted({name for each in told for name in moments_in(each)})
+        counts, measured = self._form.shared(ids, told)
+        labelled = bool(counts)
         state = like_state(net, labelled, measured)
         fields = functools.partial(self._fields, labelled, measured)
         if mesh is None:
             return MaskStore.of_tasks(net, len(ids), map(fields, ids), state)
         return sharded.of_tasks(
-            net,
-            len(ids),
-            lambda slots: (fields(ids[slot]) for slot in slots),
-            mesh,
-            state,
-            [count for count in counts if count is not None],
+            net, len(ids), lambda slots: (fields(ids[slot]) for slot in slots), mesh, state, counts
         )
 
     def parts(self, size: int = 1024) -> Parts:
-        """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory."""
+        """The tasks as MaskStores of `size` each, for `one_shot_streamed`: of bounded memory.
+
+        `parts.ids[belief.task]` names what was found: of those that are there now.
+        """
         self._network()
         check_int("size", size, 1)
-        return Parts(lambda: self.ids, self.load, size)
+        return Parts(self.ids, self.load, size)
 
     def refresh(self) -> int:
         """Takes in what was appended, removed and replaced since, and returns `len`.
@@ -385,7 +383,7 @@ class DiskStore:
         """Every byte of the folder against its checksums: what is wrong with it, or nothing."""
         problems = self._log.verify()
         try:
-            records.read_alone(self.path / RESERVOIR)
+            records.read_alone(self._log.folder / RESERVOIR)
         except FileNotFoundError:
             pass
         except StoreError as error:
@@ -418,13 +416,20 @@ class DiskStore:
         """Codes what is coded against task i without it."""
         for j in self._log.ids:
             if j > i and self._log.metadata(j).get("base") == i:
-                self._log.replace(j, *self._read(j, self._form.alone))
+                try:
+                    alone = self._read(j, self._form.alone)
+                except StoreError as error:
+                    raise StoreError(
+                        f"task {j} is coded against task {i} and cannot be read ({error}): remove "
+                        f"task {j} first"
+                    ) from error
+                self._log.replace(j, *alone)
 
     def _fields(self, labelled, measured, i):
         """The words of task i, and the leaves of its facts in the order of `like_state`."""
 
         def fields(coded):
-            _check_told(labelled, i, coded.num_labels)
+            check_told(labelled, i, coded.num_labels)
             count = [] if coded.num_labels is None else [np.int32(coded.num_labels)]
             pairs = [np.float32(coded.moments.get(name, (0, 0))) for name in measured]
             return self._form.words(coded), [*self._form.state(coded), *count, *pairs]
@@ -437,14 +442,7 @@ class DiskStore:
 
     def _leaves_of(self, i):
         """The mask of a base, which several deltas are likely to share."""
-        if self._base[0] != (entry := self._log.entry(as_index(i))):
+        entry = self._log.entry(as_index(i))
+        if entry is None or self._base[0] != entry:  # of None the read raises
             self._base = entry, self._read(i, self._form.leaves)
         return self._base[1]
-
-
-def _check_told(labelled, i, num_labels):
-    if (num_labels is not None) != labelled:
-        raise StoreError(
-            f"num_labels must be told of all tasks that are loaded or of none, and task {i} "
-            f"{'lacks' if labelled else 'has'} it: load others, or replace it"
-        )

@@ -13,7 +13,6 @@ from supsup_jax.types import StoreError
 
 RECORDS, INDEX = "tasks.bin", "index.bin"
 _CLOSED = -1  # of a descriptor
-PARTIALS = (f"{RECORDS}.partial", f"{INDEX}.partial")  # of a compaction
 
 
 @contextlib.contextmanager
@@ -35,12 +34,15 @@ def allowed(path: Path, writes: bool) -> Iterator[None]:
 class Files:
     """`tasks.bin` and `index.bin` of the folder `path`, open to read or, locked, also to write.
 
+    folder: where that is, whatever the process's own folder becomes.
+
     timeout: seconds to wait for another writer. Raises StoreError while there is one, OSError.
     """
 
     def __init__(self, path: Path, writes: bool, timeout: float = 0.0):
         self.path, self.writes = path, writes
-        self._file = path.absolute() / RECORDS
+        self.folder = path.absolute()
+        self._file = self.folder / RECORDS
         self._records = self._index = self._held = _CLOSED
         self._open(timeout)
 
@@ -62,6 +64,9 @@ class Files:
                     self._records = system.open_file(self._file, flags)
                     if self.writes:
                         self._lock(timeout)
+                        if self._cut_short():
+                            self._end_exchange()
+                            continue
                     # A lost index is made again, but only by one who may write.
                     with contextlib.suppress(FileNotFoundError):
                         index, create = self._file.with_name(INDEX), os.O_CREAT * self.writes
@@ -186,16 +191,17 @@ class Files:
             offset = found[1].end
 
     def _whole_records_behind(self, offset):
-        """How many whole records lie behind `offset`, where none is: what must not be dropped."""
+        """Numbers of the whole records behind `offset`, where none is: what must not be dropped."""
         size = self._size()
-        found, step = 0, 1 << 24
+        found, step = [], 1 << 24
         for start in range(offset, size, step):
             # Chunks overlap by what a magic spans.
             chunk = system.read_at(self._records, start, step + len(records.MAGIC) - 1)
             at = chunk.find(records.MAGIC)
             while at >= 0:
                 whole = self._whole_record(start + at)
-                found += whole is not None and whole[1].sha256 != records.ERASED
+                if whole is not None and whole[1].sha256 != records.ERASED:
+                    found.append(whole[0])
                 at = chunk.find(records.MAGIC, at + 1)
         return found
 
@@ -225,13 +231,16 @@ class Files:
                 start += head.length
 
     def _to_erase(self, thorough=False):
-        """(offset, bytes) of the records that others took the places of, and that can be read."""
-        remains = self._remains(thorough)
-        return [(at, length) for at, length, task in remains if self._replaced(task, at)]
+        """As `_remains`, of the records that others took the places of, and that can be read."""
+        return [
+            (at, length, task)
+            for at, length, task in self._remains(thorough)
+            if task is not None and self._replaced(task, at)
+        ]
 
     def _replaced(self, task, offset):
         """Whether a whole record of that number lies behind the one at `offset`."""
-        entry = self._entries[task] if task is not None and task < len(self._entries) else None
+        entry = self._entries[task] if task < len(self._entries) else None
         if entry is None or entry.offset <= offset:
             return False
         return self._whole_record(entry.offset) == (task, entry)
@@ -251,34 +260,78 @@ class Files:
             found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
         return found
 
-    def _erase(self, spans: Sequence[tuple[int, int]], durable=True):
-        """Overwrites records, by offset and length, with zeros, all but their heads.
+    def _erase(self, spans: Sequence[tuple[int, int, int]], durable=True):
+        """Overwrites records, by offset, length and number, with zeros, all but their heads.
 
+        A damaged head is made anew: who goes without the index must find what lies behind.
         The checksum goes last: where it is zero, so is on the device what was before it.
         """
-        for offset, length in spans:
+        for offset, length, task in spans:
+            head = records.parse_head(system.read_at(self._records, offset, HEAD_BYTES))
+            if head is None or (head.task, head.length) != (task, length):
+                system.write_at(self._records, records.blank_head(task, length), offset)
             rest = bytes(length - HEAD_BYTES - SHA_BYTES)
             system.write_at(self._records, rest, offset + HEAD_BYTES)
         system.flush(self._records)
-        for offset, length in spans:
+        for offset, length, _ in spans:
             system.write_at(self._records, records.ERASED, offset + length - SHA_BYTES)
         if durable:
             system.flush(self._records)
 
     def _drop_partials(self):
         """Removes what a compaction that was cut short has left: tasks, and for good."""
-        left = [self._file.with_name(name) for name in PARTIALS]
+        left = [self._partial(name) for name in (RECORDS, INDEX)]
         for file in (left := [file for file in left if file.exists()]):
             os.unlink(file)
         if left:
-            system.flush_folder(self._file.parent)
+            system.flush_folder(self.folder)
+
+    def _exchange(self):
+        """Puts the files that a compaction has made in the places of the two."""
+        tasks, index = (self._file.with_name(name) for name in (RECORDS, INDEX))
+        # Never an index beside records that it does not list: a lost one is made again.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(index)
+        system.flush_folder(self.folder)
+        for file in (tasks, index):
+            os.replace(self._partial(file.name), file)
+            system.flush_folder(self.folder)
+
+    def _cut_short(self):
+        """Whether an exchange was, between its first step and its second: both files are made.
+
+        The index is gone then, and without it what lies behind a damaged record is not found.
+        """
+        if self._file.with_name(INDEX).exists():
+            return False
+        try:
+            tasks, index = (self._partial(name) for name in (RECORDS, INDEX))
+            rows, size = index.read_bytes(), tasks.stat().st_size
+        except FileNotFoundError:
+            return False
+        end = 0
+        for place in range(0, len(rows), ENTRY_BYTES):
+            entry = records.parse_entry(rows[place : place + ENTRY_BYTES], place // ENTRY_BYTES)
+            if entry is None or entry.offset != end:
+                return False
+            end = entry.end
+        return 0 < end == size
+
+    def _end_exchange(self):
+        if not system.HAS_FLOCK:  # no file that is open can be exchanged
+            os.close(self._records)
+            self._records = _CLOSED
+        self._exchange()
+
+    def _partial(self, name):
+        return self._file.with_name(f"{name}.partial")
 
     def _pack(self, read: Callable[[int, Entry | None], bytes | memoryview]):
         """Exchanges both files for ones of the records that count alone: all or nothing.
 
         read: number and entry -> the record's bytes.
         """
-        tasks, index = (self._file.with_name(name) for name in PARTIALS)
+        tasks, index = (self._partial(name) for name in (RECORDS, INDEX))
         fd, packed, end = system.open_file(tasks, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), [], 0
         try:
             if system.HAS_FLOCK:
@@ -304,12 +357,7 @@ class Files:
             fd, former = None, []
             self._records = self._index = _CLOSED
         try:
-            # Never an index beside records that it does not list: a lost one is made again.
-            os.unlink(self._file.with_name(INDEX))
-            system.flush_folder(self._file.parent)
-            for partial, file in ((tasks, self._file), (index, self._file.with_name(INDEX))):
-                os.replace(partial, file)
-                system.flush_folder(self._file.parent)
+            self._exchange()
             index = system.open_file(self._file.with_name(INDEX), os.O_RDWR)
             if fd is None:
                 fd = system.open_file(self._file, os.O_RDWR)

@@ -26,7 +26,8 @@ Reads copy from the file, never map it: a mapped file that is cut short kills it
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,25 +67,21 @@ class TaskLog(Files):
         self.manifest = manifest
 
     @classmethod
-    def create(cls, path: str | os.PathLike, manifest: dict[str, Any]) -> "TaskLog":
+    def create(
+        cls, path: str | os.PathLike, manifest: dict[str, Any], timeout: float = 0.0
+    ) -> "TaskLog":
         """A new, empty folder, open for appending.
 
+        timeout: seconds to wait for another process that creates it.
         Raises FileExistsError where a store or anything else is, FileNotFoundError for a missing
         parent, StoreError while another process creates it, OSError for the rest.
         """
         path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"no folder {path.parent} to create {path.name} in")
-        with files.allowed(path, writes=True):
-            path.mkdir(exist_ok=True)
         # A creation cut short leaves empty files and no manifest: a store that never was.
-        unborn = {RECORDS, INDEX, _PARTIAL, system.LOCK}
-        if strange := [found.name for found in path.iterdir() if found.name not in unborn]:
-            what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
-            raise FileExistsError(f"{path} holds {what}; name a new folder")
+        _new_folder(path, (RECORDS, INDEX, _PARTIAL, system.LOCK))
         with files.allowed(path, writes=True):
             system.write_file(path / RECORDS, [], os.O_CREAT)
-        log = cls(path, manifest, writes=True)
+        log = cls(path, manifest, True, timeout)
         try:
             if log._size() or (path / MANIFEST).exists():
                 raise FileExistsError(f"{path} holds the records of a store; name a new folder")
@@ -159,7 +156,7 @@ class TaskLog(Files):
         # Else a crash that takes the entry could leave one of a record half overwritten.
         system.flush(self._index)
         if former:
-            self._erase([(former.offset, former.length)], durable)
+            self._erase([(former.offset, former.length, i)], durable)
         elif None not in self._entries:
             self.compact()  # nobody knows where it is: all goes that is not known
 
@@ -197,21 +194,38 @@ class TaskLog(Files):
             system.write_at(self._index, records.entry_bytes(task, entry), place)
         except BaseException as error:  # an interrupt, too: nothing half-written stays
             with contextlib.suppress(OSError):
-                # The index first: it must not list what is not there.
                 if row and row != system.read_at(self._index, place, ENTRY_BYTES):
                     system.write_at(self._index, row, place)
                     system.flush(self._index)
-                os.ftruncate(self._index, held * ENTRY_BYTES)
-                os.ftruncate(self._records, entry.offset)
+                self._cut_back(held, entry.offset)
             if not isinstance(error, OSError):
                 raise
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno or 0)}: task {task} was not written, the store holds "
-                f"the {held} tasks it held",
+                f"{os.strerror(error.errno or 0)}: task {task} was not written, and the store "
+                "holds what it held",
                 str(self.path),
             ) from error
         self._take(task, entry)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Appends within are all there in the end, or where one fails none is."""
+        self._check_open(writes=True)
+        held, end = len(self._entries), self._end
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._cut_back(held, end)
+            del self._entries[held:]
+            self._end = end
+            raise
+
+    def _cut_back(self, held, end):
+        # The index first: it must not list what is not there.
+        os.ftruncate(self._index, held * ENTRY_BYTES)
+        os.ftruncate(self._records, end)
 
     def flush(self) -> None:
         """Returns when every record is on the device."""
@@ -297,7 +311,7 @@ class TaskLog(Files):
         self._check_open()
         self._take_new()
         while not self.writes and self._exchanged():
-            if read_manifest(self._file.parent) != self.manifest:
+            if read_manifest(self.folder) != self.manifest:
                 raise StoreError(f"{self.path} is another store by now; open it again")
             self.close()
             self._open(0)
@@ -318,12 +332,13 @@ class TaskLog(Files):
                 what = str(error).removeprefix(f"{self._file}: ")
                 problems.append(Problem(RECORDS, what, loses=True, task=task))
         for offset, length, task in self._remains(thorough=True):
-            what = f"left of a former task {task}" if self._replaced(task, offset) else "no record"
+            former = task is not None and self._replaced(task, offset)
+            what = f"left of a former task {task}" if former else "no record"
             what = f"{length:,} bytes at {offset:,} are {what}"
             problems.append(Problem(RECORDS, what, loses=False))
         tail = self._size() - self._end
         if tail > 0 and (lost := self._whole_records_behind(self._end)):
-            what = f"{lost} whole record(s) lie behind a damaged one at byte {self._end:,}"
+            what = f"{len(lost)} whole record(s) lie behind a damaged one at byte {self._end:,}"
             problems.append(Problem(RECORDS, what, loses=True))
         elif tail > 0:
             what = f"{tail:,} bytes of an unfinished record lie behind the last whole task"
@@ -342,7 +357,7 @@ class TaskLog(Files):
             )
         if lost := self._whole_records_behind(self._end):
             raise StoreError(
-                f"{self._file} has {lost} whole record(s) behind a damaged one at byte "
+                f"{self._file} has {len(lost)} whole record(s) behind a damaged one at byte "
                 f"{self._end:,}: restore it from a copy, or run supsup repair to set them aside"
             )
         self._drop_partials()
@@ -364,55 +379,6 @@ class TaskLog(Files):
             self._erase(spans)
 
 
-def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
-    """Makes the store at `path` one that can be appended to, and says what was done.
-
-    Drops an unfinished record at the end; makes the index again from the records; gives up tasks
-    whose records were cut off, which are gone; sets aside, in a file beside the others, what lies
-    behind a damaged record whose length nobody knows. A whole task is never dropped, a damaged one
-    in the midst keeps its number, and that of one given up no other gets. Raises as `TaskLog.open`.
-    """
-    done = []
-    log = TaskLog(Path(path), read_manifest(path), True, timeout)
-    try:
-        log.refresh()
-        size = log._size()
-        cut = [task for task, entry in enumerate(log._entries) if entry and entry.end > size]
-        removed = set(log._removed)
-        for task in cut:
-            log._entries[task] = None
-        log._end = max((entry.end for entry in log._entries if entry), default=0)
-        for span in [*log._gaps(), (log._end, size)]:  # an entry may have been wrong
-            log._take_all(log._whole_records(*span))
-        gone = [task for task in cut if log._entries[task] is None]
-        done += [
-            f"gave up task {task}: its record was cut off, and no other gets its number"
-            for task in gone
-            if task not in removed
-        ]
-        if size > log._end:
-            tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
-            if log._whole_records_behind(log._end):
-                aside = log.path / f"aside-{log._end}.bin"
-                data = system.read_at(log._records, log._end, size - log._end)
-                system.write_file(aside, [data], os.O_CREAT | os.O_EXCL)
-                done.append(f"set aside in {aside.name}: {tail}, with whole records among them")
-            else:
-                done.append(f"dropped {tail}, of an unfinished record")
-        done += [f"mended {INDEX}: {what}" for what in log._index_problems()]
-        done += [
-            f"erased {length:,} bytes of a former task at {at:,}"
-            for at, length in log._to_erase(thorough=True)
-        ]
-        log._drop_partials()
-        for task in gone:  # before the index is made again, which a kill must not find without them
-            log._write(task, records.REMOVED, [])
-        log._write_ends(thorough=True)
-    finally:
-        log.close()
-    return done
-
-
 def write_all(
     path: str | os.PathLike,
     manifest: dict[str, Any],
@@ -420,15 +386,38 @@ def write_all(
 ) -> None:
     """A new folder of these records, metadata and body; None, of one that was removed.
 
-    Raises as `TaskLog.create`; what `found` raises leaves those before it.
+    All of it, or nothing: written under another name beside `path`. Raises as `TaskLog.create`,
+    and what `found` raises.
     """
-    log = TaskLog.create(path, manifest)
+    path = Path(path)
+    _new_folder(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        for record in found:
-            log.append(*(record or (records.REMOVED, [])), durable=False)
-        log.flush()
+        log = TaskLog.create(partial, manifest)
+        try:
+            for record in found:
+                log.append(*(record or (records.REMOVED, [])), durable=False)
+            log.flush()
+        finally:
+            log.close()
+        path.rmdir()
+        os.replace(partial, path)
+        system.flush_folder(path.parent)
     finally:
-        log.close()
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rmdir()  # only where it is empty: it failed
+
+
+def _new_folder(path, may_hold=()):
+    """Makes the folder `path`, where nothing is but for what it may hold."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to create {path.name} in")
+    with files.allowed(path, writes=True):
+        path.mkdir(exist_ok=True)
+    if strange := [found.name for found in path.iterdir() if found.name not in may_hold]:
+        what = "a store" if MANIFEST in strange else f"other files, such as {strange[0]}"
+        raise FileExistsError(f"{path} holds {what}; name a new folder")
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:

@@ -14,20 +14,17 @@ class Names:
         self._log = log
         self._known: set[str] | None = None
 
-    def find(self, name: str) -> list[int]:
-        """Ids of the tasks of that name, as far as their records can be read."""
-        return [i for i, called in self._called() if called == name]
-
     @contextlib.contextmanager
     def giving(self, name: str | None, i: int | None = None) -> Iterator[None]:
         """While task i, or a new one, gets this name. Raises ValueError where another has it."""
         former, self._known = self._known, None  # where what follows fails, they are read again
         if name is not None:
             if former is None or i is not None:
-                former = {called for j, called in self._called() if j != i}
+                former = {called for j, called in self.called() if j != i}
             if name in former:
+                (other, *_) = (j for j, called in self.called() if called == name)
                 raise ValueError(
-                    f"name must be the task's own, and task {self.find(name)[0]} of "
+                    f"name must be the task's own, and task {other} of "
                     f"{self._log.path} is called {name!r}: replace that one, or choose another name"
                 )
         yield
@@ -36,7 +33,8 @@ class Names:
                 former.add(name)
             self._known = former
 
-    def _called(self):
+    def called(self) -> Iterator[tuple[int, str]]:
+        """Ids and names, as far as records can be read."""
         for i in self._log.ids:
             with contextlib.suppress(StoreError):
                 if (name := self._log.metadata(i).get("name")) is not None:

@@ -8,22 +8,20 @@ from supsup_jax.stores.mask_store import MaskStore
 
 
 class Parts:
-    """The tasks of a DiskStore as MaskStores, loaded one at a time, as often as gone through.
+    """Tasks of a DiskStore as MaskStores, loaded one at a time, as often as gone through.
 
     What is held at a time is one part, and while it is loaded two more copies of its masks.
-    ids: of the tasks that are there now, in order. load: of some of these, as a store. size: of
-    how many at a time.
+    ids: of the tasks, int [T], in order: `parts.ids[belief.task]` names what inference found, and
+    is always of these tasks, whatever another process writes meanwhile; of one that it removes,
+    loading raises TaskIdError. load: of some of these, as a store. size: of how many at a time.
     """
 
-    def __init__(
-        self, ids: Callable[[], np.ndarray], load: Callable[[list[int]], MaskStore], size: int
-    ):
-        self._ids, self._load, self._size = ids, load, size
+    def __init__(self, ids: np.ndarray, load: Callable[[list[int]], MaskStore], size: int):
+        self.ids, self._load, self._size = ids, load, size
 
     def __len__(self) -> int:
-        return -(-len(self._ids()) // self._size)
+        return -(-len(self.ids) // self._size)
 
     def __iter__(self) -> Iterator[MaskStore]:
-        ids = self._ids()
-        for start in range(0, len(ids), self._size):
-            yield self._load(ids[start : start + self._size].tolist())
+        for start in range(0, len(self.ids), self._size):
+            yield self._load(self.ids[start : start + self._size].tolist())

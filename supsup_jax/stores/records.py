@@ -21,6 +21,7 @@ _CHECK_BYTES = 8
 SHA_BYTES = 32
 HEAD_BYTES = _HEAD.size + _CHECK_BYTES
 ENTRY_BYTES = _ENTRY.size + _CHECK_BYTES
+LEAST_BYTES = HEAD_BYTES + SHA_BYTES  # of a record
 _ALIGN = 64  # where a body starts in its record
 ERASED = bytes(SHA_BYTES)  # in place of its checksum: the record does not count any more
 REMOVED = {"removed": True}  # the metadata of a task that was removed; it has no body
@@ -60,12 +61,21 @@ def record_bytes(task: int, metadata: dict[str, Any], body: Sequence[Any]) -> by
     text = json.dumps(metadata, separators=(",", ":")).encode()
     text += b" " * (-(HEAD_BYTES + len(text)) % _ALIGN)
     body = [memoryview(part).cast("B") for part in body]
-    head = _HEAD.pack(MAGIC, len(text), sum(map(len, body)), task)
-    parts = [head, sha256(head)[:_CHECK_BYTES], text, *body]
+    parts = [_head_bytes(task, len(text), sum(map(len, body))), text, *body]
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)
     return b"".join([*parts, whole.digest()])
+
+
+def blank_head(task: int, length: int) -> bytes:
+    """The head of a record of `length` bytes that says no more than the number."""
+    return _head_bytes(task, 0, length - LEAST_BYTES)
+
+
+def _head_bytes(task, text_bytes, body_bytes):
+    head = _HEAD.pack(MAGIC, text_bytes, body_bytes, task)
+    return head + sha256(head)[:_CHECK_BYTES]
 
 
 def checksum(record: memoryview) -> bytes | None:
@@ -209,7 +219,7 @@ def read_alone(path: str | os.PathLike) -> tuple[dict[str, Any], Record]:
     """
     path = Path(path)
     manifest, data = split_manifest(path.read_bytes(), path)
-    if len(data) < HEAD_BYTES + SHA_BYTES or checksum(data) is None:
+    if len(data) < LEAST_BYTES or checksum(data) is None:
         raise StoreError(
             f"{path}: the record in it does not match its checksum: it is damaged or cut short; "
             "restore it from a copy"

@@ -165,7 +165,7 @@ def _start(key, net, init_scores, config):
 
 def begin(state: TrainState, config: TrainConfig) -> TrainProgress:
     """Progress at this state, before the first step."""
-    return TrainProgress(jnp.int32(0), jnp.zeros(config.steps), state)
+    return TrainProgress(jnp.int32(0), jnp.zeros(config.steps, jnp.float32), state)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="before")

@@ -149,6 +149,13 @@ class TrainConfig:
                 raise TypeError(f"density must hash by value, got {self.density!r}")
         elif self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must lie in (0, 1], got {self.density!r}")
+        for field in dataclasses.fields(self):  # a config is a static argument of every program
+            try:
+                hash(value := getattr(self, field.name))
+            except TypeError as error:
+                raise TypeError(
+                    f"{field.name} must hash by value, got {value!r}: {error}"
+                ) from error
 
     def _check_unnamed(self):
         """Raises TypeError for what makes no transformation, and ValueError for fields that an

@@ -40,7 +40,7 @@ class ScoreMean(NamedTuple):
     @classmethod
     def create(cls, net: Network) -> "ScoreMean":
         """Of no task yet."""
-        zeros = [jnp.zeros(shape) for shape in net.layout.shapes.values()]
+        zeros = [jnp.zeros(shape, jnp.float32) for shape in net.layout.shapes.values()]
         return cls(jnp.int32(0), net.layout.tree(zeros))
 
     def include(self, scores: PyTree) -> "ScoreMean":

@@ -69,7 +69,8 @@ def train_task(
       as by `train_on_batches`; the next steps consume that progress.
     Equal shapes and an equal config compile once, for any key, weights, data and view. All steps
     are one program; with on_step the host calls one of some steps, again and again. Equal to
-    rounding.
+    rounding. Differentiable itself, such as in the weights, by sgd: the roots of rmsprop and adam
+    have no derivative where a gradient is 0.
     Raises TypeError or ValueError before compiling for inputs that do not fit, such as a batch
     that the devices do not divide, or on_step inside jit, and ValueError when training ends with
     scores or losses that are not finite.
@@ -147,7 +148,10 @@ def train_tasks(
         shapes = tuple((name, (num_tasks, *shape)) for name, shape in net.layout.named_shapes)
         check_scores(dataclasses.replace(net.layout, named_shapes=shapes), init_scores)
     _check_many(data, num_tasks, config)
-    check_labels(net, _one_task(data, num_tasks, config), config)
+    one = _one_task(data, num_tasks, config)
+    if "labels" in _own_fields(data, num_tasks, config):  # the values of all tasks' count
+        one = dataclasses.replace(one, labels=data.labels.reshape(-1, *data.labels.shape[2:]))
+    check_labels(net, one, config)
     traced = in_trace(keys, net, data, init_scores)
     if on_step is not None and (traced or mesh is not None):
         raise ValueError("on_step is called by the host: it has no meaning inside jit or on a mesh")

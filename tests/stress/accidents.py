@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from supsup_jax.stores import files, journal, records, system
+from supsup_jax.stores import files, journal, records, repair, system
 
 WATCHED = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace", "unlink")
 BLOCK = 512
@@ -34,11 +34,14 @@ def watching(before: Callable, names: tuple[str, ...] = WATCHED) -> Iterator[Non
 
     number: of the call, from 0.
     """
-    journal.os = files.os = records.os = system.os = Watched(before, names)
+    watched = Watched(before, names)
+    for module in (journal, files, records, repair, system):
+        module.os = watched
     try:
         yield
     finally:
-        journal.os = files.os = records.os = system.os = os
+        for module in (journal, files, records, repair, system):
+            module.os = os
 
 
 def half_written(real: Callable, arguments: tuple) -> int:

@@ -35,7 +35,15 @@ def test_cross_entropy_with_smoothing_and_weights():
     want = (0.9 * own + 0.1 * even) * np.array(weights)[labels]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert losses.CrossEntropy(weights=[1, 2]) == losses.CrossEntropy(weights=(1.0, 2.0))
-    for change, message in (({"smoothing": 1}, "smoothing must"), ({"weights": (-1,)}, "weights")):
+    many = losses.CrossEntropy(weights=(1.0,) * 200)
+    np.testing.assert_allclose(many(np.zeros((1, 200)), np.int8([7])), np.log(200), rtol=1e-5)
+    with pytest.raises(ValueError, match="the loss is of 9 labels, the network has 5 outputs"):
+        losses.CrossEntropy(labels=9)(logits, labels)
+    for change, message in (
+        ({"smoothing": 1}, "smoothing must"),
+        ({"weights": (-1,)}, "weights"),
+        ({"labels": 0}, "labels must be an int of at least 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             losses.CrossEntropy(**change)
 

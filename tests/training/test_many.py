@@ -199,6 +199,11 @@ def test_bad_input_of_many_tasks(small_net):
     )
     refuses(ValueError, "labels must have a leading axis of 2 tasks", keys=keys[:2], data=fewer)
     refuses(ValueError, r"inputs must be \[T, N, ...\] and labels \[T, N\]", data=cut)
+    for i, wrong in ((1, -1), (2, 7)):
+        labels = np.asarray(own.labels).copy()
+        labels[i, 3] = wrong
+        bad = dataclasses.replace(own, labels=labels)
+        refuses(ValueError, rf"labels must lie in \[0, 5\).*{wrong}", data=bad)
     viewed = dataclasses.replace(own, view=jnp.zeros((3, 6), jnp.int32))
     refuses(ValueError, "inputs of their own take none", data=viewed)
 

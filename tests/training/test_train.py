@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import supsup_jax as ss
-from supsup_jax import prng
+from supsup_jax import data, prng
 from supsup_jax.training import steps, train
 from tests.conftest import golden, relu_apply, relu_net
 
@@ -331,6 +331,38 @@ def test_bad_configs(change, message):
         ss.TrainConfig(**change)
 
 
+def test_a_config_hashes_from_the_start():
+    lists = ss.Normalize([0.5, 0.25], np.float32(0.5))
+    assert lists == ss.Normalize((0.5, 0.25), 0.5)
+    ss.TrainConfig(augment=data.CropAndFlip(1, lists))
+    with pytest.raises(TypeError, match="learning_rate must hash by value"):
+        ss.TrainConfig(learning_rate=jnp.float32(1e-3))
+
+
+def test_numbers_are_float32_under_64_bit_types_too(small_net, tmp_path):
+    """Of training in one program, in several and from batches, and of a Hopfield network."""
+    key, toy = jax.random.key(0), toy_data()
+    want = ss.train_task(key, small_net, toy, FAST)
+    with jax.enable_x64(True):
+        batches = [(toy.inputs[:8], toy.labels[:8])] * FAST.steps
+        results = [
+            ss.train_task(key, small_net, toy, FAST, on_step=lambda step, progress: None),
+            ss.train_on_batches(key, small_net, batches, FAST),
+            ss.train_task(key, small_net, toy, FAST, ss.ScoreMean.create(small_net)),
+        ]
+        for result in results:
+            dtypes = {leaf.dtype for leaf in jax.tree.leaves((result.scores, result.loss))}
+            assert dtypes == {jnp.dtype(jnp.float32)}
+        chex.assert_trees_all_close(results[0].loss, want.loss, rtol=1e-4)
+        store = ss.hopfield.HopfieldStore.create(small_net).append(want.task)
+        store.save(tmp_path / "store")
+        again = ss.hopfield.HopfieldStore.load(tmp_path / "store", small_net)
+        chex.assert_trees_all_equal(again.weights, store.weights)
+        config = ss.hopfield.RecoveryConfig(guided=True)
+        found = ss.hopfield.recover(small_net, again, toy.inputs[None, :8], config)
+        assert jax.tree.leaves(found.scores)[0].dtype == jnp.float32
+
+
 def test_bad_input(small_net):
     key, good = jax.random.key(0), toy_data()
 
@@ -343,6 +375,11 @@ def test_bad_input(small_net):
     refuses(ValueError, r"inputs must be \[N, ...\] and labels \[N\]", data=short)
     refuses(ValueError, "at least one example", data=toy_data(num=0))
     refuses(ValueError, "view must index 6 pixels", data=toy_data(view=jnp.arange(7)))
+    refuses(ValueError, "view must be of pixels", data=toy_data(view=jnp.zeros(0, int)))
+    narrow = ss.TaskData(np.ones((3, 200)), np.arange(3), view=np.int8([0, 5, -1]))
+    assert narrow.view.dtype == jnp.int32
+    tokens = ss.TaskData(np.ones((3, 6), np.int8), np.arange(3), transform=None)
+    refuses(TypeError, "cast tokens to int32", data=tokens)
     refuses(TypeError, "data must be a TaskData", data=good.inputs)
     refuses(TypeError, "net must be a Network", net=small_net.params)
     refuses(
