@@ -242,7 +242,7 @@ def has_vector_popcount() -> bool:
 def device_bytes() -> int:
     """Of the default device; where that is the CPU, or does not say, of the machine."""
     # A device, the name of a platform, or None.
-    chosen = getattr(jax.config, "jax_default_device", None)
+    chosen: Any = getattr(jax.config, "jax_default_device", None)
     device = chosen if hasattr(chosen, "memory_stats") else jax.local_devices(backend=chosen)[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
