@@ -35,7 +35,6 @@ class Files:
     """`tasks.bin` and `index.bin` of the folder `path`, open to read or, locked, also to write.
 
     folder: where that is, whatever the process's own folder becomes.
-
     timeout: seconds to wait for another writer. Raises StoreError while there is one, OSError.
     """
 
