@@ -194,7 +194,9 @@ def test_a_name_of_digits_is_no_number(path, net, tmp_path, capsys):
     assert "1 is a task's number and the name of task 3: write 01" in told
     cli.main(["remove", str(path), "77", "01"])
     assert capsys.readouterr().out == "removed task 4\nremoved task 1\n"
-    cli.main(["remove", str(path), "1"])
+    assert "1 is a task's number and" in fails(capsys, "remove", path, "1")  # for ever
+    assert "task 1 was removed" in fails(capsys, "remove", path, "3", "01")  # and 3 is there
+    cli.main(["remove", str(path), "3"])
     assert capsys.readouterr().out == "removed task 3\n"
     cli.main(["find", str(path), "a[1]"])
     assert capsys.readouterr().out == "     5  a[1]\n"

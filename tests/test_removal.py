@@ -5,6 +5,7 @@ Kills of processes, and more power cuts: `tests/stress/stress_store`.
 
 import contextlib
 import itertools
+import os
 import random
 import shutil
 
@@ -243,6 +244,55 @@ def test_a_writer_that_waited_writes_to_the_compacted_file(log, monkeypatch):
     assert slept and len(TaskLog.open(log.path)) == 4
 
 
+def test_a_writer_that_waited_has_the_lock_of_the_folders_own_file(log, monkeypatch):
+    """Not of one that was compacted away: there another may be amid an exchange of its own."""
+    waiting, go_on = [], TaskLog._cut_short
+
+    def sleep(_):
+        if not waiting:
+            log.compact()
+        waiting.append(1)
+        if len(waiting) == 3:
+            log.close()
+
+    def in_place(waiter):
+        assert os.path.samestat(os.fstat(waiter._records), os.stat(log.path / "tasks.bin"))
+        return go_on(waiter)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(TaskLog, "_cut_short", in_place)
+    with contextlib.closing(TaskLog.open(log.path, writes=True, timeout=5)) as second:
+        assert second.verify() == []
+    assert len(waiting) == 3
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("short", [None, "tasks.bin.partial", "index.bin.partial"])
+def test_an_exchange_that_was_cut_short_is_ended_with_whole_files_alone(log, short, by_name):
+    def before(number, name, real, arguments):
+        if name == "replace":
+            raise PowerCut
+        return real(*arguments)
+
+    packed = log.path.with_name("packed")
+    shutil.copytree(log.path, packed)
+    with contextlib.closing(TaskLog.open(packed, writes=True)) as other:
+        other.compact()
+    with pytest.raises(PowerCut), watching(before):
+        log.compact()
+    size = (log.path / "tasks.bin").stat().st_size
+    assert not (log.path / "index.bin").exists()
+    if short:
+        cut(log.path / short, 64)
+    if by_name:
+        assert not repair(log.path).loses
+    with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
+        assert held(again) == held_after(DONE) and again.verify() == []
+    whole = size if short else (packed / "tasks.bin").stat().st_size
+    assert (log.path / "tasks.bin").stat().st_size == whole
+    assert not list(log.path.glob("*.partial"))
+
+
 def test_damage_among_what_was_erased_is_named_and_mended(log):
     log.close()
     start, end = next(log._gaps())
@@ -252,8 +302,8 @@ def test_damage_among_what_was_erased_is_named_and_mended(log):
         assert held(reader) == held_after(DONE)
         (problem,) = reader.verify()
         assert problem.file == "tasks.bin" and not problem.loses
-        done = repair(log.path)
-        assert bool(done) == mends == (reader.verify() == [])
+        done, loses = repair(log.path)
+        assert not loses and bool(done) == mends == (reader.verify() == [])
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as writer:
         writer.compact()  # which drops what is no record
         assert held(writer) == held_after(DONE) and writer.verify() == []
@@ -315,6 +365,8 @@ def test_no_task_is_lost_behind_a_damaged_one_that_was_removed(tmp_path, known):
         with contextlib.closing(TaskLog.open(path, writes=True)) as log:
             assert [bytes(log.read(i).body)[:1] for i in (0, 2, 3)] == [b"\0", b"\2", b"\3"]
             assert log.ids in ([[0, 2, 3]] if done else [[0, 2, 3], [0, 1, 2, 3]])
+            # Once it is removed nothing of it is left, where anyone knew where it was.
+            assert not known or 1 in log.ids or b"\1" * 100 not in (path / "tasks.bin").read_bytes()
             assert not list(path.glob("*.partial"))
         if done:
             return
@@ -332,7 +384,7 @@ def test_a_replaced_record_that_was_cut_off_is_missed(log):
     with pytest.raises(ss.StoreError, match="cut short; restore"):
         TaskLog.open(log.path, writes=True)
     given_up = f"gave up task {task}: its record was cut off, and no other gets its number"
-    assert given_up in repair(log.path)
+    assert given_up in repair(log.path).done
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
         others = [i for i in range(len(again)) if i != task]
         assert [read(again, i) for i in others] == [held_after(DONE)[i] for i in others]

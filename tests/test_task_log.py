@@ -3,18 +3,20 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
+import random
 import struct
 
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import journal, records, system
+from supsup_jax.stores import records, system
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.stores.records import sha256
 from supsup_jax.stores.repair import repair
-from tests.stress.accidents import PowerCut, watching
+from tests.stress.accidents import Disk, PowerCut, half_written, watching
 
 MANIFEST = {"format": "test", "answer": 42}
 BODIES = [b"first", b"", bytes(range(256)) * 300]
@@ -112,8 +114,8 @@ def test_an_unfinished_record_is_passed_over_and_dropped(path, torn):
     )
     assert not problem.loses
     if torn % 2:  # repaired by a writer, or by name
-        (done,) = repair(path)
-        assert done.startswith(f"dropped {left} bytes behind task 2")
+        (done,), loses = repair(path)
+        assert not loses and done.startswith(f"dropped {left} bytes behind task 2")
     assert bodies(path, writes=True) == BODIES
     assert TaskLog.open(path).verify() == []
     assert (path / "tasks.bin").stat().st_size == start
@@ -177,15 +179,16 @@ def test_whole_records_behind_a_damaged_one_are_never_dropped(path):
     with pytest.raises(ss.StoreError, match=r"whole record.* behind a damaged one"):
         TaskLog.open(path, writes=True)
     assert (path / "tasks.bin").read_bytes() == data
-    (done,) = repair(path)
-    assert done.startswith(f"set aside in aside-{offset}.bin: ")
+    (done,), loses = repair(path)
+    assert loses and done.startswith(f"set aside in aside-{offset}.bin: ")
     assert (path / f"aside-{offset}.bin").read_bytes() == data[offset:]
     log = TaskLog.open(path, writes=True)
     assert (log.ids, log.read(0).body, log.verify()) == ([0], BODIES[0], [])
     assert log.append({}, [b"new"]) == 3  # no number is given twice
 
 
-def test_a_repair_that_was_cut_short_is_repeated(tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_a_repair_that_was_cut_short_is_repeated(tmp_path, half):
     """At each call of the system: what was behind the damage is aside, no number given twice."""
     for point in range(100):
         path = tmp_path / f"{point}"
@@ -197,6 +200,8 @@ def test_a_repair_that_was_cut_short_is_repeated(tmp_path):
         done = False
 
         def before(number, name, real, arguments, point=point):
+            if number == point and half and name == "pwrite":
+                half_written(real, arguments)
             if number >= point:
                 raise PowerCut
             return real(*arguments)
@@ -223,21 +228,63 @@ def test_what_is_set_aside_has_a_file_of_its_own(path):
     (path / f"aside-{offset}.bin").write_bytes(b"of a former repair")
     change(path / "tasks.bin", offset + 40, b"\xff")
     cut(path / "index.bin", 64)
-    assert repair(path)[0].startswith(f"set aside in aside-{offset}-1.bin: ")
+    assert repair(path).done[0].startswith(f"set aside in aside-{offset}-1.bin: ")
     assert (path / f"aside-{offset}.bin").read_bytes() == b"of a former repair"
 
 
 def test_appends_together_are_all_there_or_none(path):
-    log = TaskLog.open(path, writes=True)
+    log, reader = TaskLog.open(path, writes=True), TaskLog.open(path)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     for error in (OSError, KeyboardInterrupt):
         with pytest.raises(error), log.together():
-            log.append({}, [b"one"], durable=False)
+            for _ in range(2):
+                log.append({}, [b"a task that is withdrawn"], durable=False)
+            assert reader.refresh() == 5
             raise error
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    with pytest.raises(ss.types.TaskIdError, match="task 3 is not in"):
+        reader.read(3)
+    reader = TaskLog.open(path)
+    with pytest.raises(KeyboardInterrupt), log.together():
+        for _ in range(4):
+            log.append({}, [b"a task that is withdrawn"], durable=False)
+        reader.refresh()
+        raise KeyboardInterrupt
     with log.together():
-        assert [log.append({}, [b"more"], durable=False) for _ in range(2)] == [3, 4]
-    assert len(TaskLog.open(path)) == 5
+        assert [log.append({}, [b"%d" % i * 999], durable=False) for i in range(3, 6)] == [3, 4, 5]
+    assert TaskLog.open(path).ids == list(range(6))
+    assert [bytes(reader.read(i).body) for i in range(3, 6)] == [b"%d" % i * 999 for i in (3, 4, 5)]
+    assert reader.verify() != []  # before the flush that is due
+    log.flush()
+    assert reader.verify() == log.verify() == []
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_is_appended_after_others_were_withdrawn_survives_a_power_cut(tmp_path, error):
+    """The index lists at no time what is not on the device, whatever of it the device has."""
+    for seed in range(60):
+        path, rng = tmp_path / f"{seed}", random.Random(seed)
+        with_records(path, BODIES)
+        disk = Disk(path)
+        with watching(lambda _, *call, disk=disk: disk.watch(*call)):
+            log = TaskLog.open(path, writes=True)
+            with contextlib.suppress(error), log.together():
+                for _ in range(3):
+                    log.append({}, [b"withdrawn" * 70], durable=False)
+                if rng.random() < 0.5:
+                    log.flush()
+                raise error
+            for i in range(3):
+                log.append({}, [b"%d" % i * 300])
+        disk.fail(path, rng)
+        with contextlib.closing(TaskLog.open(path, writes=True)) as again:
+            assert [again.read(3 + i).body for i in range(3)] == [b"%d" % i * 300 for i in range(3)]
+
+
+def test_closing_flushes_what_is_due(path):
+    with contextlib.closing(TaskLog.open(path, writes=True)) as log:
+        log.append({}, [b"one"], durable=False)
+    assert TaskLog.open(path).verify() == []
 
 
 def test_a_new_folder_of_records_is_whole_or_not_there(path, tmp_path):
@@ -245,16 +292,41 @@ def test_a_new_folder_of_records_is_whole_or_not_there(path, tmp_path):
         yield {}, [b"first"]
         raise ss.StoreError("damaged")
 
-    for new in (tmp_path / "new", tmp_path / "empty"):
+    empty, link = tmp_path / "empty", tmp_path / "link"
+    for new in (tmp_path / "new", empty, link):
         with pytest.raises(ss.StoreError, match="damaged"):
-            journal.write_all(new, MANIFEST, found())
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["log"]
-        (tmp_path / "empty").mkdir(exist_ok=True)
-    journal.write_all(new, MANIFEST, [({}, [b"first"]), None])
-    log = TaskLog.open(new)
+            TaskLog.create(new, MANIFEST, found=found())
+        assert not list(new.iterdir()) if new.exists() else new.name == "new"
+        empty.mkdir(exist_ok=True)
+        link.exists() or link.symlink_to(empty)
+    TaskLog.create(link, MANIFEST, found=[({}, [b"first"]), None]).close()
+    log = TaskLog.open(empty)
     assert (log.ids, len(log), log.verify()) == ([0], 2, [])
     with pytest.raises(FileExistsError, match="holds a store; name a new folder"):
-        journal.write_all(path, MANIFEST, [])
+        TaskLog.create(path, MANIFEST)
+
+
+def test_a_copy_that_is_killed_is_no_store_and_says_so(tmp_path):
+    """At each call of the system: a store, and whole, from one of them on."""
+    for point in itertools.count():
+        path, done = tmp_path / f"{point}", False
+
+        def before(number, name, real, arguments, point=point):
+            if number >= point:
+                raise PowerCut
+            return real(*arguments)
+
+        with contextlib.suppress(PowerCut), watching(before):
+            TaskLog.create(path, MANIFEST, found=[({}, [body]) for body in BODIES]).close()
+            done = True
+        try:
+            assert bodies(path) == BODIES
+        except FileNotFoundError:
+            assert not done
+            with contextlib.suppress(FileExistsError):
+                TaskLog.create(path, MANIFEST).close()
+        if done:
+            return
 
 
 def test_one_who_creates_a_store_is_waited_for(tmp_path, monkeypatch):
@@ -284,7 +356,8 @@ def test_records_cut_off_at_the_end_are_missed(path, boundary):
     with pytest.raises(ss.StoreError, match="cut short; restore"):
         TaskLog.open(path, writes=True)
     given_up = "gave up task 2: its record was cut off, and no other gets its number"
-    assert repair(path)[0] == given_up
+    done, loses = repair(path)
+    assert loses and done[0] == given_up
     log = TaskLog.open(path, writes=True)
     assert (log.ids, log.verify()) == ([0, 1], [])
     assert [log.read(i).body for i in log.ids] == BODIES[:2]

@@ -22,16 +22,12 @@ def repair(store: Path, /) -> None:
         store: Folder of the store.
     """
     read_manifest(journal.read_manifest(store), FORMAT, store)
-    aside = _aside(store)
+    done, loses = repairing.repair(store)
     with DiskStore.open(store) as disk:
-        before = len(disk) - len(disk.ids)
-    done = repairing.repair(store)
-    with DiskStore.open(store) as disk:
-        gone = len(disk) - len(disk.ids) > before or _aside(store) != aside
         if lost := told.lost(disk):
             done.append(told.advice(disk, lost))
     print("\n".join(done) if done else "nothing to mend")
-    if lost or gone:
+    if lost or loses:
         raise SystemExit(1)
 
 
@@ -106,11 +102,12 @@ def remove(store: Path, tasks: list[str], /) -> None:
     if not tasks:
         raise ValueError("name the tasks to remove, by their numbers; got none")
     with told.to_write(store) as disk:
-        ids = {told.id_of(disk, task) for task in tasks}  # all of them, before the first goes
+        ids = {told.id_of(disk, task) for task in tasks}
+        disk.places(sorted(ids))  # all of them are there, before the first goes
         for i in sorted(ids, reverse=True):  # those coded against others first
             disk.remove(i)
             print(f"removed task {i}")
-    for aside in _aside(store):
+    for aside in sorted(store.glob("aside-*.bin")):
         print(f"not looked at: {aside}, which a repair set aside; delete it if it is of no use")
 
 
@@ -122,8 +119,3 @@ def compact(store: Path, /) -> None:
     """
     with told.to_write(store) as disk:
         print(f"gave back {disk.compact():,} bytes")
-
-
-def _aside(store):
-    """The files that repairs have set aside."""
-    return sorted(store.glob("aside-*.bin"))

@@ -21,7 +21,7 @@ def id_of(disk: DiskStore, told: str) -> int:
     if told.isascii() and told.isdigit() and found != [int(told)]:
         if not found:
             return int(told)
-        if int(told) in disk.ids:
+        if int(told) < len(disk):  # one that was removed, too: it names no other
             raise ValueError(
                 f"{told} is a task's number and the name of task {listed(found)}: write 0{told} "
                 "for the number, or the number of the other"

@@ -180,9 +180,12 @@ class Form:
                     f"{path} holds a task of another network: its {field} is {manifest[field]}, "
                     f"that of {self.path} is {own[field]}"
                 )
-        coded = self.read(record, 0)
-        self.words(coded)  # against no other, being the first of its file
-        self.info(coded)
+        try:
+            coded = self.read(record, 0)
+            self.words(coded)  # against no other, being the first of its file
+            self.info(coded)
+        except StoreError as error:
+            raise StoreError(f"{path} holds no task: {error}") from error
         if name is None:
             return record
         check_names(name, None)

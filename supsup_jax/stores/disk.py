@@ -16,7 +16,7 @@ from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.codecs import Leaves
-from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_told
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_names, check_told
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
@@ -24,7 +24,7 @@ from supsup_jax.stores.origin import Origin, like_state, manifest_of, read_manif
 from supsup_jax.stores.parts import Parts
 from supsup_jax.stores.records import Entry
 from supsup_jax.stores.sharded import ShardedStore
-from supsup_jax.types import Integers, PyTree, StoreError, Task, TaskIdError
+from supsup_jax.types import Integers, PyTree, StoreError, Task
 
 FORMAT = "supsup_jax.DiskStore"
 MODES = ("r", "a", "x")
@@ -121,8 +121,8 @@ class DiskStore:
         held, ids = self.ids, np.asarray(ids)
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"ids must be integers, got dtype {ids.dtype}")
-        if len(outside := np.setdiff1d(ids, held)):
-            raise TaskIdError(f"task {outside[0]} is not in {self.path}: {len(held)} ids are")
+        for outside in np.setdiff1d(ids, held):
+            self._log.entry(int(outside))  # raises
         return np.searchsorted(held, ids)  # which rise
 
     @property
@@ -169,7 +169,7 @@ class DiskStore:
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
         record = self._form.record(len(self), task, scores, *told)
-        with self._names.giving(name):
+        with self._names.giving([name]):
             return self._log.append(*record, durable=durable)
 
     def replace(
@@ -196,7 +196,7 @@ class DiskStore:
         task = self._checked(task)
         told = name, labels, codec, base, num_labels, moments
         record = self._form.record(i, task, scores, *told)
-        with self._names.giving(name, i):
+        with self._names.giving([name], i):
             self._recode(i)
             self._log.replace(i, *record, durable=durable)
 
@@ -208,12 +208,13 @@ class DiskStore:
         bytes they took is seen until `compact`. What the folder's copies hold, and what a
         file system or device keeps of overwritten bytes, is beyond this library; so are files
         that `repair` set aside. Tasks coded against it are coded anew first.
-        A crash leaves the task whole, or removed from the next `open` on.
+        A crash leaves the task whole, or removed from the next `open` on; of a damaged one whose
+        place nobody knows the bytes may be left then, until `compact`.
         Raises as `task`, StoreError unless the store is open for appending, and where a later
         task is damaged, which may be coded against it; OSError where the disk is full or fails.
         """
         self._log.entry(i := as_index(i))
-        with self._names.giving(None, i):
+        with self._names.giving([None], i):
             self._recode(i)
             self._log.remove(i)
 
@@ -231,25 +232,26 @@ class DiskStore:
         """Adds all tasks of a MaskStore, flushed to the device once, and returns their numbers.
 
         names: one a task; numbers of labels and moments as the store has them. Raises as `append`,
-        and then none of them is added; of a kill meanwhile some may be.
+        and then none of them is added; of a kill meanwhile some may be, and after a power cut it
+        may need `supsup repair` to go on with those.
         """
         store.check_fits(self._network())
         held = int(store.num_tasks)
         told_names = [None] * held if names is None else list(names)
         if len(told_names) != held:
             raise ValueError(f"names must be {held}, one a task, got {len(told_names)}")
+        for name in told_names:
+            check_names(name, None)
         first = len(self)
         told, moments = jax.device_get((store.num_labels, store.moments))
-        try:
-            with self._log.together():
-                for i, name in enumerate(told_names):
-                    count = None if told is None else int(told[i])
-                    own = {each: row[i].tolist() for each, row in moments.items() if row[i, 1] > 0}
-                    task = store.task(i)
-                    self.append(task, name=name, num_labels=count, moments=own, durable=False)
-                self.flush()
-        finally:
-            self._names = Names(self._log)  # without those of tasks that went again
+        with self._names.giving(told_names), self._log.together():
+            for i, name in enumerate(told_names):
+                count = None if told is None else int(told[i])
+                own = {each: row[i].tolist() for each, row in moments.items() if row[i, 1] > 0}
+                task, told_of_it = self._checked(store.task(i)), (codecs.AUTO, None, count, own)
+                record = self._form.record(len(self), task, None, name, None, *told_of_it)
+                self._log.append(*record, durable=False)
+            self.flush()
         return range(first, len(self))
 
     def export(self, i: int, path: str | os.PathLike) -> None:
@@ -268,14 +270,14 @@ class DiskStore:
         Raises as `append`, FileNotFoundError, StoreError where it is damaged or another network's.
         """
         record = self._of_file(path, name)
-        with self._names.giving(record.metadata["name"]):
+        with self._names.giving([record.metadata["name"]]):
             return self._log.append(record.metadata, [record.body])
 
     def replace_by_file(self, i: int, path: str | os.PathLike, name: str | None = None) -> None:
         """Makes task i that in a file, all as in `append_file`. Raises so, and as `replace`."""
         self._log.entry(i := as_index(i))
         record = self._of_file(path, name)
-        with self._names.giving(record.metadata["name"], i):
+        with self._names.giving([record.metadata["name"]], i):
             self._recode(i)
             self._log.replace(i, record.metadata, [record.body])
 
@@ -295,7 +297,7 @@ class DiskStore:
             self._log.entry(i := as_index(i))
             held.pop(i, None)
         found = (self._read(i, self._form.alone) if i in held else None for i in range(len(self)))
-        journal.write_all(path, self.manifest, found)
+        TaskLog.create(path, self.manifest, found=found).close()
         return list(held)
 
     def find(self, name: str) -> list[int]:

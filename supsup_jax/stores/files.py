@@ -12,7 +12,7 @@ from supsup_jax.stores.records import ENTRY_BYTES, HEAD_BYTES, SHA_BYTES, Entry
 from supsup_jax.types import StoreError
 
 RECORDS, INDEX = "tasks.bin", "index.bin"
-_CLOSED = -1  # of a descriptor
+CLOSED = -1  # of a descriptor
 
 
 @contextlib.contextmanager
@@ -42,27 +42,32 @@ class Files:
         self.path, self.writes = path, writes
         self.folder = path.absolute()
         self._file = self.folder / RECORDS
-        self._records = self._index = self._held = _CLOSED
+        self._records = self._index = self._held = CLOSED
+        self._forget()
         self._open(timeout)
 
     def close(self) -> None:
         """Closes the files, and lets another write. Further calls do nothing."""
         for fd in (self._records, self._index):
-            if fd != _CLOSED:
+            if fd != CLOSED:
                 os.close(fd)
-        if self._held != _CLOSED:
+        if self._held != CLOSED:
             system.release(self._file.with_name(system.LOCK), self._held)
-        self._records = self._index = self._held = _CLOSED
+        self._records = self._index = self._held = CLOSED
 
     def _open(self, timeout):
         flags = os.O_RDWR if self.writes else os.O_RDONLY
+        deadline = time.monotonic() + timeout
         try:
             with allowed(self.path, self.writes):
-                while self._records == _CLOSED or self._exchanged():
+                while self._records == CLOSED or self._exchanged():
                     self.close()
                     self._records = system.open_file(self._file, flags)
                     if self.writes:
-                        self._lock(timeout)
+                        self._lock(deadline)
+                        if not self._in_place():  # the lock of a file that others do not lock
+                            self.close()
+                            continue
                         if self._cut_short():
                             self._end_exchange()
                             continue
@@ -73,6 +78,9 @@ class Files:
         except BaseException:
             self.close()
             raise
+
+    def _forget(self):
+        """Knows nothing of what the files hold."""
         self._entries: list[Entry | None] = []  # None where a damaged record must lie
         self._removed: set[int] = set()
         self._end = 0  # of the last record
@@ -84,14 +92,17 @@ class Files:
         It removes the index before and puts another there after: two that were opened before this
         is found false belong together.
         """
-        if self._index == _CLOSED and self._file.with_name(INDEX).exists():
+        if self._index == CLOSED and self._file.with_name(INDEX).exists():
             return True
-        with contextlib.suppress(FileNotFoundError):  # a folder moved or deleted: as it was
-            return not os.path.samestat(os.fstat(self._records), os.stat(self._file))
-        return False
+        return self._in_place() is False  # of a folder moved or deleted: as it was
 
-    def _lock(self, timeout):
-        deadline = time.monotonic() + timeout
+    def _in_place(self):
+        """Whether the records that are open are the folder's; None where it has none."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._records), os.stat(self._file))
+        return None
+
+    def _lock(self, deadline):
         while not self._locked():
             if time.monotonic() >= deadline:
                 left = ""
@@ -107,17 +118,19 @@ class Files:
         if system.HAS_FLOCK:
             return system.flocked(self._records)
         held = system.hold(self._file.with_name(system.LOCK))
-        self._held = _CLOSED if held is None else held
+        self._held = CLOSED if held is None else held
         return held is not None
 
     def _check_open(self, writes=False):
-        if self._records == _CLOSED:
+        if self._records == CLOSED:
             raise StoreError(f"{self.path} was closed; open it again")
         if writes and not self.writes:
             raise StoreError(f"{self.path} is open for reading only; open it with mode='a'")
 
     def _take_new(self):
         """Takes in what was written since the files were last looked at."""
+        if not self.writes and self._size() < self._end:
+            self._forget()  # records were withdrawn
         former, self._rows = self._rows, self._index_bytes()
         if self._rows != former:
             self._take_rows(self._rows, former or b"")
@@ -164,7 +177,7 @@ class Files:
         return os.fstat(self._records).st_size
 
     def _index_bytes(self):
-        if self._index == _CLOSED:
+        if self._index == CLOSED:
             return b""
         return system.read_at(self._index, 0, os.fstat(self._index).st_size)
 
@@ -244,6 +257,18 @@ class Files:
             return False
         return self._whole_record(entry.offset) == (task, entry)
 
+    def _listed(self):
+        """How many entries the index has."""
+        return os.fstat(self._index).st_size // ENTRY_BYTES
+
+    def _rows_from(self, first):
+        """The index from the entry of task `first` on, as it is to be."""
+        known = enumerate(self._entries[first:], first)
+        return b"".join(
+            records.entry_bytes(task, entry) if entry else bytes(ENTRY_BYTES)
+            for task, entry in known
+        )
+
     def _index_problems(self):
         data = self._index_bytes()
         rows = [data[at : at + ENTRY_BYTES] for at in range(0, len(data), ENTRY_BYTES)]
@@ -259,16 +284,23 @@ class Files:
             found.append(f"has {len(rows) - len(self._entries)} entries of no whole record")
         return found
 
+    def _mend_head(self, task, entry):
+        """Makes a damaged head anew, of a record that is damaged and shall go.
+
+        Who goes without the index must find what lies behind it, and who comes after a crash what
+        is to be erased.
+        """
+        head = records.parse_head(system.read_at(self._records, entry.offset, HEAD_BYTES))
+        if head is None or (head.task, head.length) != (task, entry.length):
+            system.write_at(self._records, records.blank_head(task, entry.length), entry.offset)
+            system.flush(self._records)
+
     def _erase(self, spans: Sequence[tuple[int, int, int]], durable=True):
         """Overwrites records, by offset, length and number, with zeros, all but their heads.
 
-        A damaged head is made anew: who goes without the index must find what lies behind.
         The checksum goes last: where it is zero, so is on the device what was before it.
         """
-        for offset, length, task in spans:
-            head = records.parse_head(system.read_at(self._records, offset, HEAD_BYTES))
-            if head is None or (head.task, head.length) != (task, length):
-                system.write_at(self._records, records.blank_head(task, length), offset)
+        for offset, length, _ in spans:
             rest = bytes(length - HEAD_BYTES - SHA_BYTES)
             system.write_at(self._records, rest, offset + HEAD_BYTES)
         system.flush(self._records)
@@ -288,7 +320,9 @@ class Files:
     def _exchange(self):
         """Puts the files that a compaction has made in the places of the two."""
         tasks, index = (self._file.with_name(name) for name in (RECORDS, INDEX))
-        # Never an index beside records that it does not list: a lost one is made again.
+        # Never an index beside records that it does not list: a lost one is made again, from what
+        # is beside it under another name.
+        system.flush_folder(self.folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(index)
         system.flush_folder(self.folder)
@@ -308,18 +342,16 @@ class Files:
             rows, size = index.read_bytes(), tasks.stat().st_size
         except FileNotFoundError:
             return False
-        end = 0
-        for place in range(0, len(rows), ENTRY_BYTES):
-            entry = records.parse_entry(rows[place : place + ENTRY_BYTES], place // ENTRY_BYTES)
-            if entry is None or entry.offset != end:
-                return False
-            end = entry.end
-        return 0 < end == size
+        places = range(0, len(rows), ENTRY_BYTES)
+        listed = [
+            records.parse_entry(rows[at : at + ENTRY_BYTES], at // ENTRY_BYTES) for at in places
+        ]
+        return bool(listed) and None not in listed and listed[-1].end == size
 
     def _end_exchange(self):
         if not system.HAS_FLOCK:  # no file that is open can be exchanged
             os.close(self._records)
-            self._records = _CLOSED
+            self._records = CLOSED
         self._exchange()
 
     def _partial(self, name):
@@ -354,7 +386,7 @@ class Files:
             for each in (fd, *former):
                 os.close(each)
             fd, former = None, []
-            self._records = self._index = _CLOSED
+            self._records = self._index = CLOSED
         try:
             self._exchange()
             index = system.open_file(self._file.with_name(INDEX), os.O_RDWR)

@@ -9,8 +9,9 @@
 *Durability.* An append writes the record, flushes it to the device, then enters it in the index. A
 task counts from the moment its record is wholly there. What a crash leaves behind the last whole
 record was never reported as appended; readers pass over it, and the next writer drops it. The
-index need not be flushed: entries that a crash takes are made again from the records. It is there
-so that opening reads 64 bytes a task, and so that records cut off at the end are missed.
+index lists nothing that is not on the device, and need not be flushed: entries that a crash takes
+are made again from the records. It is there so that opening reads 64 bytes a task, and so that
+records cut off at the end are missed.
 
 *Removal.* A record of a number that there is takes the former's place: another task, or the news
 that it was removed. Once that one and its entry are on the device, the former is overwritten with
@@ -26,7 +27,6 @@ Reads copy from the file, never map it: a mapped file that is cut short kills it
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,15 +68,22 @@ class TaskLog(Files):
 
     @classmethod
     def create(
-        cls, path: str | os.PathLike, manifest: dict[str, Any], timeout: float = 0.0
+        cls,
+        path: str | os.PathLike,
+        manifest: dict[str, Any],
+        timeout: float = 0.0,
+        found: Iterable[tuple[dict[str, Any], Sequence[Any]] | None] = (),
     ) -> "TaskLog":
-        """A new, empty folder, open for appending.
+        """A new folder, open for appending: a store from the moment it is whole.
 
         timeout: seconds to wait for another process that creates it.
+        found: the records to begin with, metadata and body; None, of one that was removed.
         Raises FileExistsError where a store or anything else is, FileNotFoundError for a missing
-        parent, StoreError while another process creates it, OSError for the rest.
+        parent, StoreError while another process creates it, OSError for the rest, and what `found`
+        raises; then nothing stays.
         """
         path = Path(path)
+        new = not path.exists()
         # A creation cut short leaves empty files and no manifest: a store that never was.
         _new_folder(path, (RECORDS, INDEX, _PARTIAL, system.LOCK))
         with files.allowed(path, writes=True):
@@ -84,16 +91,37 @@ class TaskLog(Files):
         log = cls(path, manifest, True, timeout)
         try:
             if log._size() or (path / MANIFEST).exists():
-                raise FileExistsError(f"{path} holds the records of a store; name a new folder")
-            text = records.signed_manifest(manifest)
-            system.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
-            os.replace(path / _PARTIAL, path / MANIFEST)
-            for folder in (path, path.parent):
-                system.flush_folder(folder)
+                raise FileExistsError(
+                    f"{path} holds the records of a store; name a new folder, or delete this one "
+                    "if it is a copy that was cut short"
+                )
+            try:
+                for record in found:
+                    log.append(*(record or (records.REMOVED, [])), durable=False)
+                log.flush()
+                text = records.signed_manifest(manifest)
+                system.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
+                os.replace(path / _PARTIAL, path / MANIFEST)
+                for folder in (path, path.parent):
+                    system.flush_folder(folder)
+            except BaseException:
+                log._withdraw(new)
+                raise
         except BaseException:
             log.close()
             raise
         return log
+
+    def _withdraw(self, folder):
+        """Leaves nothing of a creation that failed. folder: nor the folder."""
+        self._forget()
+        with contextlib.suppress(OSError):
+            self._cut_back(0, 0)
+            for file in map(self._file.with_name, (MANIFEST, _PARTIAL, INDEX, RECORDS)):
+                if file.exists():
+                    os.unlink(file)
+            if folder:
+                self.folder.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike, writes: bool = False, timeout: float = 0.0) -> "TaskLog":
@@ -133,7 +161,8 @@ class TaskLog(Files):
         """Adds one record and returns its number.
 
         metadata: a JSON object. body: buffers, joined.
-        durable: return when the record is on the device; otherwise call `flush` in the end.
+        durable: return when the record is on the device; otherwise call `flush` in the end. A power
+          cut before may take those of several that others lie behind: `repair` goes on from there.
         Raises StoreError unless open for writing; OSError when the disk is full or fails, and
         then the folder holds what it held.
         """
@@ -152,6 +181,8 @@ class TaskLog(Files):
         """
         self._check_open(writes=True)
         former = self.entry(i)
+        if former:
+            self._mend_head(i, former)
         self._write(i, metadata, body)
         # Else a crash that takes the entry could leave one of a record half overwritten.
         system.flush(self._index)
@@ -182,22 +213,21 @@ class TaskLog(Files):
         return former - self._end
 
     def _write(self, task, metadata, body, durable=True):
-        """A record at the end, and its entry."""
-        held, place = len(self._entries), task * ENTRY_BYTES
-        data = records.record_bytes(task, metadata, body)
+        """A record at the end, and where it is on the device its entry."""
+        data, place = records.record_bytes(task, metadata, body), task * ENTRY_BYTES
         entry = Entry(self._end, len(data), data[-records.SHA_BYTES :])
-        row = system.read_at(self._index, place, ENTRY_BYTES) if task < held else b""
+        listed = self._listed()
+        row = system.read_at(self._index, place, ENTRY_BYTES)
         try:
             system.write_at(self._records, data, entry.offset)
             if durable:
-                system.flush(self._records)
-            system.write_at(self._index, records.entry_bytes(task, entry), place)
+                self.flush()  # and with it those before
+                system.write_at(self._index, records.entry_bytes(task, entry), place)
         except BaseException as error:  # an interrupt, too: nothing half-written stays
             with contextlib.suppress(OSError):
                 if row and row != system.read_at(self._index, place, ENTRY_BYTES):
                     system.write_at(self._index, row, place)
-                    system.flush(self._index)
-                self._cut_back(held, entry.offset)
+                self._cut_back(listed, entry.offset)
             if not isinstance(error, OSError):
                 raise
             raise OSError(
@@ -212,25 +242,42 @@ class TaskLog(Files):
     def together(self) -> Iterator[None]:
         """Appends within are all there in the end, or where one fails none is."""
         self._check_open(writes=True)
-        held, end = len(self._entries), self._end
+        held, end, listed = len(self._entries), self._end, self._listed()
         try:
             yield
         except BaseException:
             with contextlib.suppress(OSError):
-                self._cut_back(held, end)
+                self._cut_back(listed, end)
             del self._entries[held:]
             self._end = end
             raise
 
-    def _cut_back(self, held, end):
-        # The index first: it must not list what is not there.
-        os.ftruncate(self._index, held * ENTRY_BYTES)
-        os.ftruncate(self._records, end)
+    def _cut_back(self, listed, end):
+        # The index first, to the device: it must not list what is not there.
+        try:
+            if os.fstat(self._index).st_size > listed * ENTRY_BYTES:
+                os.ftruncate(self._index, listed * ENTRY_BYTES)
+                system.flush(self._index)
+        finally:
+            os.ftruncate(self._records, end)
 
     def flush(self) -> None:
-        """Returns when every record is on the device."""
+        """Returns when every record is on the device, and enters them in the index."""
         self._check_open(writes=True)
         system.flush(self._records)
+        listed = self._listed()
+        system.write_at(self._index, self._rows_from(listed), listed * ENTRY_BYTES)
+
+    def close(self) -> None:
+        """Closes the files, and lets another write. Further calls do nothing.
+
+        What was appended is flushed before. Raises OSError where the disk fails.
+        """
+        try:
+            if self.writes and self._index != files.CLOSED and self._rows_from(self._listed()):
+                self.flush()
+        finally:
+            super().close()
 
     def entry(self, i: int) -> Entry | None:
         """Where record i is; None where nobody knows.
@@ -276,8 +323,10 @@ class TaskLog(Files):
             try:
                 return read(entry)
             except StoreError:
+                if not self.writes:
+                    self._forget()  # an append that failed may have taken back what was there
                 self.refresh()
-                if self._entries[i] == entry:
+                if self.entry(i) == entry:
                     raise
 
     def _check_within(self, i, entry):
@@ -368,45 +417,11 @@ class TaskLog(Files):
         if self._size() > self._end:
             os.ftruncate(self._records, self._end)
         if self._index_problems():
-            rows = [
-                records.entry_bytes(task, entry) if entry else bytes(ENTRY_BYTES)
-                for task, entry in enumerate(self._entries)
-            ]
-            system.write_at(self._index, b"".join(rows), 0)
-            os.ftruncate(self._index, len(rows) * ENTRY_BYTES)
+            system.write_at(self._index, self._rows_from(0), 0)
+            os.ftruncate(self._index, len(self._entries) * ENTRY_BYTES)
         if spans := self._to_erase(thorough):
             system.flush(self._index)
             self._erase(spans)
-
-
-def write_all(
-    path: str | os.PathLike,
-    manifest: dict[str, Any],
-    found: Iterable[tuple[dict[str, Any], Sequence[Any]] | None],
-) -> None:
-    """A new folder of these records, metadata and body; None, of one that was removed.
-
-    All of it, or nothing: written under another name beside `path`. Raises as `TaskLog.create`,
-    and what `found` raises.
-    """
-    path = Path(path)
-    _new_folder(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        log = TaskLog.create(partial, manifest)
-        try:
-            for record in found:
-                log.append(*(record or (records.REMOVED, [])), durable=False)
-            log.flush()
-        finally:
-            log.close()
-        path.rmdir()
-        os.replace(partial, path)
-        system.flush_folder(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            path.rmdir()  # only where it is empty: it failed
 
 
 def _new_folder(path, may_hold=()):

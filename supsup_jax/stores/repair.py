@@ -3,13 +3,21 @@
 import itertools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from supsup_jax.stores import records, system
 from supsup_jax.stores.files import INDEX
 from supsup_jax.stores.journal import TaskLog, read_manifest
 
 
-def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
+class Repaired(NamedTuple):
+    """What `repair` did, in words. loses: whether something was given up or set aside."""
+
+    done: list[str]
+    loses: bool
+
+
+def repair(path: str | os.PathLike, timeout: float = 0.0) -> Repaired:
     """Makes the store at `path` one that can be appended to, and says what was done.
 
     Drops an unfinished record at the end; makes the index again from the records; gives up tasks
@@ -36,10 +44,12 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
             for task in gone
             if task not in removed
         ]
+        loses = bool(done)
         if size > log._end:
             tail = f"{size - log._end:,} bytes behind task {len(log) - 1}"
             if behind := log._whole_records_behind(log._end):
                 aside = _set_aside(log, system.read_at(log._records, log._end, size - log._end))
+                loses = True
                 done.append(f"set aside in {aside}: {tail}, with whole records among them")
                 # As many as there is room for: a number may be forged.
                 most = len(log) + (size - log._end) // records.LEAST_BYTES
@@ -59,7 +69,7 @@ def repair(path: str | os.PathLike, timeout: float = 0.0) -> list[str]:
         log._write_ends(thorough=True)
     finally:
         log.close()
-    return done
+    return Repaired(done, loses)
 
 
 def _set_aside(log, data):
