@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
 import supsup_jax as ss
+from experiments.frame import checkpoints, learners, loop
 from experiments.frame import config as frame
-from experiments.frame import learners, loop
 from experiments.frame.rows import Row
 from experiments.frame.run import UsageError
 from supsup_jax import data, devices, models
@@ -152,19 +151,19 @@ class StreamedMasks(learners.Masks):
         key = jax.random.fold_in(self.key, task)
         first = task * train.steps  # checkpoints are numbered by the steps of the whole run
         with (
-            learners.checkpoints(self.run) as saved,
+            checkpoints.manager(self.run) as saved,
             tqdm(total=train.steps, desc=f"  task {task}", leave=False, unit="step") as bar,
         ):
             start = ss.start_training(key, self.net, train)
             latest = saved.latest_step()
             if latest is not None and first < latest < first + train.steps:
-                start = saved.restore(latest, args=ocp.args.StandardRestore(start))
+                start = checkpoints.restored(saved, latest, start)
             bar.update(int(start.step))
 
             def on_step(step, progress):
                 bar.update()
                 if step % config.save_steps == 0 and step < train.steps:
-                    saved.save(first + step, args=ocp.args.StandardSave(progress))
+                    checkpoints.save(saved, first + step, progress)
                     self.run.write_progress()
 
             batches = self.stream.train(task, train.steps, int(start.step))
@@ -191,7 +190,7 @@ class StreamedMasks(learners.Masks):
     def save(self) -> None:
         super().save()
         self.run.extra["accuracies"] = list(self.accuracies)
-        shutil.rmtree(self.run.out / learners.CHECKPOINTS)
+        shutil.rmtree(self.run.out / checkpoints.FOLDER)
 
     def restore(self) -> None:
         super().restore()

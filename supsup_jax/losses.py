@@ -41,7 +41,9 @@ class CrossEntropy:
             check_int("labels", self.labels, 1)
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+        logits = logits.astype(jnp.float32)
+        if jnp.issubdtype(labels.dtype, jnp.integer):  # others optax refuses
+            labels = labels.astype(jnp.int32)
         if self.labels is not None and self.labels > logits.shape[-1]:
             raise ValueError(
                 f"the loss is of {self.labels} labels, the network has {logits.shape[-1]} outputs"

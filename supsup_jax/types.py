@@ -124,7 +124,7 @@ class Normalize:
 
     def __post_init__(self):
         for name in ("mean", "std"):  # of a list or array, which does not hash
-            if not isinstance(value := getattr(self, name), float | int | tuple):
+            if not isinstance(value := getattr(self, name), float | int | tuple | Tracer):
                 object.__setattr__(self, name, _numbers(value))
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -185,7 +185,9 @@ class TaskData:
         dtype = getattr(self.view, "dtype", None)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"view must hold integers, got dtype {dtype}")
-        if dtype is not None and dtype.itemsize < 4:  # JAX counts what is indexed by such, too
+        if (
+            isinstance(self.view, jax.Array) and dtype.itemsize < 4
+        ):  # JAX counts what is indexed by such, too
             object.__setattr__(self, "view", self.view.astype(jnp.int32))
         if not isinstance(self.transform, Hashable):
             raise TypeError(f"transform must hash by value, got {self.transform!r}")

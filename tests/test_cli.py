@@ -320,6 +320,11 @@ def test_predict_reads_images(path, tmp_path, capsys):
     Image.fromarray(257 * pixels[0].astype(np.uint16)).save(tmp_path / "16.png")
     (sixteen,) = answers(capsys, *ask, tmp_path / "16.png")
     assert sixteen | {"file": None} == want[0] | {"file": None}
+    # A plain map, which Pillow opens as of 32 bits.
+    big = (257 * pixels[0].astype(np.uint16)).astype(">u2").tobytes()
+    (tmp_path / "16.pgm").write_bytes(b"P5 3 2 65535\n" + big)
+    (map_,) = answers(capsys, *ask, tmp_path / "16.pgm")
+    assert map_ | {"file": None} == want[0] | {"file": None}
     told = fails(capsys, *ask, tmp_path / "images" / "0.png", tmp_path / "16.png")
     assert "(2, 3) uint8" in told and "(2, 3) float32" in told
     Image.fromarray(np.zeros((2, 3), np.int32)).save(tmp_path / "32.tif")

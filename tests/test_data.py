@@ -103,6 +103,8 @@ def test_a_stream_shares_its_images_and_permutes_them(digits):
     colours = dataclasses.replace(digits.train, transform=ss.Normalize((0.5,) * 3, 0.5))
     with pytest.raises(ValueError, match="permuted pixels have no channels"):
         data.PermutedStream(digits._replace(train=colours), 2)
+    grey = dataclasses.replace(digits.train, transform=ss.Normalize((0.5,), [0.5]))
+    data.PermutedStream(digits._replace(train=grey), 2)
 
 
 def test_a_split_stream_deals_every_image_to_the_task_of_its_class(digits):
@@ -270,6 +272,8 @@ def test_crops_and_flips_are_those_of_the_padded_image_normalised_by_channel():
     image = np.random.default_rng(0).integers(0, 256, (3, 4, 2)).astype(np.uint8)
     normalize = ss.Normalize((0.2, 0.3), (0.5, 0.25))
     x = np.tile(normalize(image), (200, 1, 1, 1))
+    shifted = jax.jit(lambda mean: ss.Normalize(mean, (0.5, 0.25))(image))(np.float32([0.2, 0.3]))
+    np.testing.assert_allclose(shifted, x[0], atol=1e-6)
     np.testing.assert_allclose(x[0, ..., 0], (image[..., 0] / 255 - 0.2) / 0.5, atol=1e-5)
     np.testing.assert_allclose(x[0, ..., 1], (image[..., 1] / 255 - 0.3) / 0.25, atol=1e-5)
     made = np.asarray(jax.jit(data.CropAndFlip(1, normalize))(jax.random.key(1), x))

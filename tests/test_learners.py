@@ -53,6 +53,22 @@ def test_a_run_whose_save_was_interrupted_resumes(tmp_path, monkeypatch):
     assert_same_files(tmp_path / "cut" / "tasks", tmp_path / "whole" / "tasks", "tasks.bin")
 
 
+def test_a_damaged_checkpoint_stops_a_resumed_run_and_says_what_to_do(
+    tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    interrupt(monkeypatch, ss, "train_task", 3)
+    with pytest.raises(KeyboardInterrupt):
+        main(permuted, run, method="supsup_transfer")
+    for file in (run / "checkpoints" / "2").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(permuted, run, method="supsup_transfer", resume=True)
+    told = capsys.readouterr().err
+    assert f"{run / 'checkpoints' / '2'} is damaged" in told
+    assert f"delete {run / 'checkpoints'}, and the run learns its tasks anew" in told
+
+
 def test_a_default_folder_names_what_is_not_the_presets():
     def name(**given):
         return str(permuted.EXPERIMENT.folder(permuted.Args(preset="mnist-10", **given)))
@@ -61,6 +77,7 @@ def test_a_default_folder_names_what_is_not_the_presets():
     assert name(tasks=5, judge_most=3, independent_seeds=True, outputs=25) == (
         "runs/permuted/mnist-10-s25-seed0-tasks5-judge_most3-independent_seeds"
     )
+    assert name(tasks=1_000_001).endswith("-tasks1000001")
 
 
 @pytest.mark.parametrize("method", ["lower_bound", "abatche"])

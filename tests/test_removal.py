@@ -373,41 +373,6 @@ def test_no_task_is_lost_behind_a_damaged_one_that_was_removed(tmp_path, known):
     raise AssertionError("no end")
 
 
-def test_a_replaced_record_that_was_cut_off_is_missed(log):
-    task = log.ids[0]
-    log.replace(task, {}, [b"other"])
-    offset = log.entry(task).offset
-    log.close()
-    cut(log.path / "tasks.bin", offset + 9)
-    with pytest.raises(ss.StoreError, match="was cut short"):
-        TaskLog.open(log.path).read(task)
-    with pytest.raises(ss.StoreError, match="cut short; restore"):
-        TaskLog.open(log.path, writes=True)
-    given_up = f"gave up task {task}: its record was cut off, and no other gets its number"
-    assert given_up in repair(log.path).done
-    with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
-        others = [i for i in range(len(again)) if i != task]
-        assert [read(again, i) for i in others] == [held_after(DONE)[i] for i in others]
-
-
-@pytest.mark.parametrize("step", ["_write", "_write_ends"])
-def test_a_repair_that_is_killed_gives_no_number_away(log, step, monkeypatch):
-    offset = log.entry(last := log.append({}, [b"one more"])).offset
-    log.close()
-    cut(log.path / "tasks.bin", offset + 9)
-
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TaskLog, step, killed)
-        repair(log.path)
-    repair(log.path)
-    with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
-        assert last not in again.ids and again.verify() == []
-        assert again.append({}, [b"another"]) == last + 1
-
-
 def test_a_former_record_that_a_crash_left_is_erased_and_never_read(log):
     task = log.ids[0]
     former = log.entry(task)

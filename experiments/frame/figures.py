@@ -71,7 +71,7 @@ def drawn_series(rows: list[dict], config: Any) -> list[tuple[str, list[dict]]]:
 class Figure(NamedTuple):
     """A figure of the paper's: accuracy against tasks learned.
 
-    keep: which series it shows.
+    keep: which series it shows; methods: which curves of the paper's, where not all.
     commands: of the runs it is made of.
     paper: whose curves stand beside, as `paper.CURVES` names them.
     least: curves of ours without which it is not drawn.
@@ -87,6 +87,7 @@ class Figure(NamedTuple):
     least: int = 1
     beyond: int = 0
     bottom: float | None = None
+    methods: tuple[str, ...] | None = None
 
 
 class Page(NamedTuple):
@@ -142,6 +143,11 @@ def _figure_5_right(series):
     return _permuted(series, "fc_1024_1024") and series.outputs == 500 and inferred
 
 
+_TO_2500 = (
+    "permuted --preset mnist-2500-lenet --judge-most 100",
+    "permuted --preset mnist-2500-lenet --tasks 100",
+)
+
 FIGURES = (
     *(
         Figure(
@@ -164,11 +170,7 @@ FIGURES = (
         "figure_4.png",
         "Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
         _figure_4,
-        (
-            "permuted --preset mnist-2500-lenet --judge-most 100",
-            "permuted --preset mnist-2500-lenet --tasks 100",
-            "nns --preset mnist-2500 --judge-most 100",
-        ),
+        (*_TO_2500, "nns --preset mnist-2500 --judge-most 100"),
         "lenet_300_100/500",
         bottom=0.92,  # below which NNs end, where all else lies within .003
     ),
@@ -176,10 +178,11 @@ FIGURES = (
         "beyond_figure_4.png",
         "Beyond Figure 4: permuted MNIST, LeNet-300-100, 500 outputs",
         functools.partial(_figure_4, most=10_000, scenarios=("gnu",)),
-        ("permuted --preset mnist-10000-lenet --tasks 5000",),
+        (*_TO_2500, "permuted --preset mnist-10000-lenet --tasks 5000"),
         "lenet_300_100/500",
         beyond=2500,
         bottom=0.92,  # as the figure that it goes on from
+        methods=("supsup",),
     ),
     Figure(
         "figure_5_left.png",
@@ -260,7 +263,7 @@ def _against_tasks(out, figure, entries):
     added = any(entry.added and entry.series.tasks > figure.beyond for entry in found)
     if len(curves) < figure.least or not added:
         return False
-    curves += _paper_curves(figure.paper)
+    curves += _paper_curves(figure.paper, figure.methods)
     plots.accuracy_against_tasks(out / figure.file, figure.title, curves, figure.bottom)
     return True
 

@@ -3,7 +3,6 @@
 `Learner` is what the frame asks of them.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -12,11 +11,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import supsup_jax as ss
-from experiments.frame import hosts
+from experiments.frame import checkpoints, hosts
 from experiments.frame.rows import Row, evaluated, store_bytes
 from experiments.frame.run import Run, UsageError, writes
 from supsup_jax import baselines, data, devices, metrics, prng
@@ -204,12 +202,15 @@ class Masks(Learner):
         hosts.meet("tasks are saved")
 
     def restore(self) -> None:
-        # A run killed before its first task has no folder, or one that is no store yet.
-        found = contextlib.suppress(FileNotFoundError)
-        with found, ss.DiskStore.open(self.run.tasks_path, self.net) as disk:
-            self.done = self.whole(len(disk))
-            if self.done and self.mesh is None:
-                self.store = disk.load(slice(self.done))
+        try:
+            disk = ss.DiskStore.open(self.run.tasks_path, self.net)
+        except FileNotFoundError:  # killed before the first task: no folder, or no store yet
+            disk = None
+        if disk is not None:
+            with disk:
+                self.done = self.whole(len(disk))
+                if self.done and self.mesh is None:
+                    self.store = disk.load(slice(self.done))
         hosts.check_agreed(self.done, f"tasks in {self.run.tasks_path}")
 
     def whole(self, held: int) -> int:
@@ -249,19 +250,18 @@ class Transfer(Masks):
         self.include(jax.tree.map(devices.on_host, learned.task))
 
     def save(self) -> None:
-        with checkpoints(self.run) as manager:  # first: the store's tasks are those that count
-            manager.save(self.done, args=ocp.args.StandardSave(self.mean._asdict()))
+        with checkpoints.manager(self.run) as saved:  # first: the store's tasks are what counts
+            checkpoints.save(saved, self.done, self.mean._asdict())
         super().save()
 
     def whole(self, held: int) -> int:
-        with checkpoints(self.run) as manager:
-            steps = set(manager.all_steps())
+        with checkpoints.manager(self.run) as saved:
+            steps = set(saved.all_steps())
             kept = {0, *(step for step in steps if step <= held)}
             for step in steps - kept:  # of a save that was interrupted before its tasks were there
-                manager.delete(step)
+                saved.delete(step)
             if done := max(kept):
-                like = ocp.args.StandardRestore(self.mean._asdict())
-                self.mean = ss.ScoreMean(**manager.restore(done, args=like))
+                self.mean = ss.ScoreMean(**checkpoints.restored(saved, done, self.mean._asdict()))
         return done
 
 
@@ -367,16 +367,16 @@ class Compared(Learner):
         return state
 
     def save(self) -> None:
-        with checkpoints(self.run) as manager:
-            manager.save(self.done, args=ocp.args.StandardSave(self._state()))
+        with checkpoints.manager(self.run) as saved:
+            checkpoints.save(saved, self.done, self._state())
 
     def restore(self) -> None:
-        if not (self.run.out / CHECKPOINTS).exists():
+        if not (self.run.out / checkpoints.FOLDER).exists():
             return
-        with checkpoints(self.run) as manager:
-            if (step := manager.latest_step()) is None:
+        with checkpoints.manager(self.run) as found:
+            if (step := found.latest_step()) is None:
                 return
-            saved = manager.restore(step, args=ocp.args.StandardRestore(self._state()))
+            saved = checkpoints.restored(found, step, self._state())
         self.shared, self.statistics = saved["shared"], saved.get("statistics")
         self.accuracies, self.done = np.array(saved["accuracies"]), int(saved["done"])
         if self.store is not None:
@@ -409,7 +409,6 @@ class Compared(Learner):
         return {**kinds, "total": sum(kinds.values())}
 
 
-CHECKPOINTS = "checkpoints"
 BASELINES = {
     "upper_bound": baselines.upper_bound,
     "lower_bound": baselines.lower_bound,
@@ -442,9 +441,3 @@ def make(config: Any, net: ss.Network, stream: data.ViewStream, run: Run) -> Lea
             f"process, not {jax.process_count()}; supsup can be shared"
         )
     return METHODS[config.method](config, net, stream, run)
-
-
-def checkpoints(run: Run) -> ocp.CheckpointManager:
-    """The checkpoints in a run's folder, of which the last ones are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((run.out / CHECKPOINTS).resolve(), options=options)

@@ -102,7 +102,8 @@ class Experiment:
         for field in dataclasses.fields(args):
             value = given[field.name]
             if field.name not in _NAMED_APART and value != field.default:
-                named.append(field.name if value is True else f"{field.name}{value:g}")
+                told = "" if value is True else f"{value}".removesuffix(".0")
+                named.append(f"{field.name}{told}")
         return args.out or Path("runs") / self.name / "-".join(named)
 
 

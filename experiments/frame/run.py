@@ -61,6 +61,8 @@ class Run:
             raise UsageError(f"--out {out} is a file; name a folder")
         # A write cut short leaves a hidden partial file, which means nothing.
         if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+            if resume and writes():
+                print(f"no run in {out} to resume: it begins")
             return cls(out, config, None)
         if not (out / "progress.json").is_file():
             raise UsageError(f"--out {out} holds files of something else; name an empty folder")

@@ -102,8 +102,8 @@ class FactorStore(TaskStore):
     def append(self, own: dict[str, Factors], state: PyTree = None) -> "FactorStore":
         """With one more task: its factors and statistics, a Learned's `own` and `state`.
 
-        Raises StoreError when full, inside jit drops it; ValueError unless factors and state are of
-        the network's shapes.
+        Raises StoreError when full (inside jit it is dropped, and nothing tells), ValueError unless
+        factors and state are of the network's shapes.
         """
         check_state(self.states, state)
         one = jax.tree.map(lambda rows: rows.shape[1:], self.factors)

@@ -79,14 +79,19 @@ def _arrays(path):
 
 def _pixels(image, file, mode):
     """Bytes [H, W] or [H, W, 3]; of what has 16 bits a pixel, floats in [0, 1]."""
-    if image.mode in ("I", "F"):
+    if image.mode in ("I", "F") and not _sixteen(image):
         raise ValueError(
             f"--input {file} has pixels of 32 bits, whose scale nobody knows: save it with 8 or 16"
         )
-    if image.mode not in SIXTEEN:
+    if not _sixteen(image):
         return np.asarray(image.convert(mode))
     pixels = np.asarray(image).astype(np.float32) / (2**16 - 1)  # `convert` would cut them at 255
     return pixels if mode == "L" else np.stack([pixels] * 3, axis=-1)
+
+
+def _sixteen(image):
+    # Of these formats, which have no more, Pillow calls some "I", as if they had 32.
+    return image.mode in SIXTEEN or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _images(paths, widths):
@@ -103,7 +108,7 @@ def _images(paths, widths):
             with Image.open(file) as image:
                 size = image.width * image.height
                 flat = widths and widths[0] == size
-                grey = flat or (not widths and image.mode in ("1", "L", *SIXTEEN))
+                grey = flat or (not widths and (image.mode in ("1", "L") or _sixteen(image)))
                 pixels.append(_pixels(image, file, "L" if grey else "RGB"))
         except (UnidentifiedImageError, IsADirectoryError) as error:
             raise ValueError(

@@ -96,7 +96,7 @@ class PermutedStream(ViewStream):
         self._seed, self._independent = seed, independent
         pixel = dataset.train.transform
         if isinstance(pixel, Normalize) and any(
-            isinstance(n, tuple) for n in (pixel.mean, pixel.std)
+            isinstance(n, tuple) and len(n) > 1 for n in (pixel.mean, pixel.std)
         ):
             raise ValueError(
                 "permuted pixels have no channels, and the dataset's Normalize has numbers for "

@@ -180,12 +180,10 @@ class Form:
                     f"{path} holds a task of another network: its {field} is {manifest[field]}, "
                     f"that of {self.path} is {own[field]}"
                 )
-        try:
-            coded = self.read(record, 0)
-            self.words(coded)  # against no other, being the first of its file
-            self.info(coded)
-        except StoreError as error:
-            raise StoreError(f"{path} holds no task: {error}") from error
+        file = Form(self.layout, self.states, Path(path), self.leaves_of)  # which errors name
+        coded = file.read(record, 0)
+        file.words(coded)  # against no other, being the first of its file
+        file.info(coded)
         if name is None:
             return record
         check_names(name, None)

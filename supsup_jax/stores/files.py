@@ -309,6 +309,16 @@ class Files:
         if durable:
             system.flush(self._records)
 
+    def _cut_back(self, listed, end):
+        """Withdraws what lies behind: entries of the index, then bytes of the records."""
+        # The index is first on the device: it must not list what is not there.
+        try:
+            if os.fstat(self._index).st_size > listed * ENTRY_BYTES:
+                os.ftruncate(self._index, listed * ENTRY_BYTES)
+                system.flush(self._index)
+        finally:
+            os.ftruncate(self._records, end)
+
     def _drop_partials(self):
         """Removes what a compaction that was cut short has left: tasks, and for good."""
         left = [self._partial(name) for name in (RECORDS, INDEX)]

@@ -252,15 +252,6 @@ class TaskLog(Files):
             self._end = end
             raise
 
-    def _cut_back(self, listed, end):
-        # The index first, to the device: it must not list what is not there.
-        try:
-            if os.fstat(self._index).st_size > listed * ENTRY_BYTES:
-                os.ftruncate(self._index, listed * ENTRY_BYTES)
-                system.flush(self._index)
-        finally:
-            os.ftruncate(self._records, end)
-
     def flush(self) -> None:
         """Returns when every record is on the device, and enters them in the index."""
         self._check_open(writes=True)

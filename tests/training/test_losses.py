@@ -64,6 +64,8 @@ def test_objectives_of_several_labels_and_of_numbers():
         ss.entropy(jnp.ones((3, 1)))
     with pytest.raises(ValueError, match="2 outputs for each of the 3 numbers"):
         losses.gaussian(logits, np.ones((6, 3)))
+    with pytest.raises(TypeError):
+        losses.CrossEntropy()(logits, y[:, 0])
 
 
 @pytest.mark.parametrize(
