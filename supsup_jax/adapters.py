@@ -42,9 +42,9 @@ class _Call:
         return cls(tuple(inspect.signature(type(module).__call__).parameters)[1:])
 
     @property
-    def mode(self) -> str | None:
-        """The argument that tells training from prediction."""
-        return next((mode for mode in _MODES if mode in self.names), None)
+    def has_mode(self) -> bool:
+        """Whether an argument tells training from prediction."""
+        return any(name in _MODES for name in self.names)
 
     def __call__(self, function: Any, x: PyTree, train: bool, **named: Any) -> Any:
         named |= {name: told(train) for name, told in _MODES.items() if name in self.names}
@@ -236,7 +236,7 @@ def split_linen(
         )
     params, call = variables["params"], _Call.of(module)
     state = {name: tree for name, tree in variables.items() if name != "params"}
-    if not call.mode and _in_mode(module, call, True) == _in_mode(module, call, False):
+    if not call.has_mode and _in_mode(module, call, True) == _in_mode(module, call, False):
         if not state:
             return LinenStateless(module, call), params, None, {}
         raise ValueError(
@@ -256,7 +256,7 @@ def _in_mode(module, call, train):
             return _in_mode(value, call, train)
         return _MODES[name](train) if name in _MODES and isinstance(value, bool) else value
 
-    if call.mode:
+    if call.has_mode:
         return module
     own = {each.name for each in dataclasses.fields(module)} - {"parent", "name"}
     fields = {name: getattr(module, name) for name in own}

@@ -185,9 +185,8 @@ class TaskData:
         dtype = getattr(self.view, "dtype", None)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"view must hold integers, got dtype {dtype}")
-        if (
-            isinstance(self.view, jax.Array) and dtype.itemsize < 4
-        ):  # JAX counts what is indexed by such, too
+        # JAX counts what is indexed by fewer bits in them, too.
+        if isinstance(self.view, jax.Array) and self.view.dtype.itemsize < 4:
             object.__setattr__(self, "view", self.view.astype(jnp.int32))
         if not isinstance(self.transform, Hashable):
             raise TypeError(f"transform must hash by value, got {self.transform!r}")

@@ -157,7 +157,8 @@ def _descend(net, store, decisions, objective, optimizer, steps):
     uncertainty = Uncertainty.among(net, objective, store.mixture(), decisions.everything)
     # The coefficients are those of all tasks, of other devices too, so that the simplex is one.
     held = store.devices.all_slots(store.slots)
-    start = held.astype(jnp.float32) / store.all_tasks.astype(jnp.float32)
+    num_tasks = store.all_tasks.astype(jnp.float32)
+    start = held.astype(jnp.float32) / num_tasks
     start = jnp.broadcast_to(start[None], (decisions.num, len(held)))
 
     def gradient(alphas):
@@ -171,9 +172,7 @@ def _descend(net, store, decisions, objective, optimizer, steps):
         # Along the simplex: what all share, which the projection takes away, is all that is left of
         # a step by an optimizer that divides each slope by its size.
         found = store.devices.all_slots(schedule.by_labels(slopes, objective, store))
-        mean = jnp.where(held, found, 0).sum(-1, keepdims=True) / store.all_tasks.astype(
-            jnp.float32
-        )
+        mean = jnp.where(held, found, 0).sum(-1, keepdims=True) / num_tasks
         return jnp.where(held, found - mean, 0)
 
     def step(carry, _):

@@ -16,7 +16,7 @@ from supsup_jax.network import Network
 from supsup_jax.stores import codecs, journal, records, sharded
 from supsup_jax.stores.base import as_index, checked_task
 from supsup_jax.stores.codecs import Leaves
-from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_names, check_told
+from supsup_jax.stores.coded import Form, Moments, TaskInfo, check_told
 from supsup_jax.stores.journal import MANIFEST, Problem, TaskLog
 from supsup_jax.stores.mask_store import MaskStore
 from supsup_jax.stores.names import Names
@@ -240,16 +240,15 @@ class DiskStore:
         told_names = [None] * held if names is None else list(names)
         if len(told_names) != held:
             raise ValueError(f"names must be {held}, one a task, got {len(told_names)}")
-        for name in told_names:
-            check_names(name, None)
         first = len(self)
         told, moments = jax.device_get((store.num_labels, store.moments))
         with self._names.giving(told_names), self._log.together():
             for i, name in enumerate(told_names):
                 count = None if told is None else int(told[i])
                 own = {each: row[i].tolist() for each, row in moments.items() if row[i, 1] > 0}
-                task, told_of_it = self._checked(store.task(i)), (codecs.AUTO, None, count, own)
-                record = self._form.record(len(self), task, None, name, None, *told_of_it)
+                facts = name, None, codecs.AUTO, None, count, own
+                task = self._checked(store.task(i))
+                record = self._form.record(len(self), task, None, *facts)
                 self._log.append(*record, durable=False)
             self.flush()
         return range(first, len(self))
@@ -410,7 +409,7 @@ class DiskStore:
             raise StoreError(f"{self.path} was opened without a network: pass net to open")
         return self._net
 
-    def _checked(self, task):
+    def _checked(self, task) -> Any:
         """A task as leaves in the layout's order, and its statistics."""
         return checked_task(task, self._layout, self._network().state)
 

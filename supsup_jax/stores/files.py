@@ -356,7 +356,8 @@ class Files:
         listed = [
             records.parse_entry(rows[at : at + ENTRY_BYTES], at // ENTRY_BYTES) for at in places
         ]
-        return bool(listed) and None not in listed and listed[-1].end == size
+        last = listed[-1] if listed and None not in listed else None
+        return last is not None and last.end == size
 
     def _end_exchange(self):
         if not system.HAS_FLOCK:  # no file that is open can be exchanged

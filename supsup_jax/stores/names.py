@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from supsup_jax.stores.coded import check_names
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.types import StoreError
 
@@ -16,7 +17,12 @@ class Names:
 
     @contextlib.contextmanager
     def giving(self, names: Sequence[str | None], i: int | None = None) -> Iterator[None]:
-        """While task i, or as many new ones, get these names. Raises ValueError for one taken."""
+        """While task i, or as many new ones, get these names.
+
+        Raises TypeError for what is no name, ValueError for one that another has.
+        """
+        for name in names:
+            check_names(name, None)
         former, self._known = self._known, None  # where what follows fails, they are read again
         if any(name is not None for name in names):
             if former is None or i is not None:
