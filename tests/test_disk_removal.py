@@ -104,7 +104,7 @@ def test_what_a_removed_task_is_to_everybody(disk, net, masks, tmp_path):
     np.testing.assert_array_equal(names, disk.ids[places])
     np.testing.assert_array_equal(disk.places(names), places)
     assert disk.places(3) == 2
-    with pytest.raises(ss.TaskIdError, match=r"task 1 was removed from"):
+    with pytest.raises(ss.TaskIdError, match="task 1 was removed from"):
         disk.places([0, 1])
     with pytest.raises(TypeError, match="ids must be integers, got dtype float64"):
         disk.places(1.5)

@@ -217,8 +217,10 @@ def test_a_reader_follows_and_never_sees_what_is_gone(log):
     log.remove(b)
     with pytest.raises(ss.types.TaskIdError, match="was removed"):
         reader.read(b)
-    reader = TaskLog.open(log.path)
+    reader, another = TaskLog.open(log.path), TaskLog.open(log.path)
     log.compact()
+    log.append({}, [bytes(9999)])
+    assert another.verify() == []  # of the files that are in place, which are as long again
     log.remove(a)
     with pytest.raises(ss.types.TaskIdError, match="was removed"):
         reader.read(a)  # and not what the file that it has open still holds

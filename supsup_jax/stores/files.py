@@ -43,7 +43,7 @@ class Files:
         self.folder = path.absolute()
         self._file = self.folder / RECORDS
         self._records = self._index = self._held = CLOSED
-        self._forget()
+        self._entries = []
         self._open(timeout)
 
     def close(self) -> None:
@@ -78,6 +78,7 @@ class Files:
         except BaseException:
             self.close()
             raise
+        self._forget()
 
     def _forget(self):
         """Knows nothing of what the files hold."""
