@@ -196,6 +196,7 @@ def test_a_name_of_digits_is_no_number(path, net, tmp_path, capsys):
     assert capsys.readouterr().out == "removed task 4\nremoved task 1\n"
     assert "1 is a task's number and" in fails(capsys, "remove", path, "1")  # for ever
     assert "task 1 was removed" in fails(capsys, "remove", path, "3", "01")  # and 3 is there
+    assert f"task {10**20} is not in" in fails(capsys, "remove", path, "3", 10**20)
     cli.main(["remove", str(path), "3"])
     assert capsys.readouterr().out == "removed task 3\n"
     cli.main(["find", str(path), "a[1]"])

@@ -194,7 +194,8 @@ def test_a_copy_that_fails_leaves_nothing(small_net, path, tmp_path):
     with ss.DiskStore.open(path, small_net) as disk:
         with pytest.raises(ss.StoreError, match="task 2"):
             disk.copy(tmp_path / "copy")
-        assert not (tmp_path / "copy").exists()
+        with pytest.raises(FileNotFoundError, match="is no store"):
+            ss.DiskStore.open(tmp_path / "copy")
         assert disk.copy(tmp_path / "copy", without=[2]) == [0, 1]
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -12,7 +11,7 @@ import struct
 import pytest
 
 import supsup_jax as ss
-from supsup_jax.stores import records, system
+from supsup_jax.stores import records
 from supsup_jax.stores.journal import TaskLog
 from supsup_jax.stores.records import sha256
 from supsup_jax.stores.repair import repair
@@ -168,14 +167,16 @@ def test_appends_together_are_all_there_or_none(path):
     with pytest.raises(ss.types.TaskIdError, match="task 3 is not in"):
         reader.read(3)
     reader = TaskLog.open(path)
+    another = TaskLog.open(path)
     with pytest.raises(KeyboardInterrupt), log.together():
         for _ in range(4):
             log.append({}, [b"a task that is withdrawn"], durable=False)
-        reader.refresh()
+        assert reader.refresh() == another.refresh() == 7
         raise KeyboardInterrupt
     with log.together():
         assert [log.append({}, [b"%d" % i * 999], durable=False) for i in range(3, 6)] == [3, 4, 5]
     assert TaskLog.open(path).ids == list(range(6))
+    assert another.refresh() == 6 and len(another.ids) == 6  # though the file is longer again
     assert [bytes(reader.read(i).body) for i in range(3, 6)] == [b"%d" % i * 999 for i in (3, 4, 5)]
     assert reader.verify() != []  # before the flush that is due
     log.flush()
@@ -210,61 +211,29 @@ def test_closing_flushes_what_is_due(path):
     assert TaskLog.open(path).verify() == []
 
 
-def test_a_new_folder_of_records_is_whole_or_not_there(path, tmp_path):
-    def found():
-        yield {}, [b"first"]
-        raise ss.StoreError("damaged")
+def test_what_a_killed_writer_has_not_flushed_is_before_it_is_listed(tmp_path):
+    for seed in range(40):
+        path = tmp_path / f"{seed}"
+        with_records(path, BODIES)
+        disk = Disk(path)
 
-    empty, link = tmp_path / "empty", tmp_path / "link"
-    for new in (tmp_path / "new", empty, link):
-        with pytest.raises(ss.StoreError, match="damaged"):
-            TaskLog.create(new, MANIFEST, found=found())
-        assert not list(new.iterdir()) if new.exists() else new.name == "new"
-        empty.mkdir(exist_ok=True)
-        link.exists() or link.symlink_to(empty)
-    TaskLog.create(link, MANIFEST, found=[({}, [b"first"]), None]).close()
-    log = TaskLog.open(empty)
-    assert (log.ids, len(log), log.verify()) == ([0], 2, [])
-    with pytest.raises(FileExistsError, match="holds a store; name a new folder"):
-        TaskLog.create(path, MANIFEST)
+        log, calls = TaskLog.open(path, writes=True), []
 
-
-def test_a_copy_that_is_killed_is_no_store_and_says_so(tmp_path):
-    """At each call of the system: a store, and whole, from one of them on."""
-    for point in itertools.count():
-        path, done = tmp_path / f"{point}", False
-
-        def before(number, name, real, arguments, point=point):
-            if number >= point:
+        def until_the_flush(_, name, real, arguments, disk=disk, calls=calls):
+            calls.append(name)
+            if "fdatasync" in calls:
                 raise PowerCut
-            return real(*arguments)
+            return disk.watch(name, real, arguments)
 
-        with contextlib.suppress(PowerCut), watching(before):
-            TaskLog.create(path, MANIFEST, found=[({}, [body]) for body in BODIES]).close()
-            done = True
-        try:
-            assert bodies(path) == BODIES
-        except FileNotFoundError:
-            assert not done
-            with contextlib.suppress(FileExistsError):
-                TaskLog.create(path, MANIFEST).close()
-        if done:
-            return
-
-
-def test_one_who_creates_a_store_is_waited_for(tmp_path, monkeypatch):
-    path = tmp_path / "log"
-    path.mkdir()
-    (path / "tasks.bin").touch()
-    slept, first = [], system.open_file(path / "tasks.bin", os.O_RDWR)
-    assert system.flocked(first)
-
-    def sleep(_):
-        slept.append(os.close(first))
-
-    monkeypatch.setattr("time.sleep", sleep)
-    TaskLog.create(path, MANIFEST, timeout=5).close()
-    assert slept
+        disk.opened |= {log._records: disk.names["tasks.bin"], log._index: disk.names["index.bin"]}
+        with contextlib.suppress(PowerCut), watching(until_the_flush):
+            log.append({}, [b"last" * 200])
+        log.close()
+        with watching(lambda _, *call, disk=disk: disk.watch(*call)):
+            TaskLog.open(path, writes=True).close()
+        assert "fdatasync" in calls
+        disk.fail(path, random.Random(seed))
+        assert bodies(path, writes=True)[:3] == BODIES
 
 
 def test_one_writer_at_a_time(path):
@@ -285,39 +254,10 @@ def test_readers_see_what_is_appended(path):
         assert reader.read(i).body == b"more"
 
 
-def test_what_a_folder_may_not_be(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match="no store at"):
-        TaskLog.open(tmp_path / "nothing")
-    with pytest.raises(FileExistsError, match="holds a store"):
-        TaskLog.create(path, MANIFEST)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "letter.txt").write_text("hello")
-    with pytest.raises(FileExistsError, match=r"letter.txt"):
-        TaskLog.create(tmp_path / "other", MANIFEST)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        TaskLog.create(tmp_path / "a" / "b", MANIFEST)
-    (path / "tasks.bin").unlink()
-    with pytest.raises(ss.StoreError, match=r"lacks tasks.bin"):
-        TaskLog.open(path)
-
-
 def test_a_manifest_that_was_lost_is_not_made_anew(path):
     (path / "manifest.json").unlink()
     with pytest.raises(FileExistsError, match="holds the records of a store"):
         TaskLog.create(path, MANIFEST)
-
-
-def test_a_creation_cut_short_can_be_repeated(tmp_path):
-    path = tmp_path / "log"
-    path.mkdir()
-    for name in ("tasks.bin", "index.bin", "manifest.json.partial"):
-        (path / name).touch()
-    TaskLog.create(path, MANIFEST).close()
-    assert sorted(file.name for file in path.iterdir()) == [
-        "index.bin",
-        "manifest.json",
-        "tasks.bin",
-    ]
 
 
 def test_a_closed_log_says_so(path):

@@ -103,8 +103,8 @@ def remove(store: Path, tasks: list[str], /) -> None:
         raise ValueError("name the tasks to remove, by their numbers; got none")
     with told.to_write(store) as disk:
         ids = {told.id_of(disk, task) for task in tasks}
-        disk.places(sorted(ids))  # all of them are there, before the first goes
-        for i in sorted(ids, reverse=True):  # those coded against others first
+        missing = ids - set(disk.ids.tolist())  # which raises before the first goes
+        for i in [*missing, *sorted(ids, reverse=True)]:  # those coded against others first
             disk.remove(i)
             print(f"removed task {i}")
     for aside in sorted(store.glob("aside-*.bin")):

@@ -288,8 +288,8 @@ class DiskStore:
     def copy(self, path: str | os.PathLike, without: Integers = ()) -> list[int]:
         """Writes a new store of the tasks but for those `without`; returns their ids, which stay.
 
-        All of them, or nothing. Raises FileExistsError where anything is, as `task` for damage
-        among them, OSError.
+        All of them, or no store. Raises FileExistsError where anything is, as `task` for damage
+        among them, OSError; then the files in the folder are empty.
         """
         held = dict.fromkeys(self._log.ids)
         for i in without:

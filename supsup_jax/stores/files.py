@@ -84,7 +84,8 @@ class Files:
         """Knows nothing of what the files hold."""
         self._entries: list[Entry | None] = []  # None where a damaged record must lie
         self._removed: set[int] = set()
-        self._end = 0  # of the last record
+        self._last: Entry | None = None  # of all places
+        self._end = 0  # of that record
         self._rows: bytes | None = None  # the index as it was last read
 
     def _exchanged(self):
@@ -130,8 +131,8 @@ class Files:
 
     def _take_new(self):
         """Takes in what was written since the files were last looked at."""
-        if not self.writes and self._size() < self._end:
-            self._forget()  # records were withdrawn
+        if not self.writes and self._withdrawn():
+            self._forget()
         former, self._rows = self._rows, self._index_bytes()
         if self._rows != former:
             self._take_rows(self._rows, former or b"")
@@ -140,6 +141,13 @@ class Files:
                 for gap in self._gaps():
                     self._take_all(self._whole_records(*gap))
         self._take_all(self._whole_records(self._end, self._size()))
+
+    def _withdrawn(self):
+        """Whether the last record is not there any more, as when appends together have failed."""
+        if self._last is None:
+            return False
+        end = system.read_at(self._records, self._last.end - SHA_BYTES, SHA_BYTES)
+        return end not in (self._last.sha256, records.ERASED)
 
     def _take_rows(self, rows, former):
         """Takes in the entries of the index, but for what is in `former` at the same place."""
@@ -171,7 +179,8 @@ class Files:
             return
         self._entries += [None] * (task + 1 - len(self._entries))
         self._entries[task] = entry
-        self._end = max(self._end, entry.end)
+        if entry.end > self._end:
+            self._end, self._last = entry.end, entry
         (self._removed.add if records.is_removal(task, entry) else self._removed.discard)(task)
 
     def _size(self):
@@ -311,14 +320,15 @@ class Files:
             system.flush(self._records)
 
     def _cut_back(self, listed, end):
-        """Withdraws what lies behind: entries of the index, then bytes of the records."""
-        # The index is first on the device: it must not list what is not there.
-        try:
-            if os.fstat(self._index).st_size > listed * ENTRY_BYTES:
-                os.ftruncate(self._index, listed * ENTRY_BYTES)
-                system.flush(self._index)
-        finally:
-            os.ftruncate(self._records, end)
+        """Withdraws what lies behind, as far as the disk does it: of the index, then of records.
+
+        In turn on the device: the index must not list what is not there.
+        """
+        for fd, size in ((self._index, listed * ENTRY_BYTES), (self._records, end)):
+            with contextlib.suppress(OSError):
+                if os.fstat(fd).st_size > size:
+                    os.ftruncate(fd, size)
+                    system.flush(fd)
 
     def _drop_partials(self):
         """Removes what a compaction that was cut short has left: tasks, and for good."""

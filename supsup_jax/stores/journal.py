@@ -63,8 +63,9 @@ class TaskLog(Files):
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], writes: bool, timeout: float = 0.0):
-        super().__init__(path, writes, timeout)
         self.manifest = manifest
+        self._due = False  # a flush, of what was appended without
+        super().__init__(path, writes, timeout)
 
     @classmethod
     def create(
@@ -80,11 +81,10 @@ class TaskLog(Files):
         found: the records to begin with, metadata and body; None, of one that was removed.
         Raises FileExistsError where a store or anything else is, FileNotFoundError for a missing
         parent, StoreError while another process creates it, OSError for the rest, and what `found`
-        raises; then nothing stays.
+        raises; then a folder of empty files stays, which is no store.
         """
         path = Path(path)
-        new = not path.exists()
-        # A creation cut short leaves empty files and no manifest: a store that never was.
+        # As a creation cut short leaves it: empty files and no manifest.
         _new_folder(path, (RECORDS, INDEX, _PARTIAL, system.LOCK))
         with files.allowed(path, writes=True):
             system.write_file(path / RECORDS, [], os.O_CREAT)
@@ -95,33 +95,29 @@ class TaskLog(Files):
                     f"{path} holds the records of a store; name a new folder, or delete this one "
                     "if it is a copy that was cut short"
                 )
+            os.ftruncate(log._index, 0)  # of a copy of which power left this alone
             try:
                 for record in found:
                     log.append(*(record or (records.REMOVED, [])), durable=False)
                 log.flush()
+                system.flush_folder(path)  # no manifest without its files
                 text = records.signed_manifest(manifest)
                 system.write_file(path / _PARTIAL, [text], os.O_CREAT | os.O_TRUNC)
                 os.replace(path / _PARTIAL, path / MANIFEST)
                 for folder in (path, path.parent):
                     system.flush_folder(folder)
             except BaseException:
-                log._withdraw(new)
+                with contextlib.suppress(OSError):
+                    if log._in_place():  # else it is another's
+                        os.unlink(path / MANIFEST)
+                log._cut_back(0, 0)
+                log._forget()
+                log._due = False
                 raise
         except BaseException:
             log.close()
             raise
         return log
-
-    def _withdraw(self, folder):
-        """Leaves nothing of a creation that failed. folder: nor the folder."""
-        self._forget()
-        with contextlib.suppress(OSError):
-            self._cut_back(0, 0)
-            for file in map(self._file.with_name, (MANIFEST, _PARTIAL, INDEX, RECORDS)):
-                if file.exists():
-                    os.unlink(file)
-            if folder:
-                self.folder.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike, writes: bool = False, timeout: float = 0.0) -> "TaskLog":
@@ -227,7 +223,8 @@ class TaskLog(Files):
             with contextlib.suppress(OSError):
                 if row and row != system.read_at(self._index, place, ENTRY_BYTES):
                     system.write_at(self._index, row, place)
-                self._cut_back(listed, entry.offset)
+                    system.flush(self._index)
+            self._cut_back(listed, entry.offset)
             if not isinstance(error, OSError):
                 raise
             raise OSError(
@@ -237,6 +234,7 @@ class TaskLog(Files):
                 str(self.path),
             ) from error
         self._take(task, entry)
+        self._due |= not durable
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -246,8 +244,7 @@ class TaskLog(Files):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._cut_back(listed, end)
+            self._cut_back(listed, end)
             del self._entries[held:]
             self._end = end
             raise
@@ -258,6 +255,7 @@ class TaskLog(Files):
         system.flush(self._records)
         listed = self._listed()
         system.write_at(self._index, self._rows_from(listed), listed * ENTRY_BYTES)
+        self._due = False
 
     def close(self) -> None:
         """Closes the files, and lets another write. Further calls do nothing.
@@ -265,7 +263,7 @@ class TaskLog(Files):
         What was appended is flushed before. Raises OSError where the disk fails.
         """
         try:
-            if self.writes and self._index != files.CLOSED and self._rows_from(self._listed()):
+            if self._index != files.CLOSED and self._due:
                 self.flush()
         finally:
             super().close()
@@ -408,6 +406,7 @@ class TaskLog(Files):
         if self._size() > self._end:
             os.ftruncate(self._records, self._end)
         if self._index_problems():
+            system.flush(self._records)  # which a writer that was killed may not have done
             system.write_at(self._index, self._rows_from(0), 0)
             os.ftruncate(self._index, len(self._entries) * ENTRY_BYTES)
         if spans := self._to_erase(thorough):
