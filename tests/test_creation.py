@@ -140,6 +140,15 @@ def test_what_a_folder_may_not_be(tmp_path, path):
         TaskLog.open(path)
 
 
+def test_rows_of_a_lost_creation_are_of_nothing(path):
+    """As power may leave them, the index alone having its name."""
+    for name in ("manifest.json", "tasks.bin"):
+        (path / name).unlink()
+    with contextlib.closing(TaskLog.create(path, MANIFEST)) as log:
+        log.append({}, [b"new"])
+    assert (bodies(path), TaskLog.open(path).verify()) == ([b"new"], [])
+
+
 def test_one_who_waits_for_another_that_fails_creates_the_store(tmp_path, monkeypatch):
     path, waits = tmp_path / "log", threading.Event()
 

@@ -65,6 +65,8 @@ def orderly(disk):
             written = [offset is None or data.strip(b"\0") for _, offset, data in disk.pending]
             behind = arguments[2] >= len(disk.flushed[tasks])
             assert behind or not any(written), "overwritten before what counts was flushed"
+        if name == "unlink" and str(arguments[0]).endswith("index.bin"):
+            assert not disk.pending_names, "deleted before what is to take its place has a name"
         return disk.watch(name, real, arguments)
 
     return watch
@@ -288,6 +290,7 @@ def test_an_exchange_that_was_cut_short_is_ended_with_whole_files_alone(log, sho
         cut(log.path / short, 64)
     if by_name:
         assert not repair(log.path).loses
+        assert not list(log.path.glob("*.partial"))
     with contextlib.closing(TaskLog.open(log.path, writes=True)) as again:
         assert held(again) == held_after(DONE) and again.verify() == []
     whole = size if short else (packed / "tasks.bin").stat().st_size

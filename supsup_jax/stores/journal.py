@@ -312,8 +312,6 @@ class TaskLog(Files):
             try:
                 return read(entry)
             except StoreError:
-                if not self.writes:
-                    self._forget()  # an append that failed may have taken back what was there
                 self.refresh()
                 if self.entry(i) == entry:
                     raise
