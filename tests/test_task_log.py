@@ -183,6 +183,16 @@ def test_appends_together_are_all_there_or_none(path):
     assert reader.verify() == log.verify() == []
 
 
+def test_a_reader_finds_a_record_whose_entry_is_damaged(path):
+    reader = TaskLog.open(path)
+    with contextlib.closing(TaskLog.open(path, writes=True)) as log:
+        for body in (b"one", b"two"):
+            log.append({}, [body])
+    change(path / "index.bin", 3 * 64 + 9, b"!")
+    assert reader.refresh() == 5
+    assert [reader.read(i).body for i in (3, 4)] == [b"one", b"two"]
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_is_appended_after_others_were_withdrawn_survives_a_power_cut(tmp_path, error):
     """The index lists at no time what is not on the device, whatever of it the device has."""

@@ -312,6 +312,8 @@ class TaskLog(Files):
             try:
                 return read(entry)
             except StoreError:
+                if not self.writes:
+                    self._forget()  # so that what lies where no entry says is looked for
                 self.refresh()
                 if self.entry(i) == entry:
                     raise
