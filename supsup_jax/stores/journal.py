@@ -212,7 +212,7 @@ class TaskLog(Files):
         """A record at the end, and where it is on the device its entry."""
         data, place = records.record_bytes(task, metadata, body), task * ENTRY_BYTES
         entry = Entry(self._end, len(data), data[-records.SHA_BYTES :])
-        listed = self._listed()
+        held, listed = len(self._entries), self._listed()
         row = system.read_at(self._index, place, ENTRY_BYTES)
         try:
             system.write_at(self._records, data, entry.offset)
@@ -225,6 +225,7 @@ class TaskLog(Files):
                     system.write_at(self._index, row, place)
                     system.flush(self._index)
             self._cut_back(listed, entry.offset)
+            self._due = listed < held
             if not isinstance(error, OSError):
                 raise
             raise OSError(
