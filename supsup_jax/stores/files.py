@@ -146,8 +146,10 @@ class Files:
         """Whether the last record is not there any more, as when appends together have failed."""
         if self._last is None:
             return False
-        end = system.read_at(self._records, self._last.end - SHA_BYTES, SHA_BYTES)
-        return end not in (self._last.sha256, records.ERASED)
+        if not SHA_BYTES <= (end := self._last.end) <= self._size():  # or its entry is forged
+            return True
+        found = system.read_at(self._records, end - SHA_BYTES, SHA_BYTES)
+        return found not in (self._last.sha256, records.ERASED)
 
     def _take_rows(self, rows, former):
         """Takes in the entries of the index, but for what is in `former` at the same place."""
